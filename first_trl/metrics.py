@@ -1,0 +1,439 @@
+"""Numbers that say whether a stated confidence is true.
+
+This module exists so that the report, the search for a recalibration value and the tests all read one
+definition of each metric. It is numpy only: it knows no model, no tokenizer and no file.
+
+Legend: n examples, M bins, B bootstrap replicates, G groups of examples with the same confidence.
+`confidence` is the probability of the predicted token (or answer), `correct` whether the prediction was right.
+Arrays, lists and torch tensors are all accepted.
+
+Ties are never broken by the order of the input: examples with the same confidence enter ranks (AUROC) and risk
+curves together, so a shuffled input gives the same numbers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+COVERAGES = (0.8, 0.9, 0.95)
+# A probability that came out of float32 arithmetic may exceed 1 by a few units in the last place.
+ROUNDING = 1e-5
+# Bootstrap weights are made in blocks of at most this many numbers (float64: 32 MB), whatever n is.
+BLOCK_SIZE = 4_000_000
+
+
+@dataclass(frozen=True)
+class ReliabilityBins:
+    """Columns of a reliability diagram, all of shape (M,). Empty bins have count 0 and NaN means."""
+
+    lower: np.ndarray
+    upper: np.ndarray
+    count: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+
+@dataclass(frozen=True)
+class RiskCoverage:
+    """Risk-coverage curve, all of shape (G,), from the most confident group down.
+
+    Answering only where confidence >= `threshold[g]` answers the share `coverage[g]` of the examples and errs on the
+    share `risk[g]` of those answered.
+    """
+
+    threshold: np.ndarray
+    coverage: np.ndarray
+    risk: np.ndarray
+
+
+def _as_array(values: object, name: str) -> np.ndarray:
+    """(n,) float64 from an array, a list or a tensor; NaN, other shapes and emptiness are errors."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values  # numpy knows no bfloat16
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {array.shape}; it must have one dimension, one entry per example.")
+    if array.size == 0:
+        raise ValueError(f"{name} is empty; metrics need at least one example.")
+    if np.isnan(array).any():
+        raise ValueError(f"{name}[{int(np.isnan(array).argmax())}] is NaN; look for the model that produced it.")
+    return array
+
+
+def _check(confidence: object, correct: object) -> tuple[np.ndarray, np.ndarray]:
+    """Both inputs as (n,) float64, checked: confidence in [0, 1], correct in {0, 1}, one length."""
+    confidence, correct = _as_array(confidence, "confidence"), _as_array(correct, "correct")
+    if len(confidence) != len(correct):
+        raise ValueError(f"confidence has {len(confidence)} entries but correct has {len(correct)}; pass one each.")
+    outside = (confidence < -ROUNDING) | (confidence > 1 + ROUNDING)
+    if outside.any():
+        place = int(outside.argmax())
+        raise ValueError(
+            f"confidence[{place}] is {confidence[place]}, outside [0, 1]; pass probabilities, not logits or logs."
+        )
+    wrong = (correct != 0) & (correct != 1)
+    if wrong.any():
+        place = int(wrong.argmax())
+        raise ValueError(f"correct[{place}] is {correct[place]}; it must be true or false (1 or 0).")
+    return confidence.clip(0, 1), correct
+
+
+def _check_log_prob(label_log_prob: object, length: int) -> np.ndarray:
+    """(n,) float64 log-probabilities in nats; -inf (the label was ruled out) is allowed."""
+    label_log_prob = _as_array(label_log_prob, "label_log_prob")
+    if len(label_log_prob) != length:
+        raise ValueError(f"label_log_prob has {len(label_log_prob)} entries for {length} examples; pass one each.")
+    if (label_log_prob > ROUNDING).any():
+        place = int(label_log_prob.argmax())
+        raise ValueError(
+            f"label_log_prob[{place}] is {label_log_prob[place]}, above 0; pass log-probabilities in nats, "
+            "not probabilities or negative log-likelihoods."
+        )
+    return label_log_prob.clip(max=0)
+
+
+def _bin_edges(confidence: np.ndarray, num_bins: int, binning: str) -> np.ndarray:
+    """(M + 1,) bin edges: equal width over [0, 1], or quantiles of the confidences."""
+    if isinstance(num_bins, bool) or not isinstance(num_bins, int | np.integer) or num_bins < 1:
+        raise ValueError(f"num_bins is {num_bins!r}; it must be a whole number of at least 1.")
+    fractions = np.arange(num_bins + 1) / num_bins  # not linspace: 3 / 10 is the float that people write as 0.3
+    if binning == "uniform":
+        return fractions
+    if binning == "equal_mass":
+        return np.quantile(confidence, fractions)
+    raise ValueError(f"binning is {binning!r}; choose 'uniform' or 'equal_mass'.")
+
+
+def bin_indices(confidence: np.ndarray, num_bins: int = 10, binning: str = "uniform") -> np.ndarray:
+    """(n,) index in 0..M-1 of each confidence's bin (lower, upper]; confidence 0 goes to the first bin.
+
+    `confidence` must be an array of valid probabilities: the metrics below check it, this function does not.
+    """
+    return np.searchsorted(_bin_edges(confidence, num_bins, binning)[1:-1], confidence, side="left")
+
+
+def reliability_bins(
+    confidence: object, correct: object, num_bins: int = 10, binning: str = "uniform"
+) -> ReliabilityBins:
+    """The bins that the reliability diagram draws and that the calibration error sums.
+
+    Args: `confidence` (n,) in [0, 1]; `correct` (n,) true or false; `binning` "uniform" (equal width) or
+    "equal_mass" (edges at quantiles of the confidences; equal confidences stay in one bin, so bins may be empty).
+    Bins are (lower, upper], and confidence 0 goes to the first. Raises ValueError on NaN, emptiness, values outside
+    [0, 1] and different lengths.
+    """
+    confidence, correct = _check(confidence, correct)
+    edges = _bin_edges(confidence, num_bins, binning)
+    index = bin_indices(confidence, num_bins, binning)
+    count = np.bincount(index, minlength=num_bins)
+    sums = [np.bincount(index, weights=values, minlength=num_bins) for values in (confidence, correct)]
+    means = [np.divide(total, count, out=np.full(num_bins, np.nan), where=count > 0) for total in sums]
+    return ReliabilityBins(lower=edges[:-1], upper=edges[1:], count=count, confidence=means[0], accuracy=means[1])
+
+
+def expected_calibration_error(
+    confidence: object, correct: object, num_bins: int = 10, binning: str = "uniform"
+) -> float:
+    """ECE = sum_m |B_m| / n * |acc(B_m) - conf(B_m)|, in [0, 1] (the paper, section 2.1; Guo et al. 2017).
+
+    Reads the same bins as the diagram (`reliability_bins`). On a finite sample it is biased upwards: a perfectly
+    calibrated model of 1,000 examples still shows about 0.02.
+    """
+    bins = reliability_bins(confidence, correct, num_bins, binning)
+    return float(np.nansum(bins.count * np.abs(bins.accuracy - bins.confidence)) / bins.count.sum())
+
+
+def trust_score(confidence: object, correct: object, num_bins: int = 10) -> float:
+    """Accuracy - ECE, in [-1, 1].
+
+    The paper reports a "trust score" that rewards accuracy and punishes miscalibration, but gives no formula in any
+    copy that we could read; this is our reading of it, not its definition.
+    """
+    _, checked = _check(confidence, correct)
+    return float(checked.mean()) - expected_calibration_error(confidence, correct, num_bins)
+
+
+def negative_log_likelihood(label_log_prob: object) -> float:
+    """Mean of -log p(label), in nats; infinite if any label was ruled out (log-probability -inf)."""
+    return float(-_check_log_prob(label_log_prob, len(label_log_prob)).mean())
+
+
+def ece_noise_floor(confidence: object, num_bins: int = 10, draws: int = 200, seed: int = 0) -> dict[str, float]:
+    """The ECE that perfect calibration would show with these confidences, by chance alone.
+
+    Draws the outcomes from the stated confidences `draws` times. Returns {"mean", "p95"}: an ECE below "p95" cannot be
+    told from perfect calibration with this many examples (a consistency test, Broecker and Smith 2007).
+    """
+    confidence, _ = _check(confidence, np.zeros(np.shape(confidence)))
+    index, generator = bin_indices(confidence, num_bins), np.random.default_rng(seed)
+    errors = []
+    for _ in range(draws):
+        gap = (generator.random(len(confidence)) < confidence) - confidence
+        errors.append(np.abs(np.bincount(index, weights=gap, minlength=num_bins)).sum() / len(confidence))
+    return {"mean": float(np.mean(errors)), "p95": float(np.percentile(errors, 95))}
+
+
+def brier_score(confidence: object, correct: object) -> float:
+    """Mean of (confidence - correct)^2, in [0, 1]: the Brier score of the stated confidence, not of the whole row."""
+    confidence, correct = _check(confidence, correct)
+    return float(((confidence - correct) ** 2).mean())
+
+
+class _Groups:
+    """Examples grouped by equal confidence, most confident first, so that bootstrap weights can be summed by group."""
+
+    def __init__(self, confidence: np.ndarray, correct: np.ndarray):
+        self.order = np.argsort(-confidence, kind="stable")
+        ordered = confidence[self.order]
+        self.starts = np.flatnonzero(np.r_[True, np.diff(ordered) != 0])
+        self.threshold = ordered[self.starts]
+        self.error = 1 - correct[self.order]
+
+    def sums(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B, n) weights -> weight and weighted errors of each group, both (B, G)."""
+        weights = weights[:, self.order]
+        return (
+            np.add.reduceat(weights, self.starts, axis=1),
+            np.add.reduceat(weights * self.error, self.starts, axis=1),
+        )
+
+
+def _auroc(size: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """(B, G) sizes and errors -> (B,) Mann-Whitney AUROC, a tie is half a win; NaN where one class is missing."""
+    right = size - errors
+    errors_above = errors.cumsum(1) - errors
+    pairs = right.sum(1) * errors.sum(1)
+    losses = (right * (errors_above + errors / 2)).sum(1)
+    return 1 - np.divide(losses, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+
+
+def _aurc(size: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """(B, G) -> (B,) mean over k = 1..n of the expected error rate of the k most confident examples.
+
+    Within a group of m ties with e errors, after k examples with E errors, the expected error rate at k + j is
+    (E + e j / m) / (k + j). Its sum over j = 1..m has a closed form in the harmonic numbers H:
+    E dH + e / m (m - k dH), dH = H(k + m) - H(k).
+    """
+    before = (size.cumsum(1) - size).astype(np.int64)
+    total = int(size[0].sum())
+    harmonic = np.r_[0.0, np.cumsum(1 / np.arange(1, total + 1))]
+    step = harmonic[before + size.astype(np.int64)] - harmonic[before]
+    rate = np.divide(errors, size, out=np.zeros_like(size), where=size > 0)
+    return ((errors.cumsum(1) - errors) * step + rate * (size - before * step)).sum(1) / total
+
+
+def _accuracy_at_coverage(size: np.ndarray, errors: np.ndarray, coverage: float) -> np.ndarray:
+    """(B, G) -> (B,) expected accuracy of the ceil(coverage n) most confident examples."""
+    total = size[0].sum()
+    kept = np.ceil(coverage * total - 1e-9)  # 0.95 * 20 is 19.000000000000004 for some coverages: stay on 19
+    reached = size.cumsum(1)
+    last = (reached >= kept).argmax(1)[:, None]
+    last_size, last_errors, errors_reached, reached = (
+        np.take_along_axis(table, last, 1)[:, 0] for table in (size, errors, errors.cumsum(1), reached)
+    )
+    surplus = reached - kept  # examples of the last group beyond the coverage: they err at the group's rate
+    return 1 - (errors_reached - last_errors * surplus / last_size) / kept
+
+
+def _groups_once(confidence: object, correct: object) -> tuple[_Groups, np.ndarray, np.ndarray]:
+    """The groups of one sample, with their sizes and errors (1, G)."""
+    confidence, correct = _check(confidence, correct)
+    groups = _Groups(confidence, correct)
+    return groups, *groups.sums(np.ones((1, len(confidence))))
+
+
+def auroc(confidence: object, correct: object) -> float:
+    """Probability that a right answer has more confidence than a wrong one (ties count half); NaN if all are right or
+    all are wrong, where it is undefined."""
+    _, size, errors = _groups_once(confidence, correct)
+    return float(_auroc(size, errors)[0])
+
+
+def aurc(confidence: object, correct: object) -> float:
+    """Area under the risk-coverage curve, in [0, 1], lower is better: the error rate of the k most confident examples,
+    averaged over k = 1..n (Geifman et al. 2019), in expectation over the order of ties."""
+    _, size, errors = _groups_once(confidence, correct)
+    return float(_aurc(size, errors)[0])
+
+
+def accuracy_at_coverage(confidence: object, correct: object, coverage: float) -> float:
+    """Accuracy of the most confident share `coverage` of the examples (rounded up), in expectation over ties."""
+    if not 0 < coverage <= 1:
+        raise ValueError(f"coverage is {coverage!r}; it must be in (0, 1], the share of examples that are answered.")
+    _, size, errors = _groups_once(confidence, correct)
+    return float(_accuracy_at_coverage(size, errors, coverage)[0])
+
+
+def risk_coverage_curve(confidence: object, correct: object) -> RiskCoverage:
+    """Error rate among the answered examples against the share answered, one point per distinct confidence."""
+    groups, size, errors = _groups_once(confidence, correct)
+    answered = size[0].cumsum()
+    return RiskCoverage(groups.threshold, answered / answered[-1], errors[0].cumsum() / answered)
+
+
+def threshold_for_accuracy(confidence: object, correct: object, target_accuracy: float) -> float | None:
+    """The lowest confidence such that the examples at or above it are right at least `target_accuracy` of the time.
+
+    The lowest, because it answers the most examples. Fit it on validation and check it on test. None if no threshold
+    reaches the target, where the honest policy is to abstain always.
+    """
+    if not 0 < target_accuracy <= 1:
+        raise ValueError(f"target_accuracy is {target_accuracy!r}; it must be in (0, 1].")
+    curve = risk_coverage_curve(confidence, correct)
+    reached = np.flatnonzero(1 - curve.risk >= target_accuracy - 1e-12)
+    return float(curve.threshold[reached[-1]]) if reached.size else None
+
+
+class _Sample:
+    """One arm's predictions on one set, ready to be measured under many example weights at once.
+
+    One formula serves the estimate (weights 1) and its bootstrap replicates (counts of a resample).
+    """
+
+    def __init__(self, confidence: object, correct: object, label_log_prob: object | None, num_bins: int):
+        self.confidence, self.correct = _check(confidence, correct)
+        self.size = len(self.confidence)
+        self.label_log_prob = None
+        if label_log_prob is not None:
+            self.label_log_prob = _check_log_prob(label_log_prob, self.size)
+        self.groups = _Groups(self.confidence, self.correct)
+        # (n, M): each example's correct - confidence in the column of its bin; ECE = sum_m |column sum| / n
+        self.gaps = {
+            name: np.eye(bins)[bin_indices(self.confidence, bins, binning)] * (self.correct - self.confidence)[:, None]
+            for name, bins, binning in (
+                ("ece", num_bins, "uniform"),
+                ("ece_15_bins", 15, "uniform"),
+                ("ece_equal_mass", num_bins, "equal_mass"),
+            )
+        }
+
+    def measure(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """(B, n) weights that sum to n in each row -> {metric: (B,)}."""
+        size, errors = self.groups.sums(weights)
+        result = {"accuracy": weights @ self.correct / self.size}
+        for name, gap in self.gaps.items():
+            result[name] = np.abs(weights @ gap).sum(1) / self.size
+        result["trust_score"] = result["accuracy"] - result["ece"]
+        if self.label_log_prob is not None and np.isfinite(self.label_log_prob).all():
+            result["nll"] = -(weights @ self.label_log_prob) / self.size
+        result["brier"] = weights @ (self.confidence - self.correct) ** 2 / self.size
+        result["auroc"] = _auroc(size, errors)
+        result["aurc"] = _aurc(size, errors)
+        for coverage in COVERAGES:
+            result[f"accuracy_at_{coverage}"] = _accuracy_at_coverage(size, errors, coverage)
+        return result
+
+    def point(self) -> dict[str, float]:
+        return {name: float(values[0]) for name, values in self.measure(np.ones((1, self.size))).items()}
+
+
+def _resamples(size: int, bootstrap: int, seed: int):
+    """Yield blocks (b, n) of bootstrap counts, `bootstrap` rows in all; each row sums to n."""
+    generator = np.random.default_rng(seed)
+    rows = max(1, BLOCK_SIZE // size)
+    for start in range(0, bootstrap, rows):
+        block = min(rows, bootstrap - start)
+        drawn = generator.integers(size, size=(block, size)) + np.arange(block)[:, None] * size
+        yield np.bincount(drawn.ravel(), minlength=block * size).reshape(block, size).astype(np.float64)
+
+
+def _interval(estimate: float, replicates: np.ndarray) -> list[float] | None:
+    """95 % bootstrap interval, shifted so that its mean is the estimate.
+
+    A resample repeats examples, which inflates a calibration error (|noise| does not average out): the plain
+    percentile interval of a well calibrated model lies above its own estimate. Subtracting the bootstrap's bias
+    leaves unbiased metrics such as accuracy as they were. It is the spread of the estimate, whose own bias near
+    perfect calibration `ece_noise_floor` tells. None where the metric is undefined in the sample.
+    """
+    replicates = replicates[~np.isnan(replicates)]
+    if np.isnan(estimate) or not replicates.size:
+        return None
+    low, high = np.percentile(replicates, [2.5, 97.5]) - (replicates.mean() - estimate)
+    return [float(low), float(high)]
+
+
+def _check_bootstrap(bootstrap: int) -> None:
+    if isinstance(bootstrap, bool) or not isinstance(bootstrap, int | np.integer) or bootstrap < 0:
+        raise ValueError(f"bootstrap is {bootstrap!r}; it must be a number of replicates, 0 for no intervals.")
+
+
+def _replicates(samples: list[_Sample], bootstrap: int, seed: int) -> list[dict[str, np.ndarray]]:
+    """{metric: (B,)} of each sample, all measured on the same resampled examples."""
+    blocks = [
+        [sample.measure(weights) for sample in samples] for weights in _resamples(samples[0].size, bootstrap, seed)
+    ]
+    return [
+        {name: np.concatenate([block[i][name] for block in blocks]) for name in blocks[0][i]}
+        for i in range(len(samples))
+    ]
+
+
+def summarize(
+    confidence: object,
+    correct: object,
+    label_log_prob: object | None,
+    num_bins: int = 10,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict:
+    """Every metric of one arm on one set, in the form of `report/metrics.json`: plain numbers, no NaN, no infinity.
+
+    Args: `confidence`, `correct` (n,) as above; `label_log_prob` (n,) log-probability of the true label in nats, or
+    None where it is not known; `bootstrap` replicates for the 95 % intervals under "ci" (0 for none).
+    "nll" is None where it is not known or infinite; "num_impossible_labels" counts the labels that were ruled out
+    (log-probability -inf), so that the two cases can be told apart. "auroc" is None where it is undefined. The
+    intervals of "ece_equal_mass" keep the sample's own bin edges.
+    """
+    _check_bootstrap(bootstrap)
+    sample = _Sample(confidence, correct, label_log_prob, num_bins)
+    point = sample.point()
+    result = {"num_examples": sample.size}
+    for name in ("accuracy", "ece", "ece_15_bins", "ece_equal_mass", "trust_score", "nll", "brier", "auroc", "aurc"):
+        value = point.get(name, np.nan)
+        result[name] = None if np.isnan(value) else value
+    result["ece_noise_floor"] = ece_noise_floor(sample.confidence, num_bins, seed=seed)
+    log_prob = sample.label_log_prob
+    result["num_impossible_labels"] = 0 if log_prob is None else int(np.isneginf(log_prob).sum())
+    result["accuracy_at_coverage"] = {str(coverage): point[f"accuracy_at_{coverage}"] for coverage in COVERAGES}
+    result["ci"] = {}
+    if bootstrap:
+        replicates = _replicates([sample], bootstrap, seed)[0]
+        for name, values in replicates.items():
+            interval = _interval(point[name], values)
+            if interval is not None:
+                lowest, highest = {"trust_score": (-1.0, 1.0), "nll": (0.0, np.inf)}.get(name, (0.0, 1.0))
+                result["ci"][name] = [max(interval[0], lowest), min(interval[1], highest)]
+    return result
+
+
+def paired_difference(
+    first: dict, second: dict, num_bins: int = 10, bootstrap: int = 1000, seed: int = 0
+) -> dict[str, dict]:
+    """`first` - `second` of every metric, for two arms that answered the same examples in the same order.
+
+    Args: two dicts with "confidence", "correct" and, optionally, "label_log_prob", each (n,). Both are resampled by
+    the same examples, which removes the difficulty of the examples from the comparison.
+    Returns {metric: {"difference": float, "interval": [low, high] or None}}; an interval that contains 0 is noise.
+    """
+    _check_bootstrap(bootstrap)
+    samples = [
+        _Sample(arm["confidence"], arm["correct"], arm.get("label_log_prob"), num_bins) for arm in (first, second)
+    ]
+    if samples[0].size != samples[1].size:
+        raise ValueError(
+            f"the arms have {samples[0].size} and {samples[1].size} examples; a paired difference needs the same "
+            "examples in the same order."
+        )
+    points = [sample.point() for sample in samples]
+    replicates = _replicates(samples, bootstrap, seed) if bootstrap else [{}, {}]
+    result = {}
+    for name in points[0]:
+        if name not in points[1]:
+            continue  # an infinite nll has no difference
+        difference = points[0][name] - points[1][name]
+        if np.isnan(difference):
+            continue
+        spread = replicates[0][name] - replicates[1][name] if bootstrap else np.array([])
+        result[name] = {"difference": difference, "interval": _interval(difference, spread)}
+    return result
