@@ -1,0 +1,371 @@
+"""Trustworthy maximization (the paper, section 3.3): map teacher rows to rows whose confidence is true.
+
+One function, `recalibrate`, serves the search, the training loss and the inference of post-hoc recalibrated models,
+so the value that was found is the value that is used. `search` finds that value from cached rows alone: no model, no
+GPU. Which positions are passed in, and where the result is stored, is the calibrate stage's business, not ours.
+
+Legend: N supervised positions, K kept tokens S, J knots, R bootstrap replicates, C columns of a criterion.
+A row of `log_probs_NK1` holds log t_1..log t_K, most probable first, and log tau of all other tokens, in nats.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from first_trl.metrics import bin_indices, expected_calibration_error
+
+METHODS = ("temperature", "probability", "label_smoothing", "vocabulary_temperature", "none")
+CRITERIA = ("ece", "nll")
+# Bootstrap counts are made in blocks of at most this many float32 numbers (80 MB), whatever N is.
+BLOCK_SIZE = 20_000_000
+# float16 rounding of K + 1 log-probabilities moves a row's sum by less than this.
+ROW_SUM_TOLERANCE = 0.02
+
+
+def recalibrate(
+    log_probs: torch.Tensor,
+    method: str,
+    value: float | None,
+    *,
+    tail_power_knots: torch.Tensor | None = None,
+    tail_power_log_sums: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Recalibrated rows (N, K+1), in float32 or better, each summing to 1.
+
+    * "temperature": t'_i = (1 - tau) t_i^(1/T) / sum_S t_j^(1/T), tau' = tau. T = 1 is the identity; ranks are kept.
+    * "probability" (the paper's formula): t'_i = exp(t_i / c) / sum_S exp(t_j / c), tau' = 0. A softmax over
+      probabilities: never the identity, and the first token is capped at e^(1/c) / (e^(1/c) + K - 1).
+    * "label_smoothing" (the paper's baseline): t'_1 = t_1 - d, d / (K - 1) added to each of the others, tau' = tau.
+    * "vocabulary_temperature": t'_i proportional to t_i^(1/T) over the whole vocabulary. The tail at that T is
+      interpolated from `tail_power_log_sums` (N, J): log sum of t^b over the tokens outside S, at the powers b in
+      `tail_power_knots` (J,), from which b = 1 may be left out because log tau is that sum.
+    * "none": the rows as they are; `value` is ignored.
+
+    Raises ValueError for an unknown method, a value outside the method's range, and a cache without the tail sums.
+    """
+    log_probs_NK1 = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
+    if method == "none":
+        return log_probs_NK1
+    value = _check_value(method, value)
+    kept_NK, tail_N1 = log_probs_NK1[:, :-1], log_probs_NK1[:, -1:]
+    if method == "temperature":
+        kept_NK = _log1mexp(tail_N1) + torch.log_softmax(kept_NK / value, dim=-1)
+    elif method == "probability":
+        kept_NK = torch.log_softmax(kept_NK.exp() / value, dim=-1)
+        tail_N1 = torch.full_like(tail_N1, -math.inf)
+    elif method == "label_smoothing":
+        kept_NK = _smooth(kept_NK, value)
+    else:
+        tail_N1 = _tail_at_power(tail_N1, 1 / value, tail_power_knots, tail_power_log_sums)
+        return torch.log_softmax(torch.cat([kept_NK / value, tail_N1], dim=-1), dim=-1)
+    return torch.cat([kept_NK, tail_N1], dim=-1)
+
+
+def _check_value(method: str, value: float | None) -> float:
+    if method not in METHODS:
+        raise ValueError(f"recalibration method is {method!r}; choose one of {', '.join(METHODS)}.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(
+            f"recalibration value is {value!r} for method {method!r}; give a number, or run the calibrate stage, "
+            "which finds it."
+        )
+    if method == "label_smoothing" and not 0 <= value <= 1:
+        raise ValueError(f"label smoothing of {value}: the probability taken from the first token is in [0, 1].")
+    if method != "label_smoothing" and value <= 0:
+        raise ValueError(f"recalibration value is {value} for method {method!r}; it must be above 0.")
+    return float(value)
+
+
+def _log1mexp(log_x: torch.Tensor) -> torch.Tensor:
+    """log(1 - x) from log x, exact at both ends (Maechler 2012)."""
+    log_x = log_x.clamp(max=0)
+    return torch.where(log_x > -math.log(2), (-log_x.expm1()).log(), (-log_x.exp()).log1p())
+
+
+def _smooth(kept_NK: torch.Tensor, amount: float) -> torch.Tensor:
+    """Label smoothing in probability space. In log space, 0.99 would become 0.991 instead of 0.89 for d = 0.1."""
+    num_kept = kept_NK.shape[1]
+    if num_kept < 2:
+        raise ValueError("label smoothing needs at least 2 kept tokens to move probability to, but the rows keep 1.")
+    probs_NK = kept_NK.exp()
+    allowed = _largest_smoothing(kept_NK)
+    if amount > allowed:
+        raise ValueError(
+            f"label smoothing of {amount} would make the first token's probability negative; the largest that these "
+            f"rows allow is {allowed:.4g}."
+        )
+    first_N1 = (probs_NK[:, :1] - amount).clamp(min=0)  # below 0 only by rounding, after the check
+    return torch.cat([first_N1, probs_NK[:, 1:] + amount / (num_kept - 1)], dim=-1).log()
+
+
+def _largest_smoothing(kept_NK: torch.Tensor) -> float:
+    return kept_NK[:, 0].min().exp().item() if len(kept_NK) else 1.0
+
+
+def _tail_at_power(
+    tail_N1: torch.Tensor, power: float, knots_J: torch.Tensor | None, log_sums_NJ: torch.Tensor | None
+) -> torch.Tensor:
+    """(N, 1) log sum of t^power outside S: the polynomial through the knots and (1, log tau), in Lagrange's form."""
+    _need_tail_sums(knots_J, log_sums_NJ)
+    knots, log_sums_NJ = [float(knot) for knot in knots_J], log_sums_NJ.to(tail_N1)
+    if log_sums_NJ.shape != (len(tail_N1), len(knots)):
+        raise ValueError(
+            f"tail_power_log_sums has shape {tuple(log_sums_NJ.shape)}; {len(tail_N1)} rows and {len(knots)} knots "
+            f"need {(len(tail_N1), len(knots))}."
+        )
+    if 1.0 not in knots:
+        knots, log_sums_NJ = [*knots, 1.0], torch.cat([log_sums_NJ, tail_N1], dim=-1)
+    if not min(knots) <= power <= max(knots) * (1 + 1e-9):
+        raise ValueError(
+            f"temperature {1 / power:.4g} is outside [{1 / max(knots):.4g}, {1 / min(knots):.4g}], the range of the "
+            "cache's tail power sums; outside it they would be extrapolated."
+        )
+    weights = [math.prod((power - other) / (knot - other) for other in knots if other != knot) for knot in knots]
+    return log_sums_NJ @ log_sums_NJ.new_tensor(weights)[:, None]
+
+
+def _need_tail_sums(knots_J: torch.Tensor | None, log_sums_NJ: torch.Tensor | None) -> None:
+    if knots_J is None or log_sums_NJ is None:
+        raise ValueError(
+            "method 'vocabulary_temperature' needs the tail's sums at other powers, and this cache has none: write it "
+            "with tail power sums, or choose method 'temperature', which needs none."
+        )
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Candidate values `value(i)`, i in low..high: first every `step`-th, then every one around the best of those.
+
+    `identity` is the i that changes nothing: ties go to the candidate nearest to it.
+    """
+
+    value: Callable[[int], float]
+    low: int
+    high: int
+    step: int
+    identity: int
+
+    def coarse(self) -> range:
+        return range(self.low, self.high + 1, self.step)
+
+    def fine(self, best: int) -> range:
+        return range(max(best - self.step + 1, self.low), min(best + self.step - 1, self.high) + 1)
+
+
+def _grid(method: str, kept_NK: torch.Tensor, tail: dict[str, torch.Tensor | None]) -> _Grid:
+    if method == "temperature":  # 0.26 to 11, first 15 % apart, then 1 %
+        return _Grid(lambda i: math.exp(i / 100), -135, 240, 15, identity=0)
+    if method == "probability":  # the paper's: 0.1 to 1.5 by 0.1, then by 0.02; no identity, so ties go to small c
+        return _Grid(lambda i: i / 50, 5, 75, 5, identity=5)
+    if method == "label_smoothing":  # 0 to 0.5 by 0.05, then by 0.005, as far as the rows allow
+        allowed = min(0.5, _largest_smoothing(kept_NK))
+        return _Grid(lambda i: min(i / 200, allowed), 0, math.floor(allowed * 200), 10, identity=0)
+    _need_tail_sums(tail["tail_power_knots"], tail["tail_power_log_sums"])
+    powers = [1.0, *(float(knot) for knot in tail["tail_power_knots"])]
+    low, high = math.ceil(-100 * math.log(max(powers))), math.floor(-100 * math.log(min(powers)))
+    return _Grid(lambda i: math.exp(i / 100), low, high, 15, identity=0)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What `search` found. Errors are in [0, 1], NLL in nats, infinite where a label got probability 0."""
+
+    method: str
+    criterion: str
+    num_bins: int
+    num_positions: int
+    num_labels_in_tail: int
+    value: float | None
+    interval: list[float] | None
+    at_edge: bool  # the best value is the last of the range: a better one may lie outside
+    ece_before: float
+    ece_after: float
+    nll_before: float
+    nll_after: float
+    curve: list[dict[str, float | None]]  # by ascending value: {"value", "ece", "nll"}
+
+    def to_dict(self) -> dict:
+        """The family's entry in `calibration.json`: plain JSON, None for what is infinite."""
+        names = ("value", "interval", "at_edge", "num_labels_in_tail")
+        result = {name: getattr(self, name) for name in names}
+        for name in ("ece_before", "ece_after", "nll_before", "nll_after"):
+            result[name] = _finite(getattr(self, name))
+        result["curve"] = [{name: _finite(number) for name, number in point.items()} for point in self.curve]
+        return result
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+class _Evaluation:
+    """Confidence, correctness and likelihood of the recalibrated rows at one value, for one method and criterion."""
+
+    def __init__(self, log_probs_NK1, target_N, method, criterion, num_bins, tail):
+        self.log_probs_NK1, self.target_N, self.method = log_probs_NK1, target_N, method
+        self.criterion, self.num_bins, self.tail = criterion, num_bins, tail
+        # tau' = 0 makes every label in the tail infinitely unlikely whatever the value: those positions cannot choose.
+        in_tail = target_N == log_probs_NK1.shape[1] - 1
+        self.judged_N = ~in_tail if method == "probability" else torch.ones_like(in_tail)
+
+    def rows(self, value: float | None) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+        """(N,) confidence, (N,) correct, (N,) negative log-likelihood of the label."""
+        rows_NK1 = recalibrate(self.log_probs_NK1, self.method, value, **self.tail)
+        top_N, predicted_N = rows_NK1[:, :-1].max(dim=-1)
+        nll_N = -rows_NK1.gather(1, self.target_N[:, None])[:, 0]
+        return top_N.exp().clamp(max=1).numpy(), (predicted_N == self.target_N).numpy(), nll_N
+
+    def measure(self, value: float | None) -> dict[str, float | None]:
+        """{"value", "ece", "nll", "score"}: both errors over all positions, and what the criterion minimises."""
+        confidence, correct, nll_N = self.rows(value)
+        ece = expected_calibration_error(confidence, correct, self.num_bins)
+        score = ece if self.criterion == "ece" else nll_N[self.judged_N].double().mean().item()
+        return {"value": value, "ece": ece, "nll": nll_N.double().mean().item(), "score": score}
+
+    def contributions(self, value: float) -> torch.Tensor:
+        """(N, C): the criterion of a resample with counts w is sum_c |w @ column c|, up to a factor that is the same
+        for every value. ECE: correct - confidence in the column of its bin. NLL: one column."""
+        confidence, correct, nll_N = self.rows(value)
+        if self.criterion == "nll":
+            return nll_N.where(self.judged_N, torch.zeros(()))[:, None].float()
+        table = torch.zeros(len(confidence), self.num_bins)
+        index = torch.from_numpy(bin_indices(confidence, self.num_bins))[:, None]
+        return table.scatter_(1, index, torch.from_numpy(correct - confidence)[:, None].float())
+
+
+def search(
+    log_probs: torch.Tensor,
+    target: torch.Tensor,
+    method: str = "temperature",
+    criterion: str = "ece",
+    num_bins: int = 10,
+    bootstrap: int = 0,
+    seed: int = 0,
+    *,
+    tail_power_knots: torch.Tensor | None = None,
+    tail_power_log_sums: torch.Tensor | None = None,
+) -> SearchResult:
+    """The value of `method` that makes the confidence of cached rows true on a validation split.
+
+    Args: `log_probs` (N, K+1) rows as cached; `target` (N,) int64, the column that holds the true label (0 the
+    teacher's first token, K the tail); `criterion` "ece" (the paper's) or "nll"; `bootstrap` resamples of the
+    positions for the 95 % interval of the value (0: none); the tail's sums as for `recalibrate`. Raises ValueError for
+    rows that do not sum to 1, targets out of range, no position, unknown names.
+
+    A position's prediction is the most probable of its K columns after recalibration, its confidence that
+    probability. Two-stage grid; ties go to the value nearest to the identity.
+
+    The ECE is a noisy criterion: it is piecewise smooth, its minimum wanders as positions change bins, and a single
+    scalar that balances two wrong bins can reach it by luck. Read the interval. The NLL is smooth and finds a planted
+    temperature more exactly, but trusts a few very wrong rows more. Method "probability" gives the tail probability 0:
+    there the criterion "nll" is taken over the positions whose label is in S, while the reported NLL stays infinite.
+    """
+    log_probs_NK1, target_N = _check_rows(log_probs, target)
+    if method not in METHODS:
+        raise ValueError(f"recalibration method is {method!r}; choose one of {', '.join(METHODS)}.")
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion is {criterion!r}; choose one of {', '.join(CRITERIA)}.")
+    tail = {"tail_power_knots": tail_power_knots, "tail_power_log_sums": tail_power_log_sums}
+    before = _Evaluation(log_probs_NK1, target_N, "none", "ece", num_bins, {}).measure(None)
+    best, curve, at_edge, interval = before, [before], False, None
+    if method != "none":
+        evaluation = _Evaluation(log_probs_NK1, target_N, method, criterion, num_bins, tail)
+        grid = _grid(method, log_probs_NK1[:, :-1], tail)
+        points, chosen = _two_stages(evaluation, grid)
+        best, curve = points[chosen], [points[i] for i in sorted(points)]
+        at_edge = chosen in (grid.low, grid.high) and chosen != grid.identity
+        if bootstrap:
+            values = _bootstrap_values(evaluation, grid, bootstrap, seed)
+            interval = [float(bound) for bound in np.percentile(values, [2.5, 97.5])]
+    return SearchResult(
+        method=method,
+        criterion=criterion,
+        num_bins=num_bins,
+        num_positions=len(target_N),
+        num_labels_in_tail=int((target_N == log_probs_NK1.shape[1] - 1).sum()),
+        value=best["value"],
+        interval=interval,
+        at_edge=at_edge,
+        ece_before=before["ece"],
+        ece_after=best["ece"],
+        nll_before=before["nll"],
+        nll_after=best["nll"],
+        curve=[{name: point[name] for name in ("value", "ece", "nll")} for point in curve],
+    )
+
+
+def _check_rows(log_probs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in float32 or better and targets, on the CPU; ValueError for anything that is not a cache's rows."""
+    log_probs_NK1 = recalibrate(torch.as_tensor(log_probs).detach().cpu(), "none", None)
+    target_N = torch.as_tensor(target).detach().cpu()
+    if log_probs_NK1.ndim != 2 or log_probs_NK1.shape[1] < 2 or target_N.shape != log_probs_NK1.shape[:1]:
+        raise ValueError(
+            f"log_probs has shape {tuple(log_probs_NK1.shape)} and target {tuple(target_N.shape)}; they must be "
+            "(N, K+1) and (N,)."
+        )
+    if len(target_N) == 0:
+        raise ValueError("there is no position to calibrate on; check the validation split and `positions`.")
+    if target_N.is_floating_point() or target_N.min() < 0 or target_N.max() >= log_probs_NK1.shape[1]:
+        raise ValueError(f"target must hold column numbers from 0 to {log_probs_NK1.shape[1] - 1} (the tail).")
+    sums_N = log_probs_NK1.exp().sum(dim=-1)
+    wrong_N = ~((sums_N - 1).abs() <= ROW_SUM_TOLERANCE)  # also true where a sum is NaN
+    if wrong_N.any():
+        place = int(wrong_N.int().argmax())
+        raise ValueError(
+            f"the probabilities of row {place} sum to {sums_N[place]:.4g}, not 1; pass log-probabilities of the K "
+            "kept tokens and, in the last column, of the tail."
+        )
+    return log_probs_NK1, target_N.long()
+
+
+def _two_stages(evaluation: _Evaluation, grid: _Grid) -> tuple[dict[int, dict], int]:
+    """Every point that was measured, by its place on the grid, and the place of the best."""
+    if evaluation.criterion == "nll" and not evaluation.judged_N.any():
+        raise ValueError("every label lies outside the kept tokens, so criterion 'nll' cannot choose; use 'ece'.")
+    points = {i: evaluation.measure(grid.value(i)) for i in grid.coarse()}
+    for i in grid.fine(_best({i: point["score"] for i, point in points.items()}, grid)):
+        points[i] = points.get(i) or evaluation.measure(grid.value(i))
+    return points, _best({i: point["score"] for i, point in points.items()}, grid)
+
+
+def _best(scores: dict[int, float], grid: _Grid) -> int:
+    """The place of the lowest score; rounding away float32 noise lets equal candidates tie."""
+    return min(scores, key=lambda i: (round(float(scores[i]), 6), abs(i - grid.identity), i))
+
+
+def _bootstrap_values(evaluation: _Evaluation, grid: _Grid, bootstrap: int, seed: int) -> np.ndarray:
+    """(R,) value found by the same two-stage search on each resample of the positions."""
+    size = len(evaluation.target_N)
+    generator = np.random.default_rng(seed)
+    block = max(1, BLOCK_SIZE // size)
+    values = []
+    for start in range(0, bootstrap, block):
+        counts = [
+            np.bincount(generator.integers(size, size=size), minlength=size).astype(np.float32)
+            for _ in range(min(block, bootstrap - start))
+        ]
+        values.extend(_block_values(evaluation, grid, torch.from_numpy(np.stack(counts))))
+    return np.array(values)
+
+
+def _block_values(evaluation: _Evaluation, grid: _Grid, counts_RN: torch.Tensor) -> list[float]:
+    """Two-stage search on R resamples at once: a fine candidate is scored once for all that need it."""
+    score_R = {}
+    for i in grid.coarse():
+        score_R[i] = _scores(evaluation, grid.value(i), counts_RN)
+    fine = [
+        grid.fine(_best({i: score_R[i][replicate] for i in grid.coarse()}, grid))
+        for replicate in range(len(counts_RN))
+    ]
+    for i in {i for candidates in fine for i in candidates} - score_R.keys():
+        score_R[i] = _scores(evaluation, grid.value(i), counts_RN)
+    best = [_best({i: score_R[i][replicate] for i in candidates}, grid) for replicate, candidates in enumerate(fine)]
+    return [grid.value(i) for i in best]
+
+
+def _scores(evaluation: _Evaluation, value: float, counts_RN: torch.Tensor) -> np.ndarray:
+    """(R,) the criterion at one value on each resample."""
+    return (counts_RN @ evaluation.contributions(value)).abs().sum(dim=-1).numpy() / counts_RN.shape[1]
