@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from first_trl.metrics import bin_indices, expected_calibration_error
+from .metrics import bin_indices, expected_calibration_error
 
 METHODS = ("temperature", "probability", "label_smoothing", "vocabulary_temperature", "none")
 CRITERIA = ("ece", "nll")

@@ -353,20 +353,80 @@ def _interval(estimate: float, replicates: np.ndarray) -> list[float] | None:
     return [float(low), float(high)]
 
 
-def _check_bootstrap(bootstrap: int) -> None:
-    if isinstance(bootstrap, bool) or not isinstance(bootstrap, int | np.integer) or bootstrap < 0:
-        raise ValueError(f"bootstrap is {bootstrap!r}; it must be a number of replicates, 0 for no intervals.")
-
-
 def _replicates(samples: list[_Sample], bootstrap: int, seed: int) -> list[dict[str, np.ndarray]]:
-    """{metric: (B,)} of each sample, all measured on the same resampled examples."""
+    """{metric: (B,)} of each sample, all measured on the same resampled examples; empty without replicates."""
     blocks = [
         [sample.measure(weights) for sample in samples] for weights in _resamples(samples[0].size, bootstrap, seed)
     ]
+    if not blocks:
+        return [{} for _ in samples]
     return [
         {name: np.concatenate([block[i][name] for block in blocks]) for name in blocks[0][i]}
         for i in range(len(samples))
     ]
+
+
+def _summary(sample: _Sample, replicates: dict[str, np.ndarray], num_bins: int, seed: int) -> dict:
+    """The dict that `summarize` describes."""
+    point = sample.point()
+    result = {"num_examples": sample.size}
+    for name in ("accuracy", "ece", "ece_15_bins", "ece_equal_mass", "trust_score", "nll", "brier", "auroc", "aurc"):
+        value = point.get(name, np.nan)
+        result[name] = None if np.isnan(value) else value
+    result["ece_noise_floor"] = ece_noise_floor(sample.confidence, num_bins, seed=seed)
+    log_prob = sample.label_log_prob
+    result["num_impossible_labels"] = 0 if log_prob is None else int(np.isneginf(log_prob).sum())
+    result["accuracy_at_coverage"] = {str(coverage): point[f"accuracy_at_{coverage}"] for coverage in COVERAGES}
+    result["ci"] = {}
+    for name, values in replicates.items():
+        interval = _interval(point[name], values)
+        if interval is not None:
+            lowest, highest = {"trust_score": (-1.0, 1.0), "nll": (0.0, np.inf)}.get(name, (0.0, 1.0))
+            result["ci"][name] = [max(interval[0], lowest), min(interval[1], highest)]
+    return result
+
+
+def _difference(samples: list[_Sample], replicates: list[dict[str, np.ndarray]]) -> dict[str, dict]:
+    """The dict that `paired_difference` describes."""
+    first, second = (sample.point() for sample in samples)
+    result = {}
+    for name in first:
+        if name not in second or np.isnan(first[name] - second[name]):
+            continue  # an infinite nll and an undefined auroc have no difference
+        difference, interval = first[name] - second[name], None
+        if replicates[0]:
+            interval = _interval(difference, replicates[0][name] - replicates[1][name])
+        result[name] = {"difference": difference, "interval": interval}
+    return result
+
+
+def compare(
+    arms: dict[str, dict], reference: str, num_bins: int = 10, bootstrap: int = 1000, seed: int = 0
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Summaries of all arms on one set, and the paired differences `reference` - arm of every other arm.
+
+    Args: `arms` maps a name to a dict with "confidence", "correct" and, optionally, "label_log_prob", each (n,), for
+    the same examples in the same order. Every arm is measured on the same resampled examples, which removes the
+    difficulty of the examples from the differences.
+    Returns ({arm: as `summarize`}, {arm: as `paired_difference`}).
+    """
+    if isinstance(bootstrap, bool) or not isinstance(bootstrap, int | np.integer) or bootstrap < 0:
+        raise ValueError(f"bootstrap is {bootstrap!r}; it must be a number of replicates, 0 for no intervals.")
+    samples = {
+        arm: _Sample(values["confidence"], values["correct"], values.get("label_log_prob"), num_bins)
+        for arm, values in arms.items()
+    }
+    sizes = {arm: sample.size for arm, sample in samples.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the arms have different numbers of examples, {sizes}; compare them on the same examples.")
+    replicates = dict(zip(samples, _replicates(list(samples.values()), bootstrap, seed), strict=True))
+    summaries = {arm: _summary(sample, replicates[arm], num_bins, seed) for arm, sample in samples.items()}
+    differences = {
+        arm: _difference([samples[reference], sample], [replicates[reference], replicates[arm]])
+        for arm, sample in samples.items()
+        if arm != reference
+    }
+    return summaries, differences
 
 
 def summarize(
@@ -385,26 +445,8 @@ def summarize(
     (log-probability -inf), so that the two cases can be told apart. "auroc" is None where it is undefined. The
     intervals of "ece_equal_mass" keep the sample's own bin edges.
     """
-    _check_bootstrap(bootstrap)
-    sample = _Sample(confidence, correct, label_log_prob, num_bins)
-    point = sample.point()
-    result = {"num_examples": sample.size}
-    for name in ("accuracy", "ece", "ece_15_bins", "ece_equal_mass", "trust_score", "nll", "brier", "auroc", "aurc"):
-        value = point.get(name, np.nan)
-        result[name] = None if np.isnan(value) else value
-    result["ece_noise_floor"] = ece_noise_floor(sample.confidence, num_bins, seed=seed)
-    log_prob = sample.label_log_prob
-    result["num_impossible_labels"] = 0 if log_prob is None else int(np.isneginf(log_prob).sum())
-    result["accuracy_at_coverage"] = {str(coverage): point[f"accuracy_at_{coverage}"] for coverage in COVERAGES}
-    result["ci"] = {}
-    if bootstrap:
-        replicates = _replicates([sample], bootstrap, seed)[0]
-        for name, values in replicates.items():
-            interval = _interval(point[name], values)
-            if interval is not None:
-                lowest, highest = {"trust_score": (-1.0, 1.0), "nll": (0.0, np.inf)}.get(name, (0.0, 1.0))
-                result["ci"][name] = [max(interval[0], lowest), min(interval[1], highest)]
-    return result
+    arm = {"confidence": confidence, "correct": correct, "label_log_prob": label_log_prob}
+    return compare({"arm": arm}, "arm", num_bins, bootstrap, seed)[0]["arm"]
 
 
 def paired_difference(
@@ -412,28 +454,7 @@ def paired_difference(
 ) -> dict[str, dict]:
     """`first` - `second` of every metric, for two arms that answered the same examples in the same order.
 
-    Args: two dicts with "confidence", "correct" and, optionally, "label_log_prob", each (n,). Both are resampled by
-    the same examples, which removes the difficulty of the examples from the comparison.
+    Args: as the arms of `compare`.
     Returns {metric: {"difference": float, "interval": [low, high] or None}}; an interval that contains 0 is noise.
     """
-    _check_bootstrap(bootstrap)
-    samples = [
-        _Sample(arm["confidence"], arm["correct"], arm.get("label_log_prob"), num_bins) for arm in (first, second)
-    ]
-    if samples[0].size != samples[1].size:
-        raise ValueError(
-            f"the arms have {samples[0].size} and {samples[1].size} examples; a paired difference needs the same "
-            "examples in the same order."
-        )
-    points = [sample.point() for sample in samples]
-    replicates = _replicates(samples, bootstrap, seed) if bootstrap else [{}, {}]
-    result = {}
-    for name in points[0]:
-        if name not in points[1]:
-            continue  # an infinite nll has no difference
-        difference = points[0][name] - points[1][name]
-        if np.isnan(difference):
-            continue
-        spread = replicates[0][name] - replicates[1][name] if bootstrap else np.array([])
-        result[name] = {"difference": difference, "interval": _interval(difference, spread)}
-    return result
+    return compare({"first": first, "second": second}, "first", num_bins, bootstrap, seed)[1]["second"]

@@ -339,7 +339,7 @@ def test_a_paired_difference_leaves_out_what_is_undefined_and_refuses_other_exam
     result = paired_difference(first, second, bootstrap=0)
     assert "nll" not in result and "auroc" not in result
     assert result["accuracy"] == {"difference": 0.5, "interval": None}
-    with pytest.raises(ValueError, match="2 and 1 examples"):
+    with pytest.raises(ValueError, match="different numbers of examples, {'first': 2, 'second': 1}"):
         paired_difference(first, {"confidence": [0.5], "correct": [1]})
 
 
