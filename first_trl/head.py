@@ -1,0 +1,489 @@
+"""Exact log-probabilities of a few tokens and of everything else, straight from the hidden states.
+
+A distillation step needs, for each position, the log-probability of K kept tokens and of the tail, the V - K others
+taken together. All of it follows from K+1 numbers: the K logits, and the logsumexp of the other logits,
+
+    tail_logit = log sum_{j not in S} exp(z_j)          the tail is a (K+1)-th token, and this is its logit
+    log_probs  = log_softmax([z_S, tail_logit])
+
+so the vocabulary is needed for `tail_logit` alone. It is read in tiles (some positions by some of the vocabulary)
+with the running maximum and sum of an online softmax, and no (N, V) tensor ever exists. The tail is a sum of positive
+terms, never one minus something: a tail of 1e-10 comes out as accurate as one of 0.5.
+
+The gradient needs no second look at the vocabulary. With q the softmax over the complement of S,
+
+    d tail_logit / d hidden = sum_{j not in S} q_j dz_j / d hidden
+
+is a mean of head rows, which the same online softmax accumulates while the tile is at hand. Forward and backward
+together multiply (N, D) by (D, V) twice, 4NVD flops, where recomputing the logits in the backward would cost 6NVD.
+Only a head that is itself trained sees the vocabulary again in the backward.
+
+What this module is not: it knows neither losses nor models. It takes hidden states and a weight matrix.
+
+Shapes: N positions, n positions of one chunk, D hidden size, V vocabulary, v vocabulary rows of one tile, K kept
+tokens, K1 = K+1 (last column the tail), P powers. S is the set of a position's kept tokens.
+Logits: z = logit_scale * (hidden @ weight.T + bias), then softcap * tanh(z / softcap) where there is a softcap.
+Units: nats. Everything but the multiplications is computed in float32 (float64 where hidden is float64), whatever the
+inputs' dtype.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.function import once_differentiable
+
+CHUNK_SIZE = 1024  # positions that share one pass over the vocabulary
+_TILE_ELEMENTS = 2**21  # logits at hand at one time
+_GATHER_ELEMENTS = 2**22  # elements of the head rows of S at hand at one time
+
+
+def partition_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> torch.Tensor:
+    """Log-probabilities of the kept tokens and of the tail: (N, D), (V, D), (N, K) -> (N, K+1), in float32.
+
+    Differentiable in `hidden`, `weight` and `bias`, and only where they require grad: a frozen head allocates no
+    gradient. With K = V the tail is -inf and the gradients stay finite.
+
+    The logits are multiplied in hidden's dtype (autocast's, where it is on); all else is float32, or float64 where
+    hidden is. `chunk_size` (positions) trades memory against reads of the head.
+
+    Raises ValueError where shapes do not fit, and where a token id lies outside [0, V) or repeats within its row.
+    """
+    return partition_log_probs_and_tail_max(hidden, weight, token_ids, bias, logit_scale, softcap, chunk_size)[0]
+
+
+def partition_log_probs_and_tail_max(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`partition_log_probs`, and the log-probability of the likeliest token of the tail, (N,), without gradient.
+
+    The model's prediction is a kept token where the largest of the first K columns is above the second result.
+    """
+    weight, bias = _whole(weight), _whole(bias)
+    with _gathered(weight, bias):
+        rule = _logit_rule(hidden, weight, bias, logit_scale, softcap)
+        token_ids = _checked_token_ids(token_ids, hidden, weight)
+        with_grad = torch.is_grad_enabled() and hidden.requires_grad
+        logits_NK1, tail_max_N = _PartitionLogits.apply(hidden, weight, bias, token_ids, rule, chunk_size, with_grad)
+    log_normalizer_N = logits_NK1.logsumexp(dim=-1)
+    return logits_NK1 - log_normalizer_N[:, None], tail_max_N - log_normalizer_N.detach()
+
+
+def selected_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Logits of the given tokens, (N, D), (V, D), (N, K) -> (N, K), by K dot products: no vocabulary-sized work.
+
+    Enough for whatever is normalised over S alone. Differentiable, checked and typed like `partition_log_probs`.
+    """
+    weight, bias = _whole(weight), _whole(bias)
+    with _gathered(weight, bias):
+        rule = _logit_rule(hidden, weight, bias, logit_scale, softcap)
+        token_ids = _checked_token_ids(token_ids, hidden, weight)
+        return _SelectedLogits.apply(hidden, weight, bias, token_ids, rule)
+
+
+@torch.no_grad()
+def top_k_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    k: int,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int = CHUNK_SIZE,
+    tail_powers: tuple[float, ...] = (),
+    vocab_limit: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """The k likeliest tokens of each position, and the partition that they make, without gradient.
+
+    Returns the token ids, (N, k) int64, most probable first and the lower id first among equals, so that column 0 is
+    the argmax; and the log-probabilities of these and of the tail, (N, k+1) float32. With `tail_powers`, also
+    log sum_{j not in S} t_j^beta for each beta, (N, P).
+
+    `vocab_limit` keeps ids >= vocab_limit (rows of the head beyond the tokenizer) out of S; their mass stays in the
+    tail. Raises ValueError where shapes do not fit, k tokens cannot be kept, or a power is not positive.
+    """
+    weight, bias = _whole(weight), _whole(bias)
+    with _gathered(weight, bias), _no_autocast(hidden):
+        rule = _logit_rule(hidden, weight, bias, logit_scale, softcap)
+        limit = len(weight) if vocab_limit is None else min(vocab_limit, len(weight))
+        if not 1 <= k <= limit:
+            raise ValueError(f"k={k} must be between 1 and the {limit} tokens that can be kept")
+        if any(power <= 0 for power in tail_powers):
+            raise ValueError(f"tail_powers={tail_powers} must all be positive")
+        ids_NK = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
+        log_probs_NK1 = torch.empty(len(hidden), k + 1, dtype=rule.sum_dtype, device=hidden.device)
+        powers_NP = log_probs_NK1.new_empty(len(hidden), len(tail_powers))
+        for rows in _slices(len(hidden), chunk_size):
+            ids_NK[rows], log_probs_NK1[rows], powers_NP[rows] = _top_k_chunk(
+                hidden[rows], weight, bias, rule, k, limit, tail_powers
+            )
+    return (ids_NK, log_probs_NK1, powers_NP) if tail_powers else (ids_NK, log_probs_NK1)
+
+
+@dataclass(frozen=True)
+class _LogitRule:
+    """How a product hidden @ weight.T becomes logits, and in which dtypes."""
+
+    logit_scale: float
+    softcap: float | None
+    dtype: torch.dtype  # of the factors of a multiplication
+    sum_dtype: torch.dtype  # of everything else
+
+    def tile(self, hidden_nD, weight_vD, bias_v) -> torch.Tensor:
+        """Logits (n, v) of a few positions over a part of the vocabulary."""
+        return self.finish(self.product(hidden_nD, weight_vD.T), bias_v)
+
+    def finish(self, z: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The logits that belong to the products z, in place."""
+        if bias is not None:
+            z += bias
+        if self.logit_scale != 1.0:
+            z *= self.logit_scale
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z
+
+    def slope(self, z: torch.Tensor) -> torch.Tensor | float:
+        """dz / d(hidden @ weight.T + bias) at the logits z."""
+        if self.softcap is None:
+            return self.logit_scale
+        return self.logit_scale * (1 - (z / self.softcap) ** 2)
+
+    def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a @ b in `sum_dtype`, its factors rounded to `dtype`."""
+        a, b = a.to(self.dtype), b.to(self.dtype)
+        if self.dtype != self.sum_dtype and a.is_cuda:
+            return torch.mm(a, b, out_dtype=self.sum_dtype)  # not rounded to half precision on the way out
+        return torch.mm(a, b).to(self.sum_dtype)
+
+
+class _OnlineLogSumExp:
+    """log sum_j exp(beta z_j) per position for one or more beta, over logits that arrive a tile at a time."""
+
+    def __init__(self, num_positions: int, like: torch.Tensor, dtype: torch.dtype, betas: tuple[float, ...] = (1.0,)):
+        # Finite, so that a position whose logits are all -inf so far never computes -inf - -inf
+        self.max_n = like.new_full((num_positions,), torch.finfo(dtype).min, dtype=dtype)
+        self.sums_nP = like.new_zeros((num_positions, len(betas)), dtype=dtype)
+        self.betas = betas
+
+    def fold(self, z_nv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes in a tile, and overwrites it.
+
+        Returns exp(betas[0] * (z - max)), (n, v), and the factor (n,) that earlier tiles' exponentials have shrunk by.
+        """
+        max_n = torch.maximum(self.max_n, z_nv.amax(dim=-1))
+        shift_n, self.max_n = self.max_n - max_n, max_n
+        z_nv -= max_n[:, None]
+        for i, beta in reversed(list(enumerate(self.betas))):
+            exp_nv = z_nv.exp_() if i == 0 and beta == 1 else (beta * z_nv).exp_()
+            shrink_n = (beta * shift_n).exp()
+            self.sums_nP[:, i] = self.sums_nP[:, i] * shrink_n + exp_nv.sum(dim=-1)
+        return exp_nv, shrink_n
+
+    def log_sums(self) -> torch.Tensor:
+        """(n, P), -inf where every logit was."""
+        betas_P = self.sums_nP.new_tensor(self.betas)
+        return self.max_n[:, None] * betas_P + self.sums_nP.log()
+
+
+class _PartitionLogits(torch.autograd.Function):
+    """(N, K+1): the logits of S, and the tail's. Also the largest logit of the tail, (N,), without gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, ids_NK, rule, chunk_size, with_hidden_grad):
+        with _no_autocast(hidden_ND):
+            logits_NK = _selected_logits(hidden_ND, weight_VD, bias_V, ids_NK, rule)
+            tail_N = logits_NK.new_empty(len(hidden_ND))
+            tail_max_N = torch.empty_like(tail_N)
+            tail_grad_ND = logits_NK.new_empty(hidden_ND.shape) if with_hidden_grad else None
+            for rows in _slices(len(hidden_ND), chunk_size):
+                tail_N[rows], tail_max_N[rows] = _tail_chunk(
+                    hidden_ND[rows],
+                    weight_VD,
+                    bias_V,
+                    ids_NK[rows],
+                    rule,
+                    grad_nD=None if tail_grad_ND is None else tail_grad_ND[rows],
+                )
+        ctx.rule, ctx.chunk_size = rule, chunk_size
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, ids_NK, logits_NK, tail_N, tail_grad_ND)
+        ctx.mark_non_differentiable(tail_max_N)
+        return torch.cat([logits_NK, tail_N[:, None]], dim=-1), tail_max_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NK1, _):
+        hidden_ND, weight_VD, bias_V, ids_NK, logits_NK, tail_N, tail_grad_ND = ctx.saved_tensors
+        grad_NK, grad_tail_N = grad_NK1[:, :-1], grad_NK1[:, -1]
+        grad_hidden = grad_weight = grad_bias = None
+        with _gathered(weight_VD, bias_V), _no_autocast(hidden_ND):
+            if ctx.needs_input_grad[0]:
+                grad_hidden = torch.empty_like(hidden_ND)
+                for rows in _slices(len(hidden_ND), ctx.chunk_size):
+                    of_kept_nD = _selected_hidden_grad(
+                        weight_VD, ids_NK[rows], grad_NK[rows] * ctx.rule.slope(logits_NK[rows])
+                    )
+                    grad_hidden[rows] = of_kept_nD.addcmul_(grad_tail_N[rows, None], tail_grad_ND[rows])
+            if any(ctx.needs_input_grad[1:3]):
+                grad_weight, grad_bias = _head_grads(
+                    hidden_ND, weight_VD, bias_V, ids_NK, ctx.rule, ctx.chunk_size, grad_NK1, tail_N
+                )
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+class _SelectedLogits(torch.autograd.Function):
+    """(N, K): the logits of S, by dot products."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, ids_NK, rule):
+        with _no_autocast(hidden_ND):
+            logits_NK = _selected_logits(hidden_ND, weight_VD, bias_V, ids_NK, rule)
+        ctx.rule = rule
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, ids_NK, logits_NK)
+        return logits_NK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NK):
+        hidden_ND, weight_VD, bias_V, ids_NK, logits_NK = ctx.saved_tensors
+        grad_hidden = grad_weight = grad_bias = None
+        with _gathered(weight_VD, bias_V), _no_autocast(hidden_ND):
+            grad_NK = grad_NK * ctx.rule.slope(logits_NK)
+            if ctx.needs_input_grad[0]:
+                grad_hidden = _selected_hidden_grad(weight_VD, ids_NK, grad_NK).to(hidden_ND.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight = _selected_weight_grad(hidden_ND, weight_VD, ids_NK, grad_NK)
+            if ctx.needs_input_grad[2]:
+                grad_bias = grad_NK.new_zeros(len(bias_V)).index_add_(0, ids_NK.flatten(), grad_NK.flatten())
+                grad_bias = grad_bias.to(bias_V.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _selected_logits(hidden_ND, weight_VD, bias_V, ids_NK, rule) -> torch.Tensor:
+    """Logits of S, (N, K), as dot products in `sum_dtype`."""
+    logits_NK = hidden_ND.new_empty(ids_NK.shape, dtype=rule.sum_dtype)
+    for rows, head_rows_nKD in _head_rows(weight_VD, ids_NK, rule.sum_dtype):
+        logits_NK[rows] = (head_rows_nKD @ hidden_ND[rows, :, None].to(rule.sum_dtype)).squeeze(-1)
+    return rule.finish(logits_NK, None if bias_V is None else bias_V[ids_NK])
+
+
+def _selected_hidden_grad(weight_VD, ids_NK, grad_NK) -> torch.Tensor:
+    """sum_{k in S} grad_k w_k, (N, D)."""
+    grad_ND = grad_NK.new_empty(len(ids_NK), weight_VD.shape[1])
+    for rows, head_rows_nKD in _head_rows(weight_VD, ids_NK, grad_NK.dtype):
+        grad_ND[rows] = (grad_NK[rows, None, :] @ head_rows_nKD).squeeze(1)
+    return grad_ND
+
+
+def _selected_weight_grad(hidden_ND, weight_VD, ids_NK, grad_NK) -> torch.Tensor:
+    """sum over positions of grad_k h, in the row of the head that k names: (V, D)."""
+    grad_VD = torch.zeros_like(weight_VD, dtype=grad_NK.dtype)
+    for rows in _slices(len(ids_NK), _positions_per_gather(ids_NK, hidden_ND)):
+        outer_nKD = grad_NK[rows, :, None] * hidden_ND[rows, None, :]
+        grad_VD.index_add_(0, ids_NK[rows].flatten(), outer_nKD.flatten(0, 1))
+    return grad_VD.to(weight_VD.dtype)
+
+
+def _head_rows(weight_VD, ids_NK, dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The head rows of S, (n, K, D), for a few positions at a time: (N, K, D) is never built."""
+    for rows in _slices(len(ids_NK), _positions_per_gather(ids_NK, weight_VD)):
+        yield rows, weight_VD[ids_NK[rows]].to(dtype)
+
+
+def _positions_per_gather(ids_NK, like_D) -> int:
+    return max(1, _GATHER_ELEMENTS // (ids_NK.shape[1] * like_D.shape[1]))
+
+
+def _tail_chunk(hidden_nD, weight_VD, bias_V, ids_nK, rule, grad_nD) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tail's logit and its largest logit, (n,) each, of one chunk. `grad_nD` receives d tail_logit / d hidden."""
+    tail = _OnlineLogSumExp(len(hidden_nD), hidden_nD, rule.sum_dtype)
+    if grad_nD is not None:
+        grad_nD.zero_()
+    for columns in _tiles(weight_VD, len(hidden_nD)):
+        weight_vD = weight_VD[columns]
+        z_nv = rule.tile(hidden_nD, weight_vD, None if bias_V is None else bias_V[columns])
+        slope_nv = 1.0 if grad_nD is None else rule.slope(z_nv)
+        _mask_kept(z_nv, ids_nK, columns)
+        exp_nv, shrink_n = tail.fold(z_nv)
+        if grad_nD is not None:
+            grad_nD *= shrink_n[:, None]
+            grad_nD += rule.product(exp_nv.mul_(slope_nv), weight_vD)
+    if grad_nD is not None:
+        grad_nD /= tail.sums_nP.clamp_min(1)  # at least exp(0), for the largest, unless no token is left for the tail
+    logit_n = tail.log_sums()[:, 0]
+    return logit_n, tail.max_n.masked_fill(logit_n == -math.inf, -math.inf)
+
+
+def _head_grads(hidden_ND, weight_VD, bias_V, ids_NK, rule, chunk_size, grad_NK1, tail_N):
+    """Gradients of a trained head, (V, D) and (V,) or None, from logits computed once more."""
+    grad_weight, grad_bias = torch.empty_like(weight_VD), None if bias_V is None else torch.empty_like(bias_V)
+    tail_N = tail_N.clamp_min(torch.finfo(tail_N.dtype).min)  # -inf - -inf where K = V
+    chunks = list(_slices(len(hidden_ND), chunk_size))
+    for columns in _tiles(weight_VD, min(chunk_size, len(hidden_ND))):
+        weight_vD, bias_v = weight_VD[columns], None if bias_V is None else bias_V[columns]
+        grad_weight_vD = torch.zeros_like(weight_vD, dtype=rule.sum_dtype)
+        grad_bias_v = tail_N.new_zeros(len(weight_vD))
+        for rows in chunks:
+            z_nv = rule.tile(hidden_ND[rows], weight_vD, bias_v)
+            slope_nv = rule.slope(z_nv)
+            _mask_kept(z_nv, ids_NK[rows], columns)
+            grad_nv = z_nv.sub_(tail_N[rows, None]).exp_().mul_(grad_NK1[rows, -1:])
+            local_nK, inside_nK = _columns_of(ids_NK[rows], columns)
+            grad_nv.scatter_add_(1, local_nK, grad_NK1[rows, :-1] * inside_nK)
+            grad_nv *= slope_nv
+            grad_weight_vD += rule.product(grad_nv.T, hidden_ND[rows])
+            grad_bias_v += grad_nv.sum(dim=0)
+        grad_weight[columns] = grad_weight_vD
+        if grad_bias is not None:
+            grad_bias[columns] = grad_bias_v
+    return grad_weight, grad_bias
+
+
+def _top_k_chunk(hidden_nD, weight_VD, bias_V, rule, k, limit, powers) -> tuple[torch.Tensor, ...]:
+    """(n, k) ids, (n, k+1) log-probabilities and (n, P) log power sums of one chunk, in one pass.
+
+    Whatever leaves the running top k, and whatever never entered it, goes into the tail: nothing is ever taken away.
+    """
+    tail = _OnlineLogSumExp(len(hidden_nD), hidden_nD, rule.sum_dtype, betas=(1.0, *powers))
+    best_z = hidden_nD.new_empty(len(hidden_nD), 0, dtype=rule.sum_dtype)
+    best_ids = best_z.long()
+    for columns in _tiles(weight_VD, len(hidden_nD)):
+        z_nv = rule.tile(hidden_nD, weight_VD[columns], None if bias_V is None else bias_V[columns])
+        if columns.start < limit:
+            local = _top_columns(z_nv[:, : limit - columns.start], k)
+            z = torch.cat([best_z, z_nv.gather(1, local)], dim=1)
+            ids = torch.cat([best_ids, local + columns.start], dim=1)
+            z_nv.scatter_(1, local, -math.inf)
+            # Earlier columns hold lower ids, so a stable sort puts the lower id first among equals
+            z, order = z.sort(dim=1, descending=True, stable=True)
+            best_z, best_ids = z[:, :k], ids.gather(1, order[:, :k])
+            if z.shape[1] > k:
+                tail.fold(z[:, k:].clone())
+        tail.fold(z_nv)
+    # The dot products are not rounded to half precision as a tile is, and they are what the student's side computes
+    best_ids = best_ids.sort(dim=1).values
+    best_z = _selected_logits(hidden_nD, weight_VD, bias_V, best_ids, rule)
+    best_z, order = best_z.sort(dim=1, descending=True, stable=True)
+    tail_nP = tail.log_sums()
+    logits = torch.cat([best_z, tail_nP[:, :1]], dim=1)
+    log_normalizer_n = logits.logsumexp(dim=1, keepdim=True)
+    betas_P = tail_nP.new_tensor(powers)
+    return best_ids.gather(1, order), logits - log_normalizer_n, tail_nP[:, 1:] - log_normalizer_n * betas_P
+
+
+def _top_columns(z_nv: torch.Tensor, k: int) -> torch.Tensor:
+    """Columns of the k largest values, (n, min(k, v)), in ascending order; of equal values the first columns."""
+    n, v = z_nv.shape
+    if v <= k:
+        return torch.arange(v, device=z_nv.device).expand(n, v)
+    values, columns = z_nv.topk(k + 1, dim=1)
+    # topk chooses freely among equals: where the first value left out equals the last one kept, choose again
+    tied = values[:, k] == values[:, k - 1]
+    columns = columns[:, :k].clone()
+    if tied.any():
+        columns[tied] = z_nv[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return columns.sort(dim=1).values
+
+
+def _mask_kept(z_nv: torch.Tensor, ids_nK: torch.Tensor, columns: slice) -> None:
+    """Sets the logits of S to -inf, in place."""
+    local_nK, inside_nK = _columns_of(ids_nK, columns)
+    bound_nK = torch.where(inside_nK, -math.inf, math.inf).to(z_nv.dtype)
+    z_nv.scatter_reduce_(1, local_nK, bound_nK, "amin")
+
+
+def _columns_of(ids_nK: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where in a tile the ids are, and whether they are: outside it, the place is some column of the tile."""
+    local_nK = (ids_nK - columns.start).clamp(0, columns.stop - columns.start - 1)
+    return local_nK, local_nK + columns.start == ids_nK
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _tiles(weight_VD: torch.Tensor, num_positions: int) -> Iterator[slice]:
+    """Parts of the vocabulary that fit the tile budget, two or more, so that no tile has all V columns."""
+    vocab_size = len(weight_VD)
+    return _slices(vocab_size, max(1, min(_TILE_ELEMENTS // max(num_positions, 1), math.ceil(vocab_size / 2))))
+
+
+def _logit_rule(hidden, weight, bias, logit_scale, softcap) -> _LogitRule:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} must be (N, D) and weight {tuple(weight.shape)} must be (V, D)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} must be (V,) with the V of weight {tuple(weight.shape)}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap} must be positive, or None for no soft-capping")
+    if hidden.dtype == torch.float64:
+        return _LogitRule(logit_scale, softcap, torch.float64, torch.float64)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return _LogitRule(logit_scale, softcap, dtype, torch.float32)
+
+
+def _checked_token_ids(token_ids: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if token_ids.ndim != 2 or len(token_ids) != len(hidden) or token_ids.shape[1] == 0:
+        raise ValueError(f"token_ids {tuple(token_ids.shape)} must be (N, K), K >= 1, N = {len(hidden)} as in hidden")
+    ids = token_ids.long()
+    sorted_ids = ids.sort(dim=1).values
+    outside = (ids < 0) | (ids >= len(weight))
+    repeated = sorted_ids[:, 1:] == sorted_ids[:, :-1]
+    if outside.any() or repeated.any():  # rare, so the words are worked out only then
+        if outside.any():
+            position, column = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"token id {ids[position, column].item()} (position {position}) is outside the head's vocabulary of "
+                f"{len(weight)}: teacher and student must share a tokenizer"
+            )
+        position, column = repeated.nonzero()[0].tolist()
+        raise ValueError(
+            f"token id {sorted_ids[position, column].item()} occurs twice at position {position}: its probability "
+            "would be counted twice; keep K different tokens per position"
+        )
+    return ids
+
+
+def _whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """The full tensor of an FSDP2-sharded parameter (a DTensor); anything else as it is."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def _gathered(*parameters: torch.Tensor | None) -> AbstractContextManager:
+    """Makes DeepSpeed ZeRO-3 parameters whole for as long as the context lasts."""
+    partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id") and p.numel() == 0]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned)
+
+
+def _no_autocast(tensor: torch.Tensor) -> AbstractContextManager:
+    return torch.autocast(tensor.device.type, enabled=False)
