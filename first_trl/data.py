@@ -7,6 +7,7 @@ a collator (batches are made by `first_trl.trainer`) and not a store (`first_trl
 """
 
 import hashlib
+import json
 from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -333,8 +334,10 @@ def _encode_row(row: Mapping[str, Any], index: int, task: TaskConfig, tokenizer)
 def _tokenizer_state(tokenizer) -> list:
     """What decides the tokens of a text, without the padding and truncation that earlier calls left behind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
-    digest = hashlib.sha256(state.encode())
+    state = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if backend is not None:
+        state.update(padding=None, truncation=None)
+    digest = hashlib.sha256(json.dumps(state).encode())
     return [digest.hexdigest(), tokenizer.chat_template, tokenizer.special_tokens_map, type(tokenizer).__name__]
 
 

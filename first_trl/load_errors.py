@@ -106,6 +106,8 @@ def _explain_text(text: str, split: str) -> str | None:
         return f"it has no split {split!r}. {text.partition('. ')[2]} Set `split`"
     if text.startswith("Unrecognized instruction format"):
         return f"the split {split!r} cannot be read; write a name or a slice such as train[:90%]"
+    if text.endswith("corresponds to no data!"):
+        return f"the split {split!r} has no rows; choose another one"
     if text.startswith("BuilderConfig") or "Config name is missing" in text:
         return f"{' '.join(text.split())} Set `name` to one of them"
     if "Dataset scripts are no longer supported" in text:
