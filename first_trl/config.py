@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, dataclass, field
-from string import Formatter
 
 from .field_types import Problem, Settings
+from .rendering import Piece, parse_template
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_COLUMN = re.compile(r"[^\W\d][\w -]*")
-_INDEX = re.compile(r"\[([^\[\]{}]+)\]")
 # One list for calibration and for recalibrated training: the value found is the value used.
 RECALIBRATION_METHODS = ("temperature", "probability", "label_smoothing", "none")
 
@@ -25,39 +23,12 @@ def setting(default, help: str, **limits):
     return field(default=default, metadata={"help": help, **limits})
 
 
-def template_fields(template: str) -> list[tuple[str, ...]]:
-    """The columns that a template reads: `"{choices[text][0]}"` -> `[("choices", "text", "0")]`.
-
-    A template is a Python format string cut down to what data needs: a column, and indices into it. No attributes,
-    conversions or format specifications, so that no template can reach an object behind the data.
-
-    Raises:
-        ValueError: the template does not parse, or asks for more than that.
-    """
-    found = []
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"the template does not parse ({error}); write {{{{ and }}}} for literal braces") from None
-    for _, name, spec, conversion in parts:
-        if name is None:
-            continue
-        if spec or conversion:
-            raise ValueError(f"{{{name}}} has a format or a conversion; write only the column and its indices")
-        column = name.partition("[")[0]
-        indices = name[len(column) :]
-        if not _COLUMN.fullmatch(column) or "".join(f"[{i}]" for i in _INDEX.findall(indices)) != indices:
-            raise ValueError(f"{{{name}}} is not a column; write {{column}} or {{column[index]}}")
-        found.append((column, *_INDEX.findall(indices)))
-    return found
-
-
 @dataclass
 class TaskConfig(Settings):
     """How a row of data becomes a prompt and a completion, the same in training, caching and evaluation.
 
-    With neither template, rows are conversational (`messages`, or `prompt` and `completion` messages) and go through
-    the tokenizer's chat template.
+    With neither template, rows have the columns `prompt` and `completion`, or are conversational (`messages`, or
+    messages in those two columns) and go through the tokenizer's chat template.
     """
 
     prompt: str | None = setting(None, "Template of the prompt over the columns, e.g. 'Review: {text}\\nSentiment:'.")
@@ -71,32 +42,31 @@ class TaskConfig(Settings):
         problems = []
         if (self.prompt is None) != (self.completion is None):
             given, missing = ("prompt", "completion") if self.completion is None else ("completion", "prompt")
-            remedy = f"write {missing} too, or neither for conversational rows"
+            remedy = f"write {missing} too, or neither"
             problems.append(Problem(given, getattr(self, given), f"it comes without {missing}", remedy))
         if self.prompt is not None and self.chat_template_kwargs is not None:
             remedy = "remove it, or remove prompt and completion and give conversational rows"
             what = "a prompt template does not go through the chat template"
             problems.append(Problem("chat_template_kwargs", self.chat_template_kwargs, what, remedy))
-        columns = []
+        pieces: tuple[Piece, ...] = ()
         for key in ("prompt", "completion"):
             template = getattr(self, key)
             try:
-                columns = template_fields(template or "")
+                pieces = parse_template(template or "")
             except ValueError as error:
-                what, _, remedy = str(error).partition("; ")
-                problems.append(Problem(key, template, what, remedy))
+                problems.append(Problem(key, template, str(error), "correct the template"))
         if self.completion is not None and not self.completion.strip():
             problems.append(Problem("completion", self.completion, "it is empty", "write what the model must answer"))
         if self.choices is not None:
-            problems += self._broken_choices(columns)
+            problems += self._broken_choices([piece for piece in pieces if piece.column is not None])
         return problems
 
-    def _broken_choices(self, completion_columns: list[tuple[str, ...]]) -> list[Problem]:
+    def _broken_choices(self, fields: list[Piece]) -> list[Problem]:
         if len(self.choices) < 2 or len(set(self.choices)) < len(self.choices) or not all(self.choices):
             remedy = "list at least two different answers, none of them empty"
             return [Problem("choices", self.choices, "these are not choices between answers", remedy)]
-        if self.completion is not None and len(completion_columns) != 1:
-            what = f"with choices the completion needs exactly one column, not {len(completion_columns)}"
+        if self.completion is not None and len(fields) != 1:
+            what = f"with choices the completion needs exactly one column, not {len(fields)}"
             return [Problem("completion", self.completion, what, "write e.g. ' {label}', or remove choices")]
         return []
 
@@ -105,9 +75,9 @@ class TaskConfig(Settings):
 class DatasetConfig(Settings):
     """One split: what `datasets.load_dataset` takes, the columns to rename, and how many rows to keep."""
 
-    path: str = setting(MISSING, "Hub id, local folder, or json, csv, parquet, text with data_files.")
+    path: str = setting(MISSING, "Hub id, local folder or file, or json, csv, parquet, text with data_files.")
     name: str | None = setting(None, "Configuration of the dataset, e.g. main.")
-    split: str | None = setting(None, "Split, slices allowed, e.g. train[:90%]. Default: train.")
+    split: str | None = setting(None, "Split, slices allowed, e.g. train[:90%]. Default: the role's own name.")
     revision: str | None = setting(None, "Branch, tag or commit of the dataset on the Hub.")
     data_files: str | list[str] | None = setting(None, "Files to read, relative to the current directory.")
     columns: dict | None = setting(None, "Name used in the templates -> column of the dataset.")
@@ -120,7 +90,18 @@ class DatasetConfig(Settings):
         wrong = {k: v for k, v in (self.columns or {}).items() if not (isinstance(k, str) and isinstance(v, str))}
         if wrong:
             return [Problem("columns", wrong, "it maps something other than texts", "write new_name: old_name")]
+        if len(set((self.columns or {}).values())) < len(self.columns or {}):
+            return [Problem("columns", self.columns, "two names read one column", "keep one of them")]
         return []
+
+
+@dataclass
+class Datasets:
+    """The splits of a recipe: one to learn from, one to choose on, and named ones that are only reported."""
+
+    train: DatasetConfig | None
+    validation: DatasetConfig
+    test: dict[str, DatasetConfig]
 
 
 @dataclass

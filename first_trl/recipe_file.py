@@ -50,7 +50,8 @@ class Findings:
         place, line = self._place(path)
         shown = "" if value is MISSING or not path else f" = {_shown(path, value)}"
         name = ".".join(map(str, path))
-        text = f"{place}: {name}{shown}: {problem}; {remedy}." if name else f"{place}: {problem}; {remedy}."
+        where = f"{place}: {name}{shown}" if name else place
+        text = f"{where}: {problem}; {remedy}{'' if remedy.endswith('?') else '.'}"
         if (line, text) not in self._found:
             self._found.append((line, text))
 

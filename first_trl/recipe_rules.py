@@ -1,15 +1,14 @@
-"""What a recipe must not say, beyond the type of each setting: the rules of the training sections and of the data.
+"""What the training sections of a recipe must not say, beyond the type of each setting.
 
-Pure checks over settings that already have their types; each returns problems and raises nothing. Where a rule exists
+Checks over settings that already have their types; each returns problems and raises nothing. Where a rule exists
 because of TRL or the Hub, the remedy says what to write instead.
 """
 
-import glob
 import re
 from pathlib import Path
 from typing import Any
 
-from .config import RECALIBRATION_METHODS, DatasetConfig
+from .config import RECALIBRATION_METHODS
 from .field_types import Problem
 
 _THE_TASK_DECIDES = "remove it: the task section decides what is trained on, in every stage alike"
@@ -141,17 +140,17 @@ def _broken_distillation_rules(section: dict) -> list[Problem]:
 
 def looks_local(path: str) -> bool:
     """Whether a path can only mean this machine, or does name something on it."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or _exists(path)
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or exists(path)
 
 
-def _exists(path: str) -> bool:
+def exists(path: str) -> bool:
     try:
         return Path(path).exists()
     except (OSError, ValueError):  # a name that the file system cannot hold is not on it
         return False
 
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def broken_model_path(path: str) -> list[tuple[str, str]]:
@@ -159,115 +158,13 @@ def broken_model_path(path: str) -> list[tuple[str, str]]:
     if path.startswith("~"):
         return [("~ is not expanded in recipes", "write ${HOME} instead of ~")]
     if looks_local(path):
-        if not _exists(path):
+        if not exists(path):
             return [
                 ("there is no such folder", "give an existing folder; it was looked up from the current directory")
             ]
         if not Path(path).is_dir():
             return [("it is a file", "give the folder that holds the model")]
         return []
-    if not _HUB_NAME.fullmatch(path):
+    if not HUB_NAME.fullmatch(path):
         return [("it is neither a folder nor the id of a model on the Hub", "write owner/name or a path")]
     return []
-
-
-_FILE_READERS = ("json", "csv", "parquet", "text", "arrow")
-
-
-def broken_dataset_rules(dataset: DatasetConfig) -> list[Problem]:
-    """What is wrong with where a split comes from: a missing file, a file given as a folder."""
-    path, files = dataset.path, data_files(dataset)
-    if path in _FILE_READERS:
-        if not files:
-            what, remedy = f"path: {path} reads files, and none is given", "write data_files: path/to/the/file"
-            return [Problem("data_files", None, what, remedy)]
-        return [problem for file in files for problem in _broken_data_file(file, None)]
-    suffix = Path(path).suffix.lstrip(".")
-    reader = "json" if suffix in ("jsonl", "json") else suffix
-    if reader in _FILE_READERS and not Path(path).is_dir():
-        return [Problem("path", path, "it is a file", f"write path: {reader} and data_files: {path}")]
-    if path.startswith("~"):
-        return [Problem("path", path, "~ is not expanded in recipes", "write ${HOME} instead of ~")]
-    if looks_local(path):
-        if not Path(path).is_dir():
-            return [Problem("path", path, "there is no such folder", "give an existing folder, or a Hub id")]
-        return [problem for file in files for problem in _broken_data_file(file, Path(path))]
-    if not _HUB_NAME.fullmatch(path):
-        remedy = "write owner/name, a folder, or json with data_files"
-        return [Problem("path", path, "it is neither a folder nor the id of a dataset on the Hub", remedy)]
-    return []
-
-
-def data_files(dataset: DatasetConfig) -> list[str]:
-    """`data_files` as a list, whatever way it was written."""
-    files = dataset.data_files
-    return [] if files is None else [files] if isinstance(files, str) else list(files)
-
-
-def _broken_data_file(file: str, folder: Path | None) -> list[Problem]:
-    if "://" in file:
-        return []
-    if file.startswith("~"):
-        return [Problem("data_files", file, "~ is not expanded in recipes", "write ${HOME} instead of ~")]
-    if not _local_files(file, folder):
-        where = f"in {folder}" if folder else "from the current directory"
-        remedy = f"give an existing file; it was looked up {where}"
-        return [Problem("data_files", file, "there is no such file", remedy)]
-    return []
-
-
-def _local_files(file: str, folder: Path | None = None) -> set[str]:
-    """Real paths of the files that a name or a pattern stands for."""
-    pattern = str(folder / file) if folder else file
-    found = glob.glob(pattern, recursive=True) if glob.has_magic(pattern) else [pattern] * _exists(pattern)
-    return {str(Path(name).resolve()) for name in found if Path(name).is_file()}
-
-
-def share_rows(first: DatasetConfig, second: DatasetConfig) -> bool:
-    """Whether two splits read the same rows, as far as their settings tell (`max_rows` is not looked at)."""
-    if not _splits_overlap(first.split or "train", second.split or "train"):
-        return False
-    files = [_file_identities(dataset) for dataset in (first, second)]
-    if all(files):
-        return bool(files[0] & files[1])
-    return not any(files) and _identity(first) == _identity(second)
-
-
-def _identity(dataset: DatasetConfig) -> tuple:
-    path = str(Path(dataset.path).resolve()) if looks_local(dataset.path) else dataset.path
-    return path, dataset.name, dataset.revision or "main"
-
-
-def _file_identities(dataset: DatasetConfig) -> set:
-    if dataset.path in _FILE_READERS:
-        return {name for file in data_files(dataset) for name in (_local_files(file) or {file})}
-    folder = Path(dataset.path) if looks_local(dataset.path) else None
-    if folder:
-        return {name for file in data_files(dataset) for name in _local_files(file, folder)}
-    return {(*_identity(dataset), file) for file in data_files(dataset)}
-
-
-_SLICE = re.compile(r"([^\[\]]+)(?:\[(\d*)(%?):(\d*)(%?)\])?")
-
-
-def _splits_overlap(first: str, second: str) -> bool:
-    return any(_parts_overlap(a.strip(), b.strip()) for a in first.split("+") for b in second.split("+"))
-
-
-def _parts_overlap(first: str, second: str) -> bool:
-    """Whether `train[:90%]` and `train[80%:]` share rows. Slices that cannot be compared count as apart."""
-    matches = [_SLICE.fullmatch(part) for part in (first, second)]
-    if not all(matches):
-        return first == second
-    (name, *slice_1), (other, *slice_2) = (match.groups() for match in matches)
-    if name != other:
-        return False
-    if slice_1[0] is None or slice_2[0] is None:
-        return True
-    units = {bool(start_unit or stop_unit) for _, start_unit, _, stop_unit in (slice_1, slice_2)}
-    if len(units) > 1:
-        return False
-    (start_1, stop_1), (start_2, stop_2) = (
-        (int(start or 0), int(stop) if stop else float("inf")) for start, _, stop, _ in (slice_1, slice_2)
-    )
-    return start_1 < stop_2 and start_2 < stop_1
