@@ -15,8 +15,8 @@ import yaml
 
 from .config import CacheConfig, CalibrateConfig, DatasetConfig, Datasets, EvaluateConfig, PushConfig, TaskConfig
 from .field_types import union_members
-from .recipe_file import MISSING, Findings, RecipeError, read_override, read_recipe_file
-from .recipe_keys import SETTINGS, TOP, TRAINING, first_only_keys, known_keys, nearest, training_fields
+from .recipe_file import Findings, RecipeError, read_override, read_recipe_file
+from .recipe_keys import SETTINGS, TOP, TRAINING, first_only_keys, known_keys, training_fields, where_else
 from .recipe_sections import check_recipe, refuse_secrets
 
 __all__ = ["STAGES", "Recipe", "RecipeError", "load_recipe"]
@@ -130,7 +130,7 @@ def _split_overrides(words: Sequence[str], findings: Findings) -> list[tuple[str
         elif pairs:
             pairs[-1][1].append(word)
         else:
-            findings.add((), MISSING, f"the argument {word!r} belongs to no setting", "write --key value")
+            findings.add_override(f"the argument {word!r} belongs to no setting", "write --key value")
     return [(key, "true" if not values else values[0] if len(values) == 1 else values) for key, values in pairs]
 
 
@@ -169,10 +169,9 @@ def _override_path(key: str, stage: str | None, findings: Findings) -> tuple | N
         return (owners[0], key)
     if owners:
         candidates = " or ".join(f"--{owner}.{key}" for owner in owners)
-        findings.add((), MISSING, f"--{key} is a setting of several sections", f"write {candidates}")
+        findings.add_override(f"--{key} is a setting of several sections", f"write {candidates}")
     else:
-        everything = sorted(set(TOP).union(*known_keys().values()))
-        findings.add((), MISSING, f"--{key} is unknown", nearest(key, everything, "write --section.key value"))
+        findings.add_override(f"--{key} is unknown", where_else(key, [*TOP]))
     return None
 
 

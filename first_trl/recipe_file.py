@@ -69,6 +69,10 @@ class Findings:
         """Record a problem of the text itself."""
         self._found.append((line, f"line {line}: {problem}; {remedy}."))
 
+    def add_override(self, problem: str, remedy: str) -> None:
+        """Record a problem of the command line that has no place in the recipe."""
+        self._found.append((0, f"command line: {problem}; {remedy}{'' if remedy.endswith('?') else '.'}"))
+
     def raise_if_any(self) -> None:
         """Raise the [`RecipeError`] of everything recorded, in the order of the file."""
         if self._found:

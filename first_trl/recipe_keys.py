@@ -63,10 +63,10 @@ def where_else(key: str, known: list[str]) -> str:
         return "it belongs in " + " or ".join(f"{owner}.{alias}" for owner in owners)
     if alias in TOP:
         return f"it belongs at the top of the recipe, as {alias}"
-    return nearest(key, known, "remove it")
+    return nearest(key, known) or nearest(key, sorted(set().union(*known_keys().values()))) or "remove it"
 
 
-def nearest(key: str, known: list[str], otherwise: str) -> str:
-    """The remedy for a misspelt key: the known one that looks most like it."""
+def nearest(key: str, known: list[str]) -> str | None:
+    """The remedy for a misspelt key: the known one that looks most like it, if one does."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else otherwise
+    return f"did you mean {close[0]}?" if close else None
