@@ -1,0 +1,119 @@
+"""The command line: `first-trl run RECIPE`, or one stage at a time.
+
+    first-trl demo                      the whole method on a generated task, in minutes on a CPU
+    first-trl run RECIPE                every stage in order; finished ones are skipped
+    first-trl STAGE RECIPE              one of sft, cache, calibrate, distill, evaluate, push
+
+Each stage is its own process under `accelerate launch`, so memory is given back between stages and the same recipe runs
+under any accelerate configuration. This module starts processes and imports nothing heavy.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .pipeline import STAGES, is_current, say, works_of
+
+SINGLE_PROCESS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    if argv and argv[0] in STAGES:
+        config_file, rest = _take_option(argv[1:], "--config_file")
+        return launch(argv[0], rest, config_file)
+    options, overrides = parser.parse_known_args(argv)
+    if options.command == "demo":
+        from .demo import prepare_demo
+
+        recipe = prepare_demo(Path(options.output_dir))
+        return run_pipeline(str(recipe), None, None, overrides)
+    if options.command == "run":
+        return run_pipeline(options.recipe, options.config_file, options.stages, overrides)
+    parser.print_help()
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="first-trl", description=__doc__.split("\n\n")[0], epilog=f"Stages: {', '.join(STAGES)}.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    run = commands.add_parser("run", help="all stages of a recipe, in order", allow_abbrev=False)
+    run.add_argument("recipe", help="the experiment's YAML file")
+    run.add_argument("--config_file", help="an accelerate configuration, such as configs/multi_gpu.yaml")
+    run.add_argument("--stages", help="only these, such as calibrate,distill,evaluate")
+    demo = commands.add_parser("demo", help="the whole method on a generated task, on a CPU", allow_abbrev=False)
+    demo.add_argument("--output_dir", default="runs", help="where the run folder goes (default: runs)")
+    for stage in STAGES:
+        commands.add_parser(stage, help=f"the stage {stage}: `first-trl {stage} RECIPE --help`", add_help=False)
+    return parser
+
+
+def _take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    """Take `name VALUE` or `name=VALUE` out of an argument list."""
+    for i, argument in enumerate(argv):
+        if argument == name and i + 1 < len(argv):
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+        if argument.startswith(f"{name}="):
+            return argument.split("=", 1)[1], argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def launch(stage: str, arguments: list[str], config_file: str | None) -> int:
+    """Run one stage under `accelerate launch`; one process unless a configuration says otherwise."""
+    launcher = [f"--config_file={config_file}"] if config_file else list(SINGLE_PROCESS)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", f"first_trl.stages.{stage}"]
+    return subprocess.run([*command, *arguments], env=_environment()).returncode
+
+
+def _environment() -> dict[str, str]:
+    """Quieter third parties, and a Python path that finds this package from any folder."""
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
+    return {**quiet, **os.environ}
+
+
+def run_pipeline(recipe_path: str, config_file: str | None, stages: str | None, overrides: list[str]) -> int:
+    """Every stage of a recipe in order, each in its own process, skipping what is current."""
+    from .recipe import RecipeError, load_recipe
+
+    try:
+        recipe = load_recipe(recipe_path, overrides)
+    except RecipeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    wanted = stages.split(",") if stages else [stage for stage in STAGES if stage != "push"]
+    unknown = [stage for stage in wanted if stage not in STAGES]
+    if unknown:
+        print(f"Unknown stage {unknown[0]!r} in --stages; choose from {', '.join(STAGES)}.", file=sys.stderr)
+        return 2
+    started = time.monotonic()
+    for stage in (stage for stage in STAGES if stage in wanted):
+        for work in works_of(recipe, stage) or [stage] * (stage == "push"):
+            if work != "push" and is_current(recipe, work):
+                say(f"{work}: up to date, nothing to do")
+                continue
+            arm = ["--arm", work.removeprefix("distill.")] if stage == "distill" else []
+            status = launch(stage, [recipe_path, *arm, *overrides], config_file)
+            if status != 0:
+                say(f"{work} failed (exit status {status}); run the same command again to continue from here")
+                return status
+    _print_result(recipe, time.monotonic() - started)
+    return 0
+
+
+def _print_result(recipe, seconds: float) -> None:
+    report = recipe.run_folder / "report"
+    for name in ("table.md", "summary.md"):
+        if (report / name).is_file():
+            print((report / name).read_text(encoding="utf-8"))
+    say(f"done in {seconds:.0f} s; the report is {report / 'index.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

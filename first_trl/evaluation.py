@@ -1,0 +1,95 @@
+"""What each arm answers on each set, and what that makes once a recalibration is laid over it.
+
+An arm's answers to a set are kept as a file, one line per example: the K most probable tokens with their
+log-probabilities and the tail, which of them is the label, and the log-probabilities of the declared choices. Every
+measurement is made from those files, so a report can be redrawn without a model.
+
+Shapes: N examples, K kept tokens, C choices.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from .calibration import recalibrate
+from .config import TaskConfig
+from .data import choice_token_ids, encode_example
+from .scoring import answer_scores
+
+
+def answer_set(model, dataset: Dataset, task: TaskConfig, tokenizer, *, top_k: int, tokens_per_batch: int) -> Dataset:
+    """A model's answers to a labelled set: one row per example, in order, with the columns named above."""
+    examples = [encode_example(task, tokenizer, row) for row in dataset]
+    prompts = [example["input_ids"][: example["num_prompt_tokens"]] for example in examples]
+    label_ids = [example["input_ids"][example["num_prompt_tokens"]] for example in examples]
+    choices = None
+    if task.choices:
+        choices = [ids[0] for ids in choice_token_ids(task, tokenizer, dataset[0])]
+    scores = answer_scores(
+        model,
+        prompts,
+        label_ids,
+        choices,
+        top_k=min(top_k, len(tokenizer) - 1),
+        tokens_per_batch=tokens_per_batch,
+        vocab_limit=len(tokenizer),
+    )
+    columns = {name: list(values) for name, values in scores.items()} | {"label_id": label_ids}
+    if choices is not None:
+        columns["choice_ids"] = [choices] * len(prompts)
+    return Dataset.from_dict(columns)
+
+
+def read_answers(path: str | Path) -> dict[str, np.ndarray]:
+    """An answers file as arrays: `log_probs` (N, K+1), `token_ids` (N, K), `target` (N,), `label_log_prob` (N,), ..."""
+    with Dataset.from_parquet(str(path)).formatted_as("numpy") as dataset:
+        return {name: np.stack(dataset[name][:]) for name in dataset.column_names}
+
+
+def recalibrated_answers(answers: dict[str, np.ndarray], method: str, value: float | None) -> dict[str, np.ndarray]:
+    """The same answers after a recalibration: tokens in the row take their new value, others move with the tail."""
+    rows = torch.from_numpy(answers["log_probs"].astype(np.float32))
+    mended = recalibrate(rows, method, value).numpy()
+
+    def moved(ids: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
+        is_token = answers["token_ids"][:, None, :] == ids[:, :, None]  # (N, C, K)
+        in_row = np.take_along_axis(mended[:, None, :-1].repeat(ids.shape[1], 1), is_token.argmax(-1)[..., None], -1)
+        with np.errstate(invalid="ignore"):  # -inf - -inf where neither tail has any mass
+            outside = log_probs + (mended[:, -1:] - answers["log_probs"][:, -1:])
+        return np.where(is_token.any(-1), in_row[..., 0], outside)
+
+    result = answers | {"log_probs": mended}
+    result["label_log_prob"] = moved(answers["label_id"][:, None], answers["label_log_prob"][:, None])[:, 0]
+    if "choice_log_probs" in answers:
+        result["choice_log_probs"] = moved(answers["choice_ids"], answers["choice_log_probs"])
+    return result
+
+
+def predictions(answers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Confidence and correctness of each answer, under the whole vocabulary and restricted to the choices.
+
+    Returns:
+        `confidence`, `correct`, `label_log_prob` (N,) for the most probable token; with declared choices also
+        `choice_confidence`, `choice_correct` (N,) for the most probable choice, normalised over the choices.
+    """
+    rows = answers["log_probs"][:, :-1]
+    result = {
+        "confidence": np.exp(rows.max(axis=1)).clip(0, 1),
+        "correct": answers["target"] == rows.argmax(axis=1),
+        "label_log_prob": answers["label_log_prob"],
+    }
+    if "choice_log_probs" in answers:
+        shifted = answers["choice_log_probs"] - answers["choice_log_probs"].max(axis=1, keepdims=True)
+        shares = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+        chosen = shares.argmax(axis=1)
+        result["choice_confidence"] = shares.max(axis=1)
+        result["choice_correct"] = answers["choice_ids"][np.arange(len(chosen)), chosen] == answers["label_id"]
+    return result
+
+
+def test_task(task: TaskConfig, overrides: dict | None) -> TaskConfig:
+    """The task of a test set: the recipe's, with the set's own templates and choices where it has them."""
+    return dataclasses.replace(task, **(overrides or {}))

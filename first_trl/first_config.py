@@ -1,0 +1,98 @@
+"""FIRSTConfig: the settings of a distillation run, on top of TRL's SFTConfig.
+
+Everything that SFTConfig knows keeps its meaning. The fields below are the method's own (design of the loss: the
+paper's sections 3.2 and 3.3; the K+1 partition: `first_trl.losses`).
+"""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+TAILS = ("bucket", "renormalize")
+
+
+@dataclass
+class FIRSTConfig(SFTConfig):
+    """Settings of [`FIRSTTrainer`]: those of `trl.SFTConfig` and these.
+
+    Args:
+        divergence: `forward_kl` (the paper's), `reverse_kl` or `jsd` between the teacher's and the student's rows.
+        tail: `bucket` keeps the mass outside the K tokens as one more outcome, a true KL divergence; `renormalize`
+            reproduces the authors' code, which ignores it.
+        ce_weight: weight w in [0, 1] of cross-entropy on the label: loss = (1 - w) * divergence + w * cross-entropy.
+        mass_fraction: fraction of the positions at which the mass term of the bucket loss is evaluated, rescaled so
+            that the loss stays unbiased. 1.0 is exact.
+        recalibration_method: how the teacher's rows are recalibrated before the loss sees them; `none` is plain
+            distillation.
+        recalibration_value: the value found by `first_trl.calibration.search`; required by every method but `none`.
+        max_length: tokens in a packed row; only used with `packing`. The cache is already truncated.
+
+    Raises:
+        ValueError: a value out of range, or a setting of SFTConfig that this trainer cannot honour.
+    """
+
+    divergence: str = field(
+        default="forward_kl",
+        metadata={"help": "Divergence between teacher and student rows: forward_kl, reverse_kl or jsd."},
+    )
+    tail: str = field(
+        default="bucket",
+        metadata={"help": "What happens to the mass outside the K tokens: bucket (exact) or renormalize (ignored)."},
+    )
+    ce_weight: float = field(
+        default=0.0, metadata={"help": "Weight in [0, 1] of cross-entropy on the label, mixed into the loss."}
+    )
+    mass_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Fraction in (0, 1] of positions that pay for the vocabulary-sized part of the loss."},
+    )
+    recalibration_method: str = field(
+        default="none", metadata={"help": "Recalibration of the teacher's rows; `none` is plain distillation."}
+    )
+    recalibration_value: float | None = field(
+        default=None, metadata={"help": "Value of the recalibration, as found on the validation cache."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens in a packed row, with packing only; defaults to the cache's own max_length."},
+    )
+
+    def __post_init__(self):
+        # The cache is complete before TRL sees it: tokenised, truncated, labelled.
+        self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        super().__post_init__()
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence is {self.divergence!r}; choose one of {', '.join(DIVERGENCES)}.")
+        if self.tail not in TAILS:
+            raise ValueError(f"tail is {self.tail!r}; choose one of {', '.join(TAILS)}.")
+        if not 0 <= self.ce_weight <= 1:
+            raise ValueError(f"ce_weight is {self.ce_weight}; it must lie in [0, 1].")
+        if not 0 < self.mass_fraction <= 1:
+            raise ValueError(f"mass_fraction is {self.mass_fraction}; it must lie in (0, 1], 1.0 being exact.")
+        if self.mass_fraction < 1 and (self.tail, self.divergence) != ("bucket", "forward_kl"):
+            raise ValueError(
+                f"mass_fraction {self.mass_fraction} needs tail='bucket' and divergence='forward_kl' (got "
+                f"{self.tail!r} and {self.divergence!r}): only that loss splits into a mass and a conditional part."
+            )
+        if self.recalibration_method != "none" and self.recalibration_value is None:
+            raise ValueError(
+                f"recalibration_method is {self.recalibration_method!r} but recalibration_value is missing; take the "
+                "value from calibration.json, or from first_trl.calibration.search on a validation cache."
+            )
+        self._refuse_what_this_trainer_cannot_honour()
+
+    def _refuse_what_this_trainer_cannot_honour(self):
+        for name, allowed, remedy in (
+            ("label_smoothing_factor", 0.0, "use recalibration_method='label_smoothing', which smooths the teacher"),
+            ("use_liger_kernel", False, "remove it: the loss here never builds the logits that it would save"),
+            ("loss_type", "nll", "remove it: the loss is chosen by `divergence` and `tail`"),
+            ("assistant_only_loss", False, "remove it: the cache decides which tokens are supervised"),
+        ):
+            if getattr(self, name) != allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect in FIRSTTrainer; {remedy}.")
+        if self.packing and self.packing_strategy == "wrapped":
+            raise ValueError(
+                "packing_strategy='wrapped' makes a document's first token a target of the previous document, for "
+                "which no teacher exists; use 'bfd'."
+            )

@@ -1,0 +1,182 @@
+"""The pipeline, written once: which work a recipe asks for, what each piece is made from, and how one is run.
+
+A stage is a command; a piece of work is what it makes: one per stage, and one per arm for `distill`. `inputs_of` says
+what a piece is made from, `run_work` makes it if that has changed. Nothing here trains or scores anything.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .recipe import Recipe, load_recipe
+from .run_folder import RunFolder, path_fingerprint
+
+STAGES = ("sft", "cache", "calibrate", "distill", "evaluate", "push")
+METHODS_WITHOUT_VALUE = ("none",)
+
+
+def parse_stage(stage: str, argv: list[str] | None = None) -> tuple[Recipe, argparse.Namespace]:
+    """The recipe and the options of `python -m first_trl.stages.STAGE RECIPE [--key value ...]`."""
+    parser = argparse.ArgumentParser(
+        prog=f"first-trl {stage}",
+        allow_abbrev=False,
+        epilog="Any setting of the recipe can be overridden: --key value for this stage's own, --section.key value.",
+    )
+    parser.add_argument("recipe", help="the experiment's YAML file")
+    if stage == "distill":
+        parser.add_argument("--arm", help="train this arm only")
+    if stage == "push":
+        parser.add_argument("--dry_run", action="store_true", help="write the folder to upload, and upload nothing")
+    options, overrides = parser.parse_known_args(argv)
+    recipe = load_recipe(options.recipe, overrides, stage=stage)
+    if getattr(options, "arm", None) and options.arm not in recipe.arms:
+        parser.error(f"unknown arm {options.arm!r}; the recipe has {', '.join(recipe.arms)}")
+    return recipe, options
+
+
+def works_of(recipe: Recipe, stage: str) -> list[str]:
+    """The pieces of work of a stage, in order; `push` leaves nothing behind and is not among them."""
+    if stage == "distill":
+        return [f"distill.{arm}" for arm in recipe.arms]
+    if stage == "sft" and recipe.cache.teacher is not None:
+        return []  # the teacher is given
+    return [stage] if stage != "push" else []
+
+
+def recalibration_of(recipe: Recipe, arm: str) -> tuple[str, float | None]:
+    """(method, value) of an arm; value None means the one that `calibrate` finds."""
+    section = recipe.arm_section(arm)
+    if recipe.arm_trainer(arm) == "sft":
+        return "none", None
+    return section.get("recalibration_method", recipe.calibrate.method), section.get("recalibration_value")
+
+
+def needs_calibration(recipe: Recipe, arm: str) -> bool:
+    """Whether an arm reads `calibration.json`."""
+    method, value = recalibration_of(recipe, arm)
+    return method not in METHODS_WITHOUT_VALUE and value is None
+
+
+def calibration_methods(recipe: Recipe) -> list[str]:
+    """The families that `calibrate` fits: the recipe's own, and those that an arm asks for."""
+    wanted = [recipe.calibrate.method]
+    wanted += [recalibration_of(recipe, arm)[0] for arm in recipe.arms if needs_calibration(recipe, arm)]
+    return list(dict.fromkeys(wanted))
+
+
+def teacher_path(recipe: Recipe) -> str:
+    """The teacher's model id or folder: the one given, or the one that `sft` makes."""
+    return recipe.cache.teacher or str(recipe.run_folder / "teacher")
+
+
+def _local(path) -> str | None:
+    """A fingerprint of a path on this machine; None for a Hub id, which its revision identifies."""
+    return path_fingerprint(path) if path and Path(path).exists() else None
+
+
+def _dataset(config) -> dict:
+    files = config.data_files or []
+    files = [files] if isinstance(files, str) else files
+    return {"config": vars(config), "files": [_local(file) for file in files] or _local(config.path)}
+
+
+def inputs_of(recipe: Recipe, work: str) -> dict:
+    """Everything that a piece of work is made from, as plain data; equal inputs mean that it need not be redone."""
+    run = RunFolder(recipe.run_folder)
+    data = recipe.datasets
+    if work == "sft":
+        return {
+            "task": vars(recipe.task),
+            "train": _dataset(data.train),
+            "validation": _dataset(data.validation),
+            "settings": recipe.sft,
+            "seed": recipe.seed,
+            "base": _local(recipe.sft["model_name_or_path"]),
+        }
+    if work == "cache":
+        given = recipe.cache.teacher
+        return {
+            "task": vars(recipe.task),
+            "train": _dataset(data.train),
+            "validation": _dataset(data.validation),
+            "settings": vars(recipe.cache),
+            "teacher": _local(given) if given else run.identity("sft"),
+        }
+    if work == "calibrate":
+        settings = {**vars(recipe.calibrate), "methods": calibration_methods(recipe)}
+        return {"settings": settings, "cache": run.identity("cache")}
+    if work == "evaluate":
+        return {
+            "task": vars(recipe.task),
+            "validation": _dataset(data.validation),
+            "test": {name: _dataset(config) for name, config in data.test.items()},
+            "settings": vars(recipe.evaluate),
+            "made": {name: run.identity(name) for name in ("sft", "calibrate", *works_of(recipe, "distill"))},
+        }
+    arm = work.removeprefix("distill.")
+    return {
+        "settings": recipe.arm_section(arm),
+        "trainer": recipe.arm_trainer(arm),
+        "recalibration": recalibration_of(recipe, arm),
+        "seed": recipe.seed,
+        "base": _local(recipe.arm_section(arm)["model_name_or_path"]),
+        "cache": run.identity("cache"),
+        "calibration": run.identity("calibrate") if needs_calibration(recipe, arm) else None,
+    }
+
+
+def is_current(recipe: Recipe, work: str) -> bool:
+    """Whether a piece of work is finished and what it was made from has not changed."""
+    return RunFolder(recipe.run_folder).is_current(work, inputs_of(recipe, work))
+
+
+def require(recipe: Recipe, *works: str) -> None:
+    """Check that earlier pieces of work are there.
+
+    Raises:
+        FileNotFoundError: one is missing; the message names the command that makes it.
+    """
+    for work in works:
+        if work in works_of(recipe, work.split(".")[0]) and RunFolder(recipe.run_folder).identity(work) is None:
+            raise FileNotFoundError(
+                f"{recipe.run_folder} has no finished '{work}' yet. Run `first-trl {work.split('.')[0]} RECIPE` first, "
+                "or `first-trl run RECIPE` for everything."
+            )
+
+
+def run_work(recipe: Recipe, work: str, make: Callable[[bool], list[str]]) -> None:
+    """Make a piece of work unless it is current, and record it.
+
+    Args:
+        make: makes it on every process of the job, given whether this continues an interrupted attempt; returns the
+            paths that it wrote, relative to the run folder.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState()
+    run, inputs = RunFolder(recipe.run_folder), inputs_of(recipe, work)
+    decision = [None]
+    if state.is_main_process:
+        decision = ["current" if run.is_current(work, inputs) else run.start(work, inputs)]
+        recipe.write_resolved(recipe.run_folder / "recipe.resolved.yaml")
+    continues = broadcast_object_list(decision)[0]
+    if continues == "current":
+        say(f"{work}: up to date, nothing to do")
+        return
+    started = time.monotonic()
+    outputs = make(continues)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        run.finish(work, inputs, outputs, time.monotonic() - started)
+    written = ", ".join(str(recipe.run_folder / name) for name in outputs)
+    say(f"{work}: wrote {written} in {time.monotonic() - started:.0f} s")
+
+
+def say(line: str) -> None:
+    """One line for the user, from the main process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"[first-trl] {line}", file=sys.stderr, flush=True)

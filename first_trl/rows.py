@@ -1,0 +1,78 @@
+"""From the columns of a cache to the arrays that calibration and its search read.
+
+A row is one supervised position: K log-probabilities, the tail's, and which of the K+1 holds the label. The two ways of
+choosing positions are the recipe's `calibrate.positions`: `answer`, the first completion token of each example, and
+`all`, every supervised token but the end of sequence, which is forced and would fill the most confident bin.
+
+Shapes: E examples, T tokens, N supervised positions, K kept tokens.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+POSITIONS = ("answer", "all")
+
+
+class Rows(NamedTuple):
+    """Rows of a cache: `log_probs` (N, K+1) float32 nats with the tail last, `target` (N,) int64 in 0..K."""
+
+    log_probs: np.ndarray
+    target: np.ndarray
+
+    def summary(self) -> dict[str, float]:
+        """Accuracy of the first token, and its mean probability: the two numbers whose gap is the miscalibration."""
+        confidence = np.exp(self.log_probs[:, :-1]).max(axis=1)
+        return {
+            "num_positions": len(self.target),
+            "accuracy": float((self.target == self.log_probs[:, :-1].argmax(axis=1)).mean()),
+            "confidence": float(confidence.mean()),
+        }
+
+
+def calibration_rows(dataset, positions: str = "answer", eos_token_id: int | None = None) -> Rows:
+    """The rows of a cache that a calibration looks at.
+
+    Args:
+        dataset: `datasets.Dataset` with the cache's columns.
+        positions: `answer` or `all`.
+        eos_token_id: the label that `all` leaves out; None keeps every position.
+
+    Raises:
+        ValueError: an unknown `positions`, or nothing left to look at.
+    """
+    if positions not in POSITIONS:
+        raise ValueError(f"positions is {positions!r}; choose one of {', '.join(POSITIONS)}.")
+    table = dataset.with_format("arrow")[:]
+    labels = table["labels"].combine_chunks()
+    starts = np.asarray(labels.offsets)[:-1] - int(labels.offsets[0].as_py())
+    labels_T = labels.flatten().to_numpy()
+    supervised_T = labels_T != -100
+    supervised_T[starts] = False  # a document's first token is nobody's target
+    document_T = np.repeat(np.arange(len(starts)), np.asarray(pa.compute.list_value_length(labels)))
+    target_ids_N, document_N = labels_T[supervised_T], document_T[supervised_T]
+    ids_NK = _flat(table["teacher_ids"])
+    log_probs_NK1 = np.column_stack([_flat(table["teacher_log_probs"]), _flat(table["teacher_tail_log_prob"])])
+    assert len(ids_NK) == len(target_ids_N), "teacher rows and supervised positions differ"
+    if positions == "answer":
+        kept_N = np.diff(document_N, prepend=-1) != 0
+    else:
+        kept_N = target_ids_N != (-1 if eos_token_id is None else eos_token_id)
+    if not kept_N.any():
+        raise ValueError(f"No supervised position is left under positions={positions!r}; the split is empty of answers.")
+    is_label_NK = ids_NK[kept_N] == target_ids_N[kept_N, None]
+    target_N = np.where(is_label_NK.any(axis=1), is_label_NK.argmax(axis=1), ids_NK.shape[1])
+    return Rows(log_probs_NK1[kept_N], target_N.astype(np.int64))
+
+
+def _flat(column: pa.ChunkedArray) -> np.ndarray:
+    """(N,) or (N, K) float32/int64 values of a list column, examples one after the other."""
+    values = column.combine_chunks().flatten()
+    width = None
+    if pa.types.is_fixed_size_list(values.type) or pa.types.is_list(values.type):
+        num_rows, values = len(values), values.flatten()
+        width = len(values) // max(num_rows, 1)
+    array = values.to_numpy(zero_copy_only=False)
+    array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+    return array if width is None else array.reshape(-1, width)

@@ -1,0 +1,196 @@
+"""Run a model over token rows and read its head at chosen positions: the teacher's rows, and everyone's answers.
+
+One way of running serves the cache and the evaluation, so a teacher is cached by the same code that scores it. Batches
+are cut by a token budget from examples sorted by length; the head is applied only where something is read, in chunks.
+
+Shapes: N positions, D hidden, V vocabulary, K kept tokens, C choices.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .head import selected_logits, top_k_log_probs
+from .modeling import IGNORED, backbone_hidden_states, language_model_head
+
+
+def load_model(
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    quantization_config=None,
+    attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> torch.nn.Module:
+    """A causal language model in evaluation mode: a Hub id, a model folder, or an adapter folder with its base.
+
+    Args:
+        path: model id or folder; a folder with `adapter_config.json` is loaded on the base that it names.
+        dtype: `float32`, `bfloat16`, ... of the weights that are not quantised.
+        quantization_config: `transformers.BitsAndBytesConfig` for a 4-bit base, or None.
+    """
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    is_adapter = (Path(path) / "adapter_config.json").is_file()
+    auto_class = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
+    model = auto_class.from_pretrained(
+        path,
+        revision=revision,
+        dtype=dtype,
+        quantization_config=quantization_config,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        device_map=None if quantization_config is None else {"": device},
+    )
+    if quantization_config is None:
+        model = model.to(device)
+    return model.eval()
+
+
+def innermost(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def length_batches(lengths: list[int], tokens_per_batch: int) -> list[list[int]]:
+    """Indices in batches of at most `tokens_per_batch` tokens after padding, longest examples first.
+
+    Ties keep their order, so the same lengths always give the same batches. A single longer example is its own batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches: list[list[int]] = []
+    for i in order:
+        # the first of a batch is its longest
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= tokens_per_batch:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def hidden_states_at(
+    model: torch.nn.Module, token_rows: list, positions: list, tokens_per_batch: int
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield (indices, hidden_ND): the last hidden states of some examples at their `positions`, in row-major order."""
+    model = innermost(model)
+    device = model.get_input_embeddings().weight.device
+    for indices in length_batches([len(row) for row in token_rows], tokens_per_batch):
+        length = len(token_rows[indices[0]])
+        input_ids = torch.zeros(len(indices), length, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        wanted = torch.zeros_like(input_ids, dtype=torch.bool)
+        for slot, i in enumerate(indices):
+            input_ids[slot, : len(token_rows[i])] = torch.as_tensor(token_rows[i])
+            attention_mask[slot, : len(token_rows[i])] = 1
+            wanted[slot, torch.as_tensor(positions[i], dtype=torch.long)] = True
+        hidden_BTD = backbone_hidden_states(
+            model, input_ids=input_ids.to(device), attention_mask=attention_mask.to(device)
+        )
+        yield indices, hidden_BTD[wanted.to(hidden_BTD.device)]
+
+
+@torch.inference_mode()
+def teacher_rows(
+    model: torch.nn.Module,
+    examples: list[dict],
+    *,
+    top_k: int,
+    tokens_per_batch: int,
+    vocab_limit: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[dict]:
+    """The teacher's columns of the cache for tokenised examples, in the order given.
+
+    Args:
+        examples: dicts with `input_ids` and `labels` (-100 outside the loss).
+        vocab_limit: size of the tokenizer; rows of the head beyond it are padding and never among the K.
+        progress: called with the number of tokens of each finished batch.
+
+    Returns:
+        One dict per example with `input_ids`, `labels`, `teacher_ids` (n, K) int32, `teacher_log_probs` (n, K) float32
+        and `teacher_tail_log_prob` (n,) float32, for its n supervised positions in order; nats.
+    """
+    positions = [np.flatnonzero(np.asarray(example["labels"][1:]) != IGNORED) for example in examples]
+    rows: list[dict] = [{}] * len(examples)
+    batches = hidden_states_at(model, [example["input_ids"] for example in examples], positions, tokens_per_batch)
+    with language_model_head(innermost(model)) as head:
+        for indices, hidden_ND in batches:
+            token_ids_NK, log_probs_NK1 = top_k_log_probs(
+                hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit
+            )[:2]
+            counts = [len(positions[i]) for i in indices]
+            ids_parts = np.split(token_ids_NK.cpu().numpy().astype(np.int32), np.cumsum(counts)[:-1])
+            log_parts = np.split(log_probs_NK1.cpu().numpy(), np.cumsum(counts)[:-1])
+            for i, ids, log_probs in zip(indices, ids_parts, log_parts, strict=True):
+                rows[i] = {
+                    "input_ids": examples[i]["input_ids"],
+                    "labels": examples[i]["labels"],
+                    "teacher_ids": ids,
+                    "teacher_log_probs": log_probs[:, :-1],
+                    "teacher_tail_log_prob": log_probs[:, -1],
+                }
+            if progress is not None:
+                progress(sum(len(examples[i]["input_ids"]) for i in indices))
+    return rows
+
+
+@torch.inference_mode()
+def answer_scores(
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    label_ids: list[int],
+    choice_ids: list[int] | None,
+    *,
+    top_k: int,
+    tokens_per_batch: int,
+    vocab_limit: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """What a model answers after each prompt, under its full-vocabulary softmax.
+
+    Returns:
+        Arrays over the N prompts: `token_ids` (N, K) most probable first, `log_probs` (N, K+1) with the tail last,
+        `target` (N,) the column that holds the label (K = the tail), `label_log_prob` (N,) nats, and, with choices,
+        `choice_log_probs` (N, C) nats, not normalised over the choices.
+    """
+    columns: dict[str, list] = {name: [None] * len(prompts) for name in ("token_ids", "log_probs", "label_log_prob")}
+    if choice_ids is not None:
+        columns["choice_log_probs"] = [None] * len(prompts)
+    last = [[len(prompt) - 1] for prompt in prompts]
+    with language_model_head(innermost(model)) as head:
+        for indices, hidden_ND in hidden_states_at(model, prompts, last, tokens_per_batch):
+            ids_NK, log_probs_NK1 = top_k_log_probs(hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit)[
+                :2
+            ]
+            extra = [[label_ids[i], *(choice_ids or [])] for i in indices]
+            wanted = torch.cat([ids_NK[:, :1], torch.as_tensor(extra, device=ids_NK.device)], dim=1)
+            logits = selected_logits(hidden_ND, head.weight, wanted, *head[1:])
+            # log p(w) = z_w - log Z, and log Z = z_1 - log p_1 for the most probable token
+            log_probs = (logits[:, 1:] - logits[:, :1] + log_probs_NK1[:, :1]).float().cpu().numpy()
+            for slot, i in enumerate(indices):
+                columns["token_ids"][i] = ids_NK[slot].cpu().numpy()
+                columns["log_probs"][i] = log_probs_NK1[slot].cpu().numpy()
+                columns["label_log_prob"][i] = log_probs[slot, 0]
+                if choice_ids is not None:
+                    columns["choice_log_probs"][i] = log_probs[slot, 1:]
+            if progress is not None:
+                progress(sum(len(prompts[i]) for i in indices))
+    scores = {name: np.stack(values) for name, values in columns.items()}
+    is_label = scores["token_ids"] == np.asarray(label_ids)[:, None]
+    scores["target"] = np.where(is_label.any(axis=1), is_label.argmax(axis=1), top_k).astype(np.int64)
+    return scores
+
+
+@contextmanager
+def token_progress(title: str, examples, disable: bool = False) -> Iterator[Callable[[int], None]]:
+    """A progress bar over the tokens of tokenised examples: tokens per second and time left; yields its `update`."""
+    total = sum(len(ids) for ids in examples["input_ids"])
+    with tqdm(total=total, desc=title, unit=" tokens", unit_scale=True, disable=disable) as bar:
+        yield bar.update

@@ -1,0 +1,71 @@
+"""Find the recalibration that makes the teacher's confidence true on the validation cache.
+
+    accelerate launch -m first_trl.stages.calibrate RECIPE [--key value ...]
+
+Reads `runs/<name>/cache/validation`, no model and no GPU; writes `runs/<name>/calibration.json` with the value, the
+whole search curve and the errors before and after, for every family that an arm of the recipe asks for.
+"""
+
+import json
+
+from first_trl.pipeline import calibration_methods, parse_stage, require, run_work, say
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe, _ = parse_stage("calibrate", argv)
+    require(recipe, "cache")
+    run_work(recipe, "calibrate", lambda continues: calibrate(recipe))
+
+
+def calibrate(recipe) -> list[str]:
+    """Search every family on the validation cache; returns what was written."""
+    from first_trl.cache import open_cache
+    from first_trl.calibration import search
+    from first_trl.rows import calibration_rows
+    from first_trl.run_folder import write_atomically
+
+    settings = recipe.calibrate
+    folder = recipe.run_folder / "cache"
+    rows = {}
+    for role in ("train", "validation"):
+        cache = open_cache(folder / role)
+        rows[role] = calibration_rows(cache.dataset, settings.positions, cache.manifest["eos_token_id"])
+    log_probs, target = rows["validation"]
+    families = {}
+    for method in calibration_methods(recipe):
+        result = search(
+            log_probs,
+            target,
+            method=method,
+            criterion=settings.criterion,
+            num_bins=settings.num_bins,
+            bootstrap=settings.bootstrap,
+            seed=settings.seed,
+        )
+        families[method] = result.to_dict()
+        say(
+            f"calibrate: {method} {result.value:.3g} takes the teacher's ECE on {len(target)} validation positions "
+            f"from {100 * result.ece_before:.1f} % to {100 * result.ece_after:.1f} %"
+        )
+    seen, unseen = rows["train"].summary(), rows["validation"].summary()
+    say(
+        f"calibrate: the teacher is {100 * seen['accuracy']:.1f} % right at confidence {seen['confidence']:.2f} on the "
+        f"rows it labels, {100 * unseen['accuracy']:.1f} % at {unseen['confidence']:.2f} on validation"
+    )
+    calibration = {
+        "schema_version": 1,
+        "method": settings.method,
+        "value": families[settings.method]["value"],
+        "criterion": settings.criterion,
+        "positions": settings.positions,
+        "num_bins": settings.num_bins,
+        "num_positions": len(target),
+        "teacher": {"cached_rows": seen, "validation": unseen},
+        "families": families,
+    }
+    write_atomically(recipe.run_folder / "calibration.json", json.dumps(calibration, indent=1))
+    return ["calibration.json"]
+
+
+if __name__ == "__main__":
+    main()

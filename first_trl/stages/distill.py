@@ -1,0 +1,65 @@
+"""Train the students: each arm of the recipe, from the same cached tokens.
+
+    accelerate launch -m first_trl.stages.distill RECIPE [--arm NAME] [--key value ...]
+
+Reads `runs/<name>/cache/train` and `calibration.json`; writes `runs/<name>/students/<arm>/`. An arm with
+`trainer: sft` is the control: TRL's SFTTrainer on the labels of the same rows, the teacher unused.
+"""
+
+import json
+
+from first_trl.pipeline import needs_calibration, parse_stage, recalibration_of, require, run_work
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe, options = parse_stage("distill", argv)
+    for arm in [options.arm] if options.arm else recipe.arms:
+        require(recipe, "cache", *(["calibrate"] if needs_calibration(recipe, arm) else []))
+        run_work(recipe, f"distill.{arm}", lambda continues, arm=arm: train_arm(recipe, arm, continues))
+
+
+def train_arm(recipe, arm: str, continues: bool) -> list[str]:
+    """Train one student; returns what was written."""
+    from accelerate import PartialState
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from first_trl.cache import open_cache
+    from first_trl.first_config import FIRSTConfig
+    from first_trl.modeling import adapters_to_float32
+    from first_trl.trainer import FIRSTTrainer
+    from first_trl.training import clear_unfinished, model_arguments, train_and_save, training_arguments
+
+    folder = recipe.run_folder / "students" / arm
+    if PartialState().is_main_process:
+        clear_unfinished(folder, continues)
+    on_labels = recipe.arm_trainer(arm) == "sft"
+    section, calibration = recipe.arm_section(arm), None
+    if on_labels:
+        section = {**section, "max_length": recipe.task.max_length}
+    else:
+        method, value = recalibration_of(recipe, arm)
+        if needs_calibration(recipe, arm):
+            calibration = json.loads((recipe.run_folder / "calibration.json").read_text(encoding="utf-8"))
+            value = calibration["families"][method]["value"]
+        section = {**section, "recalibration_method": method, "recalibration_value": value}
+    args, model_args = training_arguments(section, SFTConfig if on_labels else FIRSTConfig, folder, recipe.seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    caches = {role: open_cache(recipe.run_folder / "cache" / role) for role in ("train", "validation")}
+    if on_labels:
+        caches = {role: cache.dataset.select_columns(["input_ids", "labels"]) for role, cache in caches.items()}
+    trainer = (SFTTrainer if on_labels else FIRSTTrainer)(
+        args=args,
+        train_dataset=caches["train"],
+        eval_dataset=caches["validation"] if args.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        **model_arguments(model_args),
+    )
+    if on_labels and not (args.bf16 or args.fp16):
+        adapters_to_float32(trainer.model)  # as FIRSTTrainer does: the arms differ in their targets alone
+    train_and_save(trainer, folder, continues)
+    return [f"students/{arm}"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Measure every arm and every control on every test set, and write the report.
+
+    accelerate launch -m first_trl.stages.evaluate RECIPE [--key value ...]
+
+Reads the teacher, the students and the test sets; writes `runs/<name>/report/`. The arms are shared out over the
+processes of the job. `teacher_recalibrated` and `fine_tuned_post_hoc` are the same answers with a recalibration laid
+over them; the control's is searched on validation by the same family and criterion as the teacher's.
+"""
+
+import json
+
+from first_trl.pipeline import parse_stage, require, run_work, say, teacher_path, works_of
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe, _ = parse_stage("evaluate", argv)
+    require(recipe, "sft", "calibrate", *works_of(recipe, "distill"))
+    run_work(recipe, "evaluate", lambda continues: evaluate(recipe))
+
+
+def evaluate(recipe) -> list[str]:
+    """Score all arms, add the recalibrated controls and write the report; returns what was written."""
+    from accelerate import PartialState
+
+    from first_trl.report import write_report
+
+    state = PartialState()
+    sources = {"teacher": None, "base": None, **recipe.arms}
+    for arm in list(sources)[state.process_index :: state.num_processes]:
+        answer_all_sets(recipe, arm)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        calibration = json.loads((recipe.run_folder / "calibration.json").read_text(encoding="utf-8"))
+        write_report(
+            recipe.run_folder / "report",
+            collect(recipe, list(sources), calibration),
+            calibration,
+            provenance={"recipe": recipe.to_dict()},
+            out_of_domain={name for name, config in recipe.datasets.test.items() if config.out_of_domain},
+            num_bins=recipe.evaluate.num_bins,
+            bootstrap=recipe.evaluate.bootstrap,
+            seed=recipe.evaluate.seed,
+        )
+    return ["report/metrics.json", "report/table.md", "report/index.html"]
+
+
+def answer_all_sets(recipe, arm: str) -> None:
+    """One model's answers to validation and to every test set, in `report/answers/<arm>/`."""
+    from accelerate import PartialState
+    from transformers import AutoTokenizer
+
+    from first_trl.data import load_split
+    from first_trl.evaluation import answer_set, test_task
+    from first_trl.scoring import load_model
+    from first_trl.training import load_arguments, teacher_section
+
+    if arm == "teacher":
+        path, section = teacher_path(recipe), teacher_section(recipe)
+    elif arm == "base":
+        path, section = recipe.distill["model_name_or_path"], recipe.distill
+    else:
+        path, section = str(recipe.run_folder / "students" / arm), recipe.arm_section(arm)
+    model = load_model(path, device=PartialState().device, **load_arguments(section))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    folder = recipe.run_folder / "report" / "answers" / arm
+    folder.mkdir(parents=True, exist_ok=True)
+    sets = {"validation": (recipe.datasets.validation, recipe.task)}
+    sets |= {name: (config, test_task(recipe.task, config.task)) for name, config in recipe.datasets.test.items()}
+    for name, (config, task) in sets.items():
+        dataset = load_split(config, "validation" if name == "validation" else "test")
+        answers = answer_set(
+            model,
+            dataset,
+            task,
+            tokenizer,
+            top_k=recipe.cache.top_k,
+            tokens_per_batch=recipe.evaluate.tokens_per_batch,
+        )
+        answers.to_parquet(folder / f"{name}.parquet")
+        say(f"evaluate: {arm} answered {len(answers)} rows of {name}")
+
+
+def collect(recipe, arms: list[str], calibration: dict) -> dict:
+    """{arm: {set: predictions}} for every arm and every recalibrated control."""
+    from first_trl.calibration import search
+    from first_trl.evaluation import predictions, read_answers, recalibrated_answers
+
+    folder, method = recipe.run_folder / "report" / "answers", calibration["method"]
+    answers = {arm: {name: read_answers(folder / arm / f"{name}.parquet") for name in recipe.datasets.test} for arm in arms}
+    collected = {arm: {name: predictions(rows) for name, rows in sets.items()} for arm, sets in answers.items()}
+    fitted = {"teacher_recalibrated": ("teacher", calibration["value"])}
+    for arm in arms:
+        if arm in recipe.arms and recipe.arm_trainer(arm) == "sft":
+            rows = read_answers(folder / arm / "validation.parquet")
+            result = search(
+                rows["log_probs"],
+                rows["target"],
+                method=method,
+                criterion=recipe.calibrate.criterion,
+                num_bins=recipe.calibrate.num_bins,
+            )
+            fitted[f"{arm}_post_hoc"] = (arm, result.value)
+            say(f"evaluate: {arm}_post_hoc is {arm} with {method} {result.value:.3g}, fitted on validation")
+    for name, (arm, value) in fitted.items():
+        collected[name] = {
+            test: predictions(recalibrated_answers(rows, method, value)) for test, rows in answers[arm].items()
+        }
+    return collected
+
+
+if __name__ == "__main__":
+    main()

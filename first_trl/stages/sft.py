@@ -1,0 +1,52 @@
+"""Fine-tune the teacher on the labels, with TRL's SFTTrainer.
+
+    accelerate launch -m first_trl.stages.sft RECIPE [--key value ...]
+
+Reads the recipe's `task`, `datasets.train` and `sft`; writes `runs/<name>/teacher/`, an adapter or a whole model.
+"""
+
+from first_trl.pipeline import parse_stage, run_work
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe, _ = parse_stage("sft", argv)
+    if recipe.cache.teacher is not None:
+        raise SystemExit(f"The recipe gives a teacher ({recipe.cache.teacher}); there is nothing to fine-tune.")
+    run_work(recipe, "sft", lambda continues: fine_tune(recipe, continues))
+
+
+def fine_tune(recipe, continues: bool) -> list[str]:
+    """Train the teacher on the labels; returns what was written."""
+    from accelerate import PartialState
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from first_trl.data import load_split, tokenize_dataset
+    from first_trl.modeling import adapters_to_float32
+    from first_trl.training import clear_unfinished, model_arguments, train_and_save, training_arguments
+
+    folder = recipe.run_folder / "teacher"
+    if PartialState().is_main_process:
+        clear_unfinished(folder, continues)
+    args, model_args = training_arguments({**recipe.sft, "max_length": recipe.task.max_length}, SFTConfig, folder, recipe.seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    splits = {}
+    for role in ("train", "validation") if args.eval_strategy != "no" else ("train",):
+        with PartialState().main_process_first():
+            dataset = load_split(getattr(recipe.datasets, role), role)
+            splits[role] = tokenize_dataset(dataset, recipe.task, tokenizer)
+    trainer = SFTTrainer(
+        args=args,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
+        processing_class=tokenizer,
+        **model_arguments(model_args),
+    )
+    if not (args.bf16 or args.fp16):
+        adapters_to_float32(trainer.model)
+    train_and_save(trainer, folder, continues)
+    return ["teacher"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""From a section of a recipe to a trained and saved model; shared by the teacher's and the students' training.
+
+The section's keys are the fields of TRL's own dataclasses, so every TRL option works. Only what a run folder needs is
+set here: where to write, how often to save, and what to resume from.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+
+def split_section(section: dict, config_class: type) -> tuple[dict, ModelConfig]:
+    """Split a recipe section into the fields of `config_class` and a `trl.ModelConfig`."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    own = {field.name for field in dataclasses.fields(config_class)}
+    model_args = ModelConfig(**{key: value for key, value in section.items() if key in names})
+    return {key: value for key, value in section.items() if key in own and key not in names}, model_args
+
+
+def training_arguments(section: dict, config_class: type, folder: Path, seed: int):
+    """(config_class, ModelConfig) of a section, with our defaults where the recipe is silent."""
+    settings, model_args = split_section(section, config_class)
+    defaults = {
+        "output_dir": str(folder),
+        "seed": seed,
+        "report_to": "none",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "bf16": model_args.dtype == "bfloat16",
+    }
+    args = config_class(**{**defaults, **settings})
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+        **(args.model_init_kwargs or {}),
+    }
+    return args, model_args
+
+
+def model_arguments(model_args: ModelConfig) -> dict:
+    """The trainer's arguments that describe the model: id, quantisation and adapter."""
+    return {
+        "model": model_args.model_name_or_path,
+        "quantization_config": get_quantization_config(model_args),
+        "peft_config": get_peft_config(model_args),
+    }
+
+
+def train_and_save(trainer, folder: Path, continues: bool) -> None:
+    """Train, from the last checkpoint if this continues an interrupted attempt, and save the model to `folder`."""
+    checkpoint = get_last_checkpoint(folder) if continues and folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(folder)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        for old in folder.glob("checkpoint-*"):
+            shutil.rmtree(old)  # the finished model replaces them
+
+
+def clear_unfinished(folder: Path, continues: bool) -> None:
+    """Drop what an attempt from other inputs left behind; its checkpoints must not be resumed."""
+    if not continues and folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def load_arguments(section: dict) -> dict:
+    """The arguments of `first_trl.scoring.load_model` for a model that a recipe section describes."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    model_args = ModelConfig(**{key: value for key, value in section.items() if key in names})
+    return {
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+        "quantization_config": get_quantization_config(model_args),
+    }
+
+
+def teacher_section(recipe) -> dict:
+    """How the teacher is loaded for inference: as `sft` trained it, unless `cache` says otherwise."""
+    settings = recipe.cache
+    return {
+        "model_revision": settings.teacher_revision or "main",
+        "dtype": settings.teacher_dtype or recipe.sft.get("dtype", "float32"),
+        "attn_implementation": settings.attn_implementation or recipe.sft.get("attn_implementation"),
+        "load_in_4bit": settings.load_in_4bit,
+    }

@@ -1,0 +1,183 @@
+"""The trainer joins the parts in the right order: teacher = student gives zero, and scaling never changes the gradient."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from first_trl.first_config import FIRSTConfig
+from first_trl.scoring import teacher_rows
+from first_trl.trainer import FIRSTTrainer
+
+
+def random_examples(num: int, vocab_size: int, seed: int = 0, completion: tuple[int, int] = (1, 4)) -> list[dict]:
+    """Tokenised examples of many lengths, 1 to 3 supervised tokens each, as `first_trl.data` writes them."""
+    generator = np.random.default_rng(seed)
+    examples = []
+    for _ in range(num):
+        prompt, answer = int(generator.integers(2, 9)), int(generator.integers(*completion))
+        ids = generator.integers(3, vocab_size, prompt + answer).tolist()
+        examples.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return examples
+
+
+def cache_of(model, examples, top_k=5, dtype=np.float32) -> Dataset:
+    """The columns of a cache, straight from the teacher, stored as `dtype`."""
+    rows = teacher_rows(model.eval(), examples, top_k=top_k, tokens_per_batch=64)
+    for row in rows:
+        row["teacher_log_probs"] = row["teacher_log_probs"].astype(dtype)
+        row["teacher_tail_log_prob"] = row["teacher_tail_log_prob"].astype(np.float32)
+    return Dataset.from_list([{key: np.asarray(value).tolist() for key, value in row.items()} for row in rows])
+
+
+def trainer_for(model, dataset, tokenizer, tmp_path, **settings):
+    args = FIRSTConfig(
+        output_dir=str(tmp_path),
+        **{"report_to": "none", "use_cpu": True, "gradient_checkpointing": False, "bf16": False, "logging_steps": 1}
+        | settings,
+    )
+    return FIRSTTrainer(model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer)
+
+
+LAYOUTS = {
+    "padded": {},
+    "padding_free": {"padding_free": True},
+    "packed": {"packing": True, "max_length": 24},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float16, 1e-3), (np.float32, 1e-6)])
+def test_a_student_equal_to_its_teacher_has_no_loss(layout, dtype, bound, make_model, tokenizer, tmp_path):
+    model = make_model(vocab_size=len(tokenizer), attn_implementation="eager")
+    dataset = cache_of(model, random_examples(17, len(tokenizer)), dtype=dtype)
+    trainer = trainer_for(model, dataset, tokenizer, tmp_path, per_device_eval_batch_size=4, **LAYOUTS[layout])
+    metrics = trainer.evaluate()
+    assert abs(metrics["eval_loss"]) <= bound
+    assert abs(metrics["eval_kl"]) <= bound
+    assert metrics["eval_teacher_agreement"] == 1.0
+    assert metrics["eval_student_mass"] == pytest.approx(metrics["eval_teacher_mass"], abs=1e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_different_student_has_the_same_loss_in_every_layout(layout, make_model, tokenizer, tmp_path):
+    teacher, student = (make_model(vocab_size=len(tokenizer), seed=seed) for seed in (0, 1))
+    dataset = cache_of(teacher, random_examples(17, len(tokenizer)))
+    per_position = {}
+    for name in ("padded", layout):
+        trainer = trainer_for(student, dataset, tokenizer, tmp_path, per_device_eval_batch_size=32, **LAYOUTS[name])
+        per_position[name] = trainer.evaluate()["eval_kl"]
+    assert per_position["padded"] > 0.1
+    assert per_position[layout] == pytest.approx(per_position["padded"], rel=1e-4)
+
+
+def one_step(tmp_path, name: str, processes: int, batch: int, accumulation: int, **settings) -> dict:
+    """Weights after one SGD step of rate 1 on 8 examples, in processes of their own: their change is the gradient."""
+    out = tmp_path / f"{name}.json"
+    job = {"out": str(out), "batch": batch, "accumulation": accumulation, **settings}
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}", "--num_machines=1"]
+    launcher += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    launcher += ["--multi_gpu"] if processes > 1 else []  # accelerate's name for torchrun; gloo where there is no GPU
+    command = [*launcher, "-m", "tests.one_step", json.dumps(job)]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return {key: np.asarray(value) for key, value in json.loads(out.read_text()).items()}
+
+
+def test_batch_accumulation_and_processes_give_the_same_gradient(tmp_path):
+    reference = one_step(tmp_path, "batch", processes=1, batch=8, accumulation=1)
+    assert max(np.abs(value).max() for value in reference.values()) > 1e-3
+    for name, split in {
+        "accumulated": {"processes": 1, "batch": 1, "accumulation": 8},
+        "two_processes": {"processes": 2, "batch": 4, "accumulation": 1},
+    }.items():
+        gradient = one_step(tmp_path, name, **split)
+        for key, expected in reference.items():
+            error = np.linalg.norm(gradient[key] - expected) / max(np.linalg.norm(expected), 1e-12)
+            assert error <= 1e-5, (name, key, error)
+
+
+def test_the_gradient_is_that_of_the_eager_divergence_through_the_whole_model(make_model, tokenizer, tmp_path):
+    from first_trl.losses import partition_divergence
+
+    teacher, student = (make_model(vocab_size=len(tokenizer), seed=seed) for seed in (0, 1))
+    dataset = cache_of(teacher, random_examples(6, len(tokenizer)))
+    trainer = trainer_for(student, dataset, tokenizer, tmp_path, per_device_train_batch_size=6)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
+    student.train()
+    trainer.compute_loss(trainer.model, dict(batch)).backward()
+    ours = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    student.zero_grad()
+
+    logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    log_probs_NV = logits[batch["labels"][:, 1:] != -100].log_softmax(-1)
+    kept_NK = log_probs_NV.gather(1, batch["teacher_ids"])
+    others_NV = log_probs_NV.scatter(1, batch["teacher_ids"], -torch.inf)
+    rows_NK1 = torch.cat([kept_NK, others_NV.logsumexp(1, keepdim=True)], dim=1)
+    partition_divergence(rows_NK1, batch["teacher_log_probs"]).mean().backward()
+    for name, parameter in student.named_parameters():
+        error = (ours[name] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-12)
+        assert error <= 1e-5, (name, float(error))
+
+
+def test_accumulation_ending_in_a_short_batch_trains(make_model, tokenizer, tmp_path):
+    model = make_model(vocab_size=len(tokenizer), seed=1)
+    dataset = cache_of(make_model(vocab_size=len(tokenizer)), random_examples(7, len(tokenizer)))
+    trainer = trainer_for(
+        model, dataset, tokenizer, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, num_train_epochs=2
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert {"kl", "teacher_mass", "student_mass", "teacher_agreement", "num_tokens"} <= set(trainer.state.log_history[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True},
+        {"tail": "renormalize"},
+        {"mass_fraction": 0.5},
+        {"ce_weight": 0.5},
+        {"divergence": "jsd"},
+        {"divergence": "reverse_kl", "recalibration_method": "temperature", "recalibration_value": 2.0},
+        {"recalibration_method": "probability", "recalibration_value": 0.3},
+    ],
+    ids=str,
+)
+def test_every_loss_setting_lowers_its_loss(settings, make_model, tokenizer, tmp_path):
+    dataset = cache_of(make_model(vocab_size=len(tokenizer)), random_examples(8, len(tokenizer)))
+    student = make_model(vocab_size=len(tokenizer), seed=1)
+    trainer = trainer_for(
+        student, dataset, tokenizer, tmp_path, learning_rate=1e-3, per_device_train_batch_size=8, num_train_epochs=15, **settings
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.9 * before
+
+
+def test_renormalize_warns_when_the_student_leaves_the_teachers_tokens(make_model, tokenizer, tmp_path, monkeypatch):
+    dataset = cache_of(make_model(vocab_size=len(tokenizer)), random_examples(8, len(tokenizer)), top_k=1)
+    trainer = trainer_for(
+        make_model(vocab_size=len(tokenizer), seed=1), dataset, tokenizer, tmp_path, tail="renormalize", num_train_epochs=3
+    )
+    warnings = []
+    monkeypatch.setattr("first_trl.trainer.logger.warning", warnings.append)
+    trainer.train()
+    assert len(warnings) == 1 and "tail='bucket'" in warnings[0]
+
+
+def test_a_dataset_that_is_not_a_cache_is_refused(make_model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="lacks teacher_ids"):
+        trainer_for(make_model(), Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]}), tokenizer, tmp_path)
+
+
+def test_teacher_tokens_beyond_the_students_vocabulary_are_refused(make_model, tokenizer, tmp_path):
+    dataset = cache_of(make_model(vocab_size=60), random_examples(8, len(tokenizer)))
+    with pytest.raises(ValueError, match="vocabulary"):
+        trainer_for(make_model(vocab_size=len(tokenizer)), dataset, tokenizer, tmp_path)
