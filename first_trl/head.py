@@ -95,12 +95,13 @@ def selected_logits(
 ) -> torch.Tensor:
     """Logits of the given tokens, (N, D), (V, D), (N, K) -> (N, K), by K dot products: no vocabulary-sized work.
 
-    Enough for whatever is normalised over S alone. Differentiable, checked and typed like `partition_log_probs`.
+    Enough for whatever is normalised over S alone. Differentiable, checked and typed like `partition_log_probs`, but
+    that a token may occur twice in a row.
     """
     weight, bias = _whole(weight), _whole(bias)
     with _gathered(weight, bias):
         rule = _logit_rule(hidden, weight, bias, logit_scale, softcap)
-        token_ids = _checked_token_ids(token_ids, hidden, weight)
+        token_ids = _checked_token_ids(token_ids, hidden, weight, distinct=False)
         return _SelectedLogits.apply(hidden, weight, bias, token_ids, rule)
 
 
@@ -448,13 +449,15 @@ def _logit_rule(hidden, weight, bias, logit_scale, softcap) -> _LogitRule:
     return _LogitRule(logit_scale, softcap, dtype, torch.float32)
 
 
-def _checked_token_ids(token_ids: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _checked_token_ids(
+    token_ids: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, distinct: bool = True
+) -> torch.Tensor:
     if token_ids.ndim != 2 or len(token_ids) != len(hidden) or token_ids.shape[1] == 0:
         raise ValueError(f"token_ids {tuple(token_ids.shape)} must be (N, K), K >= 1, N = {len(hidden)} as in hidden")
     ids = token_ids.long()
     sorted_ids = ids.sort(dim=1).values
     outside = (ids < 0) | (ids >= len(weight))
-    repeated = sorted_ids[:, 1:] == sorted_ids[:, :-1]
+    repeated = (sorted_ids[:, 1:] == sorted_ids[:, :-1]) & distinct
     if outside.any() or repeated.any():  # rare, so the words are worked out only then
         if outside.any():
             position, column = outside.nonzero()[0].tolist()
