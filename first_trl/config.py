@@ -54,7 +54,8 @@ class TaskConfig(Settings):
             try:
                 pieces = parse_template(template or "")
             except ValueError as error:
-                problems.append(Problem(key, template, str(error), "correct the template"))
+                what = str(error).removeprefix(f"template {template!r}").lstrip(": ")
+                problems.append(Problem(key, template, what, "correct the template"))
         if self.completion is not None and not self.completion.strip():
             problems.append(Problem("completion", self.completion, "it is empty", "write what the model must answer"))
         if self.choices is not None:

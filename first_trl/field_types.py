@@ -5,6 +5,7 @@ their source, without importing it. Members of an annotation that are neither a 
 as `choices` are left to the dataclass itself. This is not a general validator: it knows what YAML can produce.
 """
 
+import difflib
 import math
 import re
 from dataclasses import dataclass, fields
@@ -84,7 +85,9 @@ def fit_value(
         wanted = describe(annotation, choices)
         raise MisfitError(f"it needs {wanted}, not {_describe_value(value)}", _hint(value, members, wanted))
     if isinstance(fitted, str) and choices and fitted not in choices and not _is_exotic(members):
-        raise MisfitError(f"it is not {describe(annotation, choices)}", f"choose {describe(annotation, choices)}")
+        close = difflib.get_close_matches(fitted, choices, n=1)
+        guess = f"did you mean {close[0]}? Choose " if close else "choose "
+        raise MisfitError("it is not a value of this setting", guess + describe(annotation, choices))
     if isinstance(fitted, int | float) and not isinstance(fitted, bool):
         _check_range(fitted, minimum, maximum, above, below)
     return fitted
@@ -132,13 +135,13 @@ def _is_exotic(members: list[str]) -> bool:
 
 def _check_range(value, minimum, maximum, above, below) -> None:
     for bound, broken, words in (
-        (minimum, minimum is not None and value < minimum, "at least"),
-        (maximum, maximum is not None and value > maximum, "at most"),
-        (above, above is not None and value <= above, "greater than"),
-        (below, below is not None and value >= below, "less than"),
+        (minimum, minimum is not None and value < minimum, "{} or more"),
+        (maximum, maximum is not None and value > maximum, "{} or less"),
+        (above, above is not None and value <= above, "more than {}"),
+        (below, below is not None and value >= below, "less than {}"),
     ):
         if broken:
-            raise MisfitError(f"it must be {words} {bound}", f"choose a value {words} {bound}")
+            raise MisfitError("it is out of range", f"write {words.format(bound)}")
 
 
 def _describe_value(value: Any) -> str:
@@ -146,9 +149,12 @@ def _describe_value(value: Any) -> str:
         return "nothing"
     if isinstance(value, bool):
         return "a boolean"
-    names = {int: "a whole number", float: "a number with decimals", str: "text", list: "a list", dict: "a mapping"}
+    names = {int: "a whole number", float: "a number with decimals", str: "text", dict: "a mapping"}
     if isinstance(value, float) and not math.isfinite(value):
         return "an infinite or undefined number"
+    if isinstance(value, list):
+        kinds = sorted({_describe_value(item) for item in value if not isinstance(item, list)})
+        return f"a list that holds {' and '.join(kinds)}" if kinds else "a list"
     return names.get(type(value), f"a {type(value).__name__}")
 
 

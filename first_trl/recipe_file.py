@@ -56,8 +56,9 @@ class Findings:
             self._found.append((line, text))
 
     def _place(self, path: tuple) -> tuple[str, int]:
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.overridden:
+        for over in self.overridden:
+            below, above = path[: len(over)] == over, over[: len(path)] == path and path not in self.lines
+            if below or (above and path):
                 return "command line", 0
         for length in range(len(path), 0, -1):
             if path[:length] in self.lines:
@@ -155,6 +156,9 @@ class _Reader:
                 line, "this recipe unfolds into too many values", "remove nested aliases (*name)"
             )
             self.findings.raise_if_any()
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if not isinstance(node, yaml.ScalarNode) and kind not in ("map", "seq"):
+            return self._unreadable(path, f"!!{kind}", "a recipe holds no objects", "remove the tag")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):

@@ -96,7 +96,7 @@ def broken_training_rules(section: dict, trainer: str) -> list[Problem]:
         problems.append(Problem("max_length", section["max_length"], what, remedy))
     if section.get("bf16") and section.get("fp16"):
         problems.append(Problem("fp16", True, "bf16 is true as well", "keep one of the two"))
-    evaluated, saved = section.get("eval_strategy", "no"), section.get("save_strategy", "steps")
+    evaluated, saved = section.get("eval_strategy", "no"), section.get("save_strategy", "epoch")
     if section.get("load_best_model_at_end") and saved != "best" and evaluated != saved:
         what = f"eval_strategy is {evaluated} and save_strategy is {saved}"
         remedy = "give both the same value, so that the best model is among the saved ones"
@@ -109,9 +109,12 @@ def broken_training_rules(section: dict, trainer: str) -> list[Problem]:
 def _broken_model_rules(section: dict) -> list[Problem]:
     problems = []
     if not section.get("use_peft"):
-        for key in filter(_PEFT_ONLY.fullmatch, section):
+        ignored = list(filter(_PEFT_ONLY.fullmatch, section))
+        if ignored:
+            also = f", and so would {', '.join(ignored[1:])}" if ignored[1:] else ""
+            what = f"without use_peft it would be ignored{also}"
             remedy = "write use_peft: true in this section, or remove it"
-            problems.append(Problem(key, section[key], "without use_peft it would be ignored", remedy))
+            problems.append(Problem(ignored[0], section[ignored[0]], what, remedy))
         for key in ("load_in_4bit", "load_in_8bit"):
             if section.get(key):
                 remedy = "write use_peft: true in this section, or remove it"

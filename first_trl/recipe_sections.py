@@ -43,8 +43,8 @@ def check_recipe(tree: dict, findings: Findings) -> dict[str, Any]:
     if "push" in tree and settings["push"] and arms and settings["push"].arm not in arms:
         remedy = f"choose one of {', '.join(arms)}"
         findings.add(("push", "arm"), settings["push"].arm, "there is no such arm", remedy)
-    needs_train = arms or (settings["cache"] and settings["cache"].teacher is None)
-    if datasets and datasets.train is None and needs_train:
+    given_teacher = settings["cache"] and settings["cache"].teacher
+    if "train" not in _mapping(tree, ("datasets",), Findings("")) and (arms or not given_teacher):
         findings.add(("datasets", "train"), MISSING, "it is missing", "write the split to train on")
     return {**top, **settings, "datasets": datasets, "sft": sft, "distill": distill, "arms": arms}
 
@@ -82,7 +82,8 @@ def _settings(cls: type[Settings], section: dict, path: tuple, findings: Finding
             findings.add((*path, key), section[key], "unknown key", where_else(key, list(known)))
     missing = [key for key, f in known.items() if f.default is dataclasses.MISSING and key not in section]
     for key in missing:
-        findings.add((*path, key), MISSING, "it is missing", known[key].metadata["help"].rstrip("."))
+        remedy = f"write it: {known[key].metadata['help'].rstrip('.')}"
+        findings.add((*path, key), MISSING, "it is missing", remedy)
     given = {key: value for key, value in section.items() if key in known}
     try:
         return cls(**given) if not missing else None
@@ -112,6 +113,8 @@ def _training(section: dict, path: tuple, findings: Findings, trainer: str = "fi
                 checked[key] = fit_value(value, specs[key].annotation, **limits)
             except MisfitError as misfit:
                 findings.add((*path, key), value, misfit.problem, misfit.remedy)
+                if specs[key].annotation.startswith("bool"):
+                    checked[key] = value  # `use_peft: "true"` is one mistake, not a missing use_peft as well
     return checked
 
 
@@ -185,7 +188,8 @@ def _dataset(section: dict, path: tuple, findings: Findings) -> DatasetConfig | 
     dataset = _settings(DatasetConfig, _mapping(section, path, findings), path, findings)
     if dataset is None:
         return None
-    for problem in broken_source(dataset):
+    readable = not any(unread[: len(path)] == path for unread in findings.unreadable)
+    for problem in broken_source(dataset) if readable else []:
         findings.add((*path, problem.key), problem.value, problem.problem, problem.remedy)
     if len(path) == 2:
         for key in ("task", "out_of_domain"):

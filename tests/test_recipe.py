@@ -1,0 +1,556 @@
+"""A recipe is read as it was meant, or everything that is wrong with it is said at once, with a remedy."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from first_trl.recipe import DEFAULT_ARMS, STAGES, Recipe, RecipeError, load_recipe
+
+RECIPE = """\
+name: tiny
+seed: 3
+task:
+  prompt: "Review: {text}\\nSentiment:"
+  completion: " {label}"
+  choices: [good, bad]
+  max_length: 64
+datasets:
+  train: {path: json, data_files: data/train.jsonl}
+  validation: {path: json, data_files: data/validation.jsonl}
+  test:
+    reviews:
+      path: json
+      data_files: data/test.jsonl
+sft:
+  model_name_or_path: models/teacher
+  learning_rate: 1e-4
+cache:
+  top_k: 5
+calibrate:
+  method: temperature
+distill:
+  model_name_or_path: models/student
+  load_in_4bit: true
+  use_peft: true
+  lora_r: 8
+  lora_target_modules: all-linear
+  learning_rate: 2.0e-4
+  divergence: jsd
+push:
+  hub_model_id: me/student
+"""
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """A folder with the files that the recipe names, as the current directory."""
+    for name in ("train", "validation", "test"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps({"text": name, "label": "good"}) + "\n")
+    for name in ("teacher", "student"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def write(old: str = "", new: str = "") -> str:
+    """The recipe with one change; returns the name of its file."""
+    assert old in RECIPE, old
+    with open("recipe.yaml", "w", encoding="utf-8") as file:
+        file.write(RECIPE.replace(old, new, 1) if old else RECIPE + new)
+    return "recipe.yaml"
+
+
+# --- what a recipe means
+
+
+def test_a_recipe_is_read_into_its_sections():
+    recipe = load_recipe(write())
+    assert (recipe.name, recipe.seed, recipe.output_dir) == ("tiny", 3, "runs")
+    assert recipe.run_folder.as_posix() == "runs/tiny"
+    assert recipe.task.choices == ["good", "bad"] and recipe.task.append_eos is True
+    assert recipe.datasets.test["reviews"].data_files == "data/test.jsonl"
+    assert recipe.sft["learning_rate"] == 1e-4 and isinstance(recipe.sft["learning_rate"], float)
+    assert recipe.distill["lora_target_modules"] == ["all-linear"]
+    assert recipe.cache.top_k == 5 and recipe.evaluate.num_bins == 10
+
+
+def test_the_default_arms_are_the_method_and_its_controls():
+    recipe = load_recipe(write())
+    assert recipe.arms == DEFAULT_ARMS
+    assert [recipe.arm_trainer(arm) for arm in recipe.arms] == ["sft", "first", "first"]
+    assert recipe.arm_section("distilled") == recipe.distill | {"recalibration_method": "none"}
+    assert recipe.arm_section("first") == recipe.distill
+
+
+def test_an_arm_trained_on_labels_does_not_see_the_settings_of_the_method():
+    section = load_recipe(write()).arm_section("fine_tuned")
+    assert "divergence" not in section and "trainer" not in section
+    assert section["learning_rate"] == 2e-4 and section["load_in_4bit"] is True
+
+
+def test_an_unknown_arm_is_named_with_those_that_exist():
+    with pytest.raises(ValueError, match="no arm 'forst'.*fine_tuned, distilled, first"):
+        load_recipe(write()).arm_section("forst")
+
+
+def test_the_resolved_recipe_reads_back_equal(project):
+    recipe = load_recipe(write('"Review: {text}', '"Costs $${price} {text}'), ["--cache.top_k", "7"])
+    assert recipe.task.prompt.startswith("Costs ${price} {text}")
+    recipe.write_resolved("resolved.yaml")
+    assert load_recipe("resolved.yaml") == recipe
+    assert yaml.safe_load((project / "resolved.yaml").read_text())["evaluate"]["bootstrap"] == 1000
+
+
+def test_a_recipe_built_in_python_has_the_same_defaults():
+    recipe = load_recipe(write())
+    bare = Recipe(name="tiny", task=recipe.task, datasets=recipe.datasets)
+    assert bare.arms == recipe.arms and bare.evaluate == recipe.evaluate
+
+
+def test_variables_are_read_from_the_environment(monkeypatch):
+    monkeypatch.setenv("FIRST_DATA", "data")
+    path = write("data/train.jsonl}", "'${FIRST_DATA}/train.jsonl', max_rows: '3'}")
+    with pytest.raises(RecipeError, match="datasets.train.max_rows = '3': it needs a whole number"):
+        load_recipe(path)
+    path = write(
+        "  train: {path: json, data_files: data/train.jsonl}",
+        """\
+  train:
+    path: json
+    data_files: ${FIRST_DATA}/${SPLIT:-train}.jsonl
+    max_rows: ${ROWS:-3}""",
+    )
+    assert load_recipe(path).datasets.train.data_files == "data/train.jsonl"
+    assert load_recipe(path).datasets.train.max_rows == 3
+    monkeypatch.setenv("ROWS", "12")
+    assert load_recipe(path).datasets.train.max_rows == 12
+
+
+def test_a_test_set_may_have_a_task_of_its_own():
+    path = write(
+        "      data_files: data/test.jsonl",
+        """\
+      data_files: data/test.jsonl
+      task: {completion: " {answer}", choices: [A, B]}""",
+    )
+    assert load_recipe(path).datasets.test["reviews"].task == {"completion": " {answer}", "choices": ["A", "B"]}
+
+
+def test_a_recipe_without_students_and_with_a_given_teacher_needs_no_training_sections():
+    text = RECIPE[: RECIPE.index("sft:")].replace("  train: {path: json, data_files: data/train.jsonl}\n", "")
+    with open("recipe.yaml", "w") as file:
+        file.write(text + "cache: {teacher: models/teacher}\narms: {}\n")
+    recipe = load_recipe("recipe.yaml")
+    assert recipe.arms == {} and recipe.datasets.train is None and recipe.sft == {}
+
+
+# --- overrides
+
+
+@pytest.mark.parametrize(
+    ("words", "stage", "read", "value"),
+    [
+        (["--learning_rate", "1e-3"], "sft", lambda r: r.sft["learning_rate"], 1e-3),
+        (["--learning_rate=1e-3"], "distill", lambda r: r.distill["learning_rate"], 1e-3),
+        (["--top_k", "7"], None, lambda r: r.cache.top_k, 7),
+        (["--name", "123"], "sft", lambda r: r.name, "123"),
+        (["--seed", "5"], "sft", lambda r: r.seed, 5),
+        (["--sft.seed", "5"], None, lambda r: (r.seed, r.sft["seed"]), (3, 5)),
+        (["--max_length", "32"], "distill", lambda r: r.task.max_length, 32),
+        (["--eval_strategy", "no"], "sft", lambda r: r.sft["eval_strategy"], "no"),
+        (["--packing"], "sft", lambda r: r.sft["packing"], True),
+        (["--distill.use_peft=true", "--lora_alpha", "4"], "distill", lambda r: r.distill["lora_alpha"], 4),
+        (["--lora_target_modules", "q_proj", "v_proj"], "distill", lambda r: r.distill["lora_target_modules"],
+         ["q_proj", "v_proj"]),
+        (["--datasets.train.max_rows", "10"], None, lambda r: r.datasets.train.max_rows, 10),
+        (["--datasets.train.revision", "1234567"], None, lambda r: r.datasets.train.revision, "1234567"),
+        (["--datasets.train.max_rows", "null"], None, lambda r: r.datasets.train.max_rows, None),
+        (["--task.choices", "[yes please, 'no']"], None, lambda r: r.task.choices, ["yes please", "no"]),
+        (["--task.prompt", "Q: {text}", "--push.revision", "null"], None, lambda r: (r.task.prompt, r.push.revision),
+         ("Q: {text}", None)),
+        (["--arms.first.learning_rate", "1e-5"], None, lambda r: r.arms,
+         {**DEFAULT_ARMS, "first": {"learning_rate": 1e-5}}),
+        (["--arms.extra.recalibration_method", "none"], None, lambda r: r.arm_section("extra")["recalibration_method"],
+         "none"),
+        (["--seed", "-0", "--report_to", "none"], "sft", lambda r: r.sft["report_to"], "none"),
+    ],
+)  # fmt: skip
+def test_an_override_goes_where_it_belongs(words, stage, read, value):
+    result = read(load_recipe(write(), words, stage))
+    assert result == value and type(result) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "phrases"),
+    [
+        (["--learning_rate", "1e-3"], ["--learning_rate is a setting of several", "--sft.learning_rate or --distill"]),
+        (["--learning_rat", "1"], ["--learning_rat is unknown", "did you mean learning_rate?"]),
+        (["--lr", "1"], ["--lr is unknown", "sft.learning_rate"]),
+        (["--cache.top_kk", "1"], ["command line: cache.top_kk = 1: unknown key; did you mean top_k?"]),
+        (["--cahce.top_k", "1"], ["command line: cahce: unknown section; did you mean cache?"]),
+        (["--cache.top_k", "many"], ["command line: cache.top_k = 'many': it needs a whole number"]),
+        (["--name.x", "1"], ["--name.x needs a mapping here"]),
+        (["5"], ["'5' belongs to no setting"]),
+        (["--name", "../up"], ["command line: name = '../up'"]),
+    ],
+)
+def test_a_wrong_override_is_named(words, phrases):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(), words)
+    for phrase in phrases:
+        assert phrase in str(error.value)
+
+
+# --- what is refused: (what, text to replace, replacement, phrases of the message)
+
+BROKEN = [
+    ("unknown key", "  top_k: 5", "  topk: 5", ["line 19: cache.topk = 5", "unknown key", "did you mean top_k?"]),
+    ("unknown TRL key", "learning_rate: 1e-4", "learnin_rate: 1", ["sft.learnin_rate", "did you mean learning_rate?"]),
+    ("key of another section", "  method: temp", "  top_k: 3\n  method: temp", ["calibrate.top_k", "cache.top_k"]),
+    ("popular name of a key", "  lora_r: 8", "  rank: 8", ["distill.rank = 8", "did you mean lora_r?"]),
+    ("unknown section", "calibrate:", "calibrat:", ["line 20: calibrat: unknown section; did you mean calibrate?"]),
+    ("TRL key at the top", "name: tiny", "name: tiny\nlearning_rate: 1.0",
+     ["learning_rate", "belongs in sft.learning"]),
+    ("no name", "name: tiny\n", "", ["name: it is missing"]),
+    ("name that leaves the folder", "name: tiny", "name: ../../etc",
+     ["line 1: name = '../../etc'", "letters, digits"]),
+    ("name that is hidden", "name: tiny", "name: .", ["name = '.'"]),
+    ("name that YAML reads as a number", "name: tiny", "name: 2024",
+     ["name = 2024: it needs text", "put it in quotes"]),
+    ("text for a number", "learning_rate: 1e-4", "learning_rate: fast", ["sft.learning_rate = 'fast'", "a number"]),
+    ("list for a number", "top_k: 5", "top_k: [7]", ["cache.top_k = [7]", "write 7 without the brackets"]),
+    ("fraction for a whole number", "top_k: 5", "top_k: 7.5", ["cache.top_k = 7.5", "a whole number"]),
+    ("boolean for a number", "top_k: 5", "top_k: yes", ["cache.top_k = True", "a whole number, not a boolean"]),
+    ("text for a boolean", "use_peft: true", "use_peft: 'true'", ["use_peft = 'true'", "true or false"]),
+    ("infinite", "learning_rate: 1e-4", "learning_rate: .inf", ["sft.learning_rate = inf", "a number"]),
+    ("nothing for a number", "top_k: 5", "top_k:", ["cache.top_k = None", "or remove the line"]),
+    ("yes and no as choices", "[good, bad]", "[yes, no]", ["task.choices = [True, False]", "put it in quotes"]),
+    ("no as a strategy", "learning_rate: 1e-4", "eval_strategy: no", ["eval_strategy = False", "put it in quotes"]),
+    ("no as a key", "cache:", "no: 1\ncache:", ["YAML reads the key no as bool", "quote it"]),
+    ("out of range", "top_k: 5", "top_k: 0", ["cache.top_k = 0: it is out of range; write 1 or more"]),
+    ("negative rate", "learning_rate: 1e-4", "learning_rate: -1",
+     ["sft.learning_rate = -1: it is out of range; write 0 or more"]),
+    ("not a choice", "method: temperature", "method: temprature",
+     ["calibrate.method = 'temprature'", "did you mean temperature? Choose one of"]),
+    ("not a scheduler", "learning_rate: 1e-4", "lr_scheduler_type: cosin", ["lr_scheduler_type = 'cosin'", "cosine"]),
+    ("not a divergence", "divergence: jsd", "divergence: kl", ["divergence = 'kl'", "forward_kl, reverse_kl, jsd"]),
+    ("LoRA without use_peft", "learning_rate: 1e-4", "lora_r: 8", ["line 17: sft.lora_r = 8", "use_peft: true"]),
+    ("4-bit without an adapter", "  use_peft: true\n  lora_r: 8\n  lora_target_modules: all-linear\n", "",
+     ["distill.load_in_4bit", "cannot be trained without an adapter", "use_peft: true"]),
+    ("4-bit and 8-bit", "  lora_r: 8", "  load_in_8bit: true",
+     ["distill.load_in_8bit", "load_in_4bit is true as well"]),
+    ("missing data file", "data/train.jsonl", "data/trian.jsonl",
+     ["train.data_files = 'data/trian.jsonl'", "no such file"]),
+    ("missing data file as path", "{path: json, data_files: data/train.jsonl}", "{path: x/train.jsonl}",
+     ["datasets.train.path = 'x/train.jsonl'", "no such file"]),
+    ("reader without files", "{path: json, data_files: data/train.jsonl}", "{path: json}",
+     ["datasets.train.path = 'json'", "write data_files"]),
+    ("missing dataset folder", "{path: json, data_files: data/train.jsonl}", "{path: ./nowhere}",
+     ["datasets.train.path = './nowhere'", "no such folder"]),
+    ("no Hub id", "{path: json, data_files: data/train.jsonl}", "{path: 'my data!'}", ["neither a folder nor the id"]),
+    ("home as ~", "data/train.jsonl", "~/train.jsonl", ["~ is not expanded", "${HOME}"]),
+    ("path is missing", "{path: json, data_files: data/train.jsonl}", "{split: train}",
+     ["datasets.train.path", "missing"]),
+    ("missing teacher folder", "models/teacher", "./models/techer", ["sft.model_name_or_path", "no such folder"]),
+    ("missing student folder", "models/student", "/models/student/x",
+     ["distill.model_name_or_path", "no such folder"]),
+    ("no teacher", "  model_name_or_path: models/teacher\n", "", ["sft.model_name_or_path: there is no teacher"]),
+    ("no student", "  model_name_or_path: models/student\n", "", ["distill.model_name_or_path: there is no student"]),
+    ("test used for calibration", "data/validation.jsonl", "data/test.jsonl",
+     ["line 12: datasets.test.reviews", "a test split used for calibration", "rows of their own"]),
+    ("test used for training", "data/train.jsonl", "./data/../data/test.jsonl", ["a test split used for training"]),
+    ("validation used for training", "data/validation.jsonl", "data/*.jsonl", ["datasets.validation", "same rows"]),
+    ("no test set", "    reviews:\n      path: json\n      data_files: data/test.jsonl\n", "",
+     ["there is no test set"]),
+    ("test set without a name", "    reviews:\n      path: json\n      data_files: data/test.jsonl",
+     "    path: json\n    data_files: data/test.jsonl", ["datasets.test: test sets have names"]),
+    ("unknown split", "  train: {path", "  dev: {path: x}\n  train: {path", ["datasets.dev: unknown split"]),
+    ("no validation", "  validation: {path: json, data_files: data/validation.jsonl}\n", "",
+     ["datasets.validation: it is missing"]),
+    ("no training split", "  train: {path: json, data_files: data/train.jsonl}\n", "",
+     ["datasets.train: it is missing"]),
+    ("task on a training split", "data/train.jsonl}", "data/train.jsonl, task: {append_eos: true}}",
+     ["datasets.train.task", "test sets only"]),
+    ("unknown key in a test's task", "      path: json", "      path: json\n      task: {promt: x}",
+     ["datasets.test.reviews.task.promt", "did you mean prompt?"]),
+    ("broken template in a test's task", "      path: json", "      path: json\n      task: {prompt: '{text'}",
+     ["datasets.test.reviews.task.prompt", "cannot be read"]),
+    ("test set's name is a path", "    reviews:", "    a/b:", ["datasets.test.a/b", "name of a file"]),
+    ("attribute in a template", "{text}", "{text.__class__}", ["task.prompt", "attributes"]),
+    ("broken template", "{text}", "{text", ["line 4: task.prompt", "cannot be read"]),
+    ("two columns and choices", "{label}", "{label}{text}", ["task.completion", "exactly one column, not 2"]),
+    ("completion is missing", '  completion: " {label}"\n', "", ["task.prompt", "without completion"]),
+    ("arm's name is a path", "push:", "arms: {first: {}, a/b: {}}\npush:", ["arms.a/b", "name of a folder"]),
+    ("arm's name is taken", "push:", "arms: {first: {}, teacher: {}}\npush:", ["arms.teacher", "choose another name"]),
+    ("unknown key in an arm", "push:", "arms: {first: {tial: bucket}}\npush:",
+     ["arms.first.tial", "did you mean tail?"]),
+    ("unknown trainer", "push:", "arms: {first: {trainer: dpo}}\npush:", ["arms.first.trainer = 'dpo'", "first, sft"]),
+    ("method's setting in a control", "push:", "arms: {first: {}, a: {trainer: sft, tail: bucket}}\npush:",
+     ["arms.a.tail", "trainer: sft does not know it"]),
+    ("unknown arm to push", "  hub_model_id", "  arm: second\n  hub_model_id", ["push.arm = 'second'", "fine_tuned"]),
+    ("not a Hub id to push to", "me/student", "student", ["push.hub_model_id = 'student'", "owner/name"]),
+    ("output_dir in a section", "learning_rate: 1e-4", "output_dir: x",
+     ["sft.output_dir", "at the top of the recipe"]),
+    ("dataset_kwargs", "learning_rate: 1e-4", "dataset_kwargs: {}", ["sft.dataset_kwargs", "the task section"]),
+    ("push_to_hub in a section", "learning_rate: 1e-4", "push_to_hub: true", ["sft.push_to_hub", "push section"]),
+    ("max_length in a section", "learning_rate: 1e-4", "max_length: 9", ["sft.max_length = 9", "task.max_length"]),
+    ("label smoothing", "learning_rate: 1e-4", "label_smoothing_factor: 0.1",
+     ["recalibration_method: label_smoothing"]),
+    ("liger", "learning_rate: 1e-4", "use_liger_kernel: true", ["sft.use_liger_kernel", "remove it"]),
+    ("metrics from logits", "learning_rate: 1e-4", "include_for_metrics: [loss]", ["first-trl evaluate"]),
+    ("loss of another trainer", "divergence: jsd", "loss_type: dft", ["distill.loss_type", "divergence"]),
+    ("sampled mass of a loss without", "divergence: jsd", "divergence: jsd\n  mass_fraction: 0.5",
+     ["mass_fraction", "bucket"]),
+    ("best model without evaluation", "learning_rate: 1e-4", "load_best_model_at_end: true", ["eval_strategy is no"]),
+    ("both precisions", "learning_rate: 1e-4", "bf16: true\n  fp16: true", ["sft.fp16", "keep one of the two"]),
+    ("a token", "learning_rate: 1e-4", "hub_token: hf_abcdefghijklmnopqrst",
+     ["hub_token = (not shown)", "hf auth login"]),
+    ("a token as a value", "me/student", "me/hf_abcdefghijklmnopqrst", ["(not shown)", "credential"]),
+    ("a token from the environment", "models/teacher", "${HF_TOKEN}",
+     ["HF_TOKEN looks like a secret", "hf auth login"]),
+    ("unset variable", "data/train.jsonl}", "'${NOWHERE_X}/a'}", ["NOWHERE_X is not set", "${NOWHERE_X:-default}"]),
+    ("not a variable", "data/train.jsonl}", "'${a b}'}", ["${a b} is not a variable"]),
+    ("key twice", "  top_k: 5", "  top_k: 5\n  top_k: 9", ["line 20: cache.top_k is written twice, first on line 19"]),
+    ("section twice", "push:", "cache: {}\npush:", ["cache is written twice, first on line 18"]),
+    ("section is a list", "cache:\n  top_k: 5", "cache: [5]", ["cache = [5]: it needs a mapping"]),
+    ("a date", "top_k: 5", "top_k: 2024-01-01", ["cache.top_k", "YAML reads it as date"]),
+    ("an object", "top_k: 5", "top_k: !!python/object:os.system {}", ["cache.top_k", "holds no objects"]),
+    ("a called object", "top_k: 5", "top_k: !!python/name:os.system x", ["cache.top_k", "YAML cannot read it"]),
+    ("not YAML", "cache:\n", "cache\n", ["line 19: this is not YAML"]),
+    ("a tab", "  top_k: 5", "\ttop_k: 5", ["line 19: this is not YAML"]),
+    ("nested aliases", "top_k: 5", "top_k: " + "[" * 40 + "]" * 40, ["too many values"]),
+    ("a merge key", "cache:\n", "cache:\n  <<: {dtype: float32}\n", ["merge keys", "write the keys out"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "old", "new", "phrases"), BROKEN, ids=[case[0] for case in BROKEN])
+def test_a_broken_recipe_says_what_is_wrong_and_what_to_do(what, old, new, phrases):
+    path = write(old, new)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    message = str(error.value)
+    assert message.startswith("recipe.yaml: ")
+    for phrase in phrases:
+        assert phrase in message
+    assert "hf_abcdefghijkl" not in message
+    for problem in error.value.problems:
+        assert "; " in problem  # what is wrong; what to do
+
+
+def test_the_table_of_broken_recipes_is_long():
+    assert len(BROKEN) >= 25 and len({case[0] for case in BROKEN}) == len(BROKEN)
+
+
+def test_one_mistake_is_one_problem():
+    several = {  # mistakes that rightly show in more than one place
+        "validation used for training", "4-bit without an adapter",
+    }  # fmt: skip
+    looked = 0
+    for what, old, new, _ in BROKEN:
+        with pytest.raises(RecipeError) as error:
+            load_recipe(write(old, new))
+        if what not in several:
+            assert len(error.value.problems) == 1, error.value
+            looked += 1
+    assert looked >= 25
+
+
+def test_all_problems_come_at_once_in_the_order_of_the_file():
+    path = write("  top_k: 5", "  topk: 5\n  dtype: float64\n  load_in_4bit: 1")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path, ["--sft.lora_r", "0"])
+    starts = [problem.partition(" = ")[0] for problem in error.value.problems]
+    in_file = ["line 19: cache.topk", "line 20: cache.dtype", "line 21: cache.load_in_4bit"]
+    assert starts == ["command line: sft.lora_r", *in_file]
+    assert "4 problems" in str(error.value)
+
+
+# Ten lists of six aliases each: 6^10 values in 400 bytes.
+ALIASES = b"k0: &k0 [1,1,1,1,1,1]\n" + b"".join(
+    b"k%d: &k%d [%s]\n" % (i, i, b",".join([b"*k%d" % (i - 1)] * 6)) for i in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "a recipe is a mapping"),
+        (b"- a\n- b\n", "a recipe is a mapping"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"a: \x00", "not YAML"),
+        (b"a: {" * 5000, "not YAML"),
+        (b"x" * 1_000_001, "more than a recipe can"),
+        (ALIASES, "too many values"),
+        (b"a: &a [*a]\n", "too many values"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_recipe_is_refused(content, words):
+    with open("recipe.yaml", "wb") as file:
+        file.write(content)
+    with pytest.raises(RecipeError, match=words):
+        load_recipe("recipe.yaml")
+
+
+def test_a_missing_recipe_and_a_folder_are_named():
+    with pytest.raises(RecipeError, match="nowhere.yaml: .*\n.*No such file"):
+        load_recipe("nowhere.yaml")
+    with pytest.raises(RecipeError, match="this is a folder"):
+        load_recipe("data")
+
+
+# --- which splits share rows
+
+HUB = "{path: tau/commonsense_qa, "
+
+
+@pytest.mark.parametrize(
+    ("validation", "test", "shared"),
+    [
+        (HUB + "split: 'train[90%:]'}", HUB + "split: validation}", False),
+        (HUB + "split: validation}", HUB + "split: validation}", True),
+        (HUB + "split: 'validation[:50%]'}", HUB + "split: 'validation[50%:]'}", False),
+        (HUB + "split: 'validation[:60%]'}", HUB + "split: 'validation[50%:]'}", True),
+        (HUB + "split: 'validation[:100]'}", HUB + "split: 'validation[100:200]'}", False),
+        (HUB + "split: 'validation[:101]'}", HUB + "split: 'validation[100:200]'}", True),
+        (HUB + "split: validation}", HUB + "split: 'test+validation[:1%]'}", True),
+        ("{path: tau/commonsense_qa}", HUB + "split: validation}", True),
+        (HUB + "split: validation, revision: main}", HUB + "split: validation}", True),
+        (HUB + "split: validation, name: a}", HUB + "split: validation, name: b}", False),
+        ("{path: json, data_files: [data/test.jsonl]}", "{path: data/test.jsonl}", True),
+        ("{path: json, data_files: 'data/[tv]*.jsonl', split: 'train[:50%]'}",
+         "{path: json, data_files: data/test.jsonl, split: 'train[50%:]'}", False),
+        ("{path: data, data_files: test.jsonl}", "{path: json, data_files: data/test.jsonl}", True),
+        ("{path: me/data, data_files: a.jsonl}", "{path: me/data, data_files: b.jsonl}", False),
+        ("{path: me/data, data_files: a.jsonl}", "{path: me/data, data_files: a.jsonl}", True),
+    ],
+)  # fmt: skip
+def test_a_test_split_that_calibration_would_see_is_recognised(validation, test, shared):
+    text = RECIPE.replace("{path: json, data_files: data/validation.jsonl}", validation)
+    text = text.replace("    reviews:\n      path: json\n      data_files: data/test.jsonl", f"    reviews: {test}")
+    text = text.replace("{path: json, data_files: data/train.jsonl}", "{path: other/data}")
+    with open("recipe.yaml", "w") as file:
+        file.write(text)
+    if shared:
+        with pytest.raises(RecipeError, match="a test split used for calibration"):
+            load_recipe("recipe.yaml")
+    else:
+        load_recipe("recipe.yaml")
+
+
+# --- speed, and what cannot be tabulated
+
+
+@pytest.mark.parametrize("case", [None, BROKEN[0], BROKEN[25], BROKEN[29]], ids=["fine", "key", "peft", "file"])
+def test_a_recipe_is_checked_in_seconds_without_anything_heavy(case, pytestconfig):
+    path = write(*case[1:3]) if case else write()
+    code = (
+        f"import sys; sys.path.insert(0, {str(pytestconfig.rootpath)!r})\n"
+        "from first_trl.recipe import RecipeError, load_recipe\n"
+        f"try: load_recipe({path!r}); print('fine')\n"
+        "except RecipeError as error: print(error)\n"
+        "heavy = ('torch', 'transformers', 'trl', 'datasets', 'peft', 'accelerate', 'numpy', 'pyarrow')\n"
+        "assert not [name for name in heavy if name in sys.modules]"
+    )
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert ("1 problem in this recipe" in result.stdout) == bool(case)
+    assert time.monotonic() - started < 5
+
+
+def _refused_or_read(text: str | bytes) -> None:
+    """Anything but a RecipeError fails the test."""
+    with open("fuzz.yaml", "wb") as file:
+        file.write(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    try:
+        recipe = load_recipe("fuzz.yaml")
+    except RecipeError:
+        return
+    assert ".." not in recipe.name and "/" not in recipe.name
+    recipe.write_resolved("again.yaml")
+    assert load_recipe("again.yaml") == recipe
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+    st.sampled_from(["${A}", "${A:-x}", "$${", "../x", "{a.b}", "{a[0]}", "json", "a/b", "~", "1e-4"]),
+    st.just("hf_" + "a" * 20),
+)  # fmt: skip
+KEYS = st.text(max_size=6)
+VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS, v, max_size=3), max_leaves=6)
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def _paths(value, path=()):
+    """Every path into the recipe's values."""
+    yield path
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _paths(item, (*path, key))
+
+
+PATHS = [path for path in _paths(yaml.safe_load(RECIPE)) if path]
+
+
+def _with_value(path: tuple, value) -> str:
+    """The recipe with another value at a path."""
+    tree = yaml.safe_load(RECIPE)
+    place = tree
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return yaml.safe_dump(tree)
+
+
+@FUZZ
+@given(st.sampled_from(PATHS), VALUES)
+def test_no_value_anywhere_escapes_the_checks(path, value):
+    _refused_or_read(_with_value(path, value))
+
+
+@FUZZ
+@given(st.integers(0, len(RECIPE) - 1), st.integers(0, 5), st.text(max_size=6))
+def test_no_edit_of_the_text_escapes_the_checks(position, length, inserted):
+    _refused_or_read(RECIPE[:position] + inserted + RECIPE[position + length :])
+
+
+@FUZZ
+@given(st.binary(max_size=60))
+def test_no_bytes_escape_the_checks(content):
+    _refused_or_read(content)
+
+
+WORDS = ["--", "--sft.learning_rate", "--arms.x.y", "--a.b.c", "--task", "--datasets.test.x", "1", "[", "{a: b}"]
+
+
+@FUZZ
+@given(st.lists(st.sampled_from(WORDS), max_size=5))
+def test_no_override_escapes_the_checks(words):
+    path = write()
+    try:
+        load_recipe(path, words)
+    except RecipeError:
+        pass
+
+
+@pytest.mark.slow
+@MANY
+@given(st.sampled_from(PATHS), VALUES, st.integers(0, 900), st.text(max_size=4))
+def test_ten_thousand_broken_recipes_do_not_escape(path, value, position, inserted):
+    text = _with_value(path, value)
+    _refused_or_read(text[:position] + inserted + text[position:])
+
+
+def test_the_stages_are_those_of_the_design():
+    assert STAGES == ("sft", "cache", "calibrate", "distill", "evaluate", "push")
+    assert [field.name for field in dataclasses.fields(Recipe)][:3] == ["name", "task", "datasets"]
