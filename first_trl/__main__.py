@@ -4,8 +4,8 @@
     first-trl run RECIPE                every stage in order; finished ones are skipped
     first-trl STAGE RECIPE              one of sft, cache, calibrate, distill, evaluate, push
 
-Each stage is its own process under `accelerate launch`, so memory is given back between stages and the same recipe runs
-under any accelerate configuration. This module starts processes and imports nothing heavy.
+Each stage is its own process under `accelerate launch`, so memory is given back between stages and the same recipe
+runs under any accelerate configuration. This module starts processes and imports nothing heavy.
 """
 
 import argparse
@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="first-trl", description=__doc__.split("\n\n")[0], epilog=f"Stages: {', '.join(STAGES)}.", allow_abbrev=False
+        prog="first-trl",
+        description=__doc__.split("\n\n")[0],
+        epilog=f"Stages: {', '.join(STAGES)}.",
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     run = commands.add_parser("run", help="all stages of a recipe, in order", allow_abbrev=False)

@@ -10,17 +10,14 @@ Shapes: B batch, T tokens, N supervised positions, D hidden, V vocabulary, K kep
 
 import functools
 import types
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .head import partition_log_probs_and_tail_max, selected_logits
-from .trl_private import maybe_gather_lm_head_ctx
 
 IGNORED = -100
 
@@ -68,28 +65,22 @@ def logit_scale(config) -> float:
     return float(scaling if text_config.model_type == "hyperclovax" else 1 / scaling)  # Granite, MiniCPM3 divide
 
 
-@contextmanager
-def language_model_head(model: PreTrainedModel):
-    """The model's [`Head`], gathered if FSDP2 or ZeRO-3 shard it, for as long as the context lasts."""
+def language_model_head(model: PreTrainedModel) -> Head:
+    """The model's [`Head`]. FSDP2 and ZeRO-3 may hold it in pieces; `first_trl.head` gathers them when it reads."""
     module = model.get_output_embeddings()
-    weight, bias = module.weight, getattr(module, "bias", None)
-    with maybe_gather_lm_head_ctx(weight, bias):
-        if isinstance(weight, DTensor):
-            weight = weight.full_tensor()
-            bias = None if bias is None else bias.full_tensor()
-        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        yield Head(weight, bias, logit_scale(model.config), softcap)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return Head(module.weight, getattr(module, "bias", None), logit_scale(model.config), softcap)
 
 
 def backbone_hidden_states(model: PreTrainedModel, **inputs) -> torch.Tensor:
-    """(B, T, D) last hidden states of `model`, without its head. `base_model` is how transformers names the backbone."""
+    """(B, T, D) last hidden states of `model`, whose backbone transformers calls `base_model`; no head is applied."""
     return model.base_model(**inputs, use_cache=False).last_hidden_state
 
 
 def add_partition_head(model: PreTrainedModel) -> None:
     """Let `model(..., partition_ids=ids_NK)` return a [`PartitionOutput`]; any other call is unchanged.
 
-    Add it to the innermost model, after TRL's own fused head and before `accelerate` wraps anything. The new arguments:
+    Add it to the innermost model, after TRL's own fused head and before `accelerate` wraps anything. New arguments:
     `partition_ids` (N, K) int64, one row per supervised position of `labels`; `partition_positions` (M,) int64, the
     positions that pay for the whole vocabulary (default all); `partition_logits`, whether to return the K logits at
     every position; `partition_labels`, whether to return the label's log-probability.
@@ -116,13 +107,13 @@ def add_partition_head(model: PreTrainedModel) -> None:
         kwargs["use_cache"] = False
         hidden_BTD = self.base_model(*args, **kwargs).last_hidden_state
         mask = supervised_mask(labels)
-        with language_model_head(self) as head:
-            # With the model split over devices, the backbone can end on another device than the head.
-            hidden_ND = hidden_BTD[:, :-1][mask.to(hidden_BTD.device)].to(head.weight.device)
-            labels_N = labels[:, 1:][mask].to(head.weight.device)
-            return _project(
-                hidden_ND, labels_N, head, partition_ids, partition_positions, partition_logits, partition_labels
-            )
+        head = language_model_head(self)
+        # With the model split over devices, the backbone can end on another device than the head.
+        hidden_ND = hidden_BTD[:, :-1][mask.to(hidden_BTD.device)].to(head.weight.device)
+        labels_N = labels[:, 1:][mask].to(head.weight.device)
+        return _project(
+            hidden_ND, labels_N, head, partition_ids, partition_positions, partition_logits, partition_labels
+        )
 
     model.forward = types.MethodType(forward, model)
 

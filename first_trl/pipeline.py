@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, RecipeError, load_recipe
 from .run_folder import RunFolder, path_fingerprint
 
 STAGES = ("sft", "cache", "calibrate", "distill", "evaluate", "push")
@@ -31,7 +31,10 @@ def parse_stage(stage: str, argv: list[str] | None = None) -> tuple[Recipe, argp
     if stage == "push":
         parser.add_argument("--dry_run", action="store_true", help="write the folder to upload, and upload nothing")
     options, overrides = parser.parse_known_args(argv)
-    recipe = load_recipe(options.recipe, overrides, stage=stage)
+    try:
+        recipe = load_recipe(options.recipe, overrides, stage=stage)
+    except RecipeError as error:
+        raise SystemExit(str(error)) from None
     if getattr(options, "arm", None) and options.arm not in recipe.arms:
         parser.error(f"unknown arm {options.arm!r}; the recipe has {', '.join(recipe.arms)}")
     return recipe, options
@@ -142,8 +145,8 @@ def require(recipe: Recipe, *works: str) -> None:
     for work in works:
         if work in works_of(recipe, work.split(".")[0]) and RunFolder(recipe.run_folder).identity(work) is None:
             raise FileNotFoundError(
-                f"{recipe.run_folder} has no finished '{work}' yet. Run `first-trl {work.split('.')[0]} RECIPE` first, "
-                "or `first-trl run RECIPE` for everything."
+                f"{recipe.run_folder} has no finished '{work}' yet. Run `first-trl {work.split('.')[0]} RECIPE`, or "
+                "`first-trl run RECIPE` for everything."
             )
 
 

@@ -60,7 +60,9 @@ def calibration_rows(dataset, positions: str = "answer", eos_token_id: int | Non
     else:
         kept_N = target_ids_N != (-1 if eos_token_id is None else eos_token_id)
     if not kept_N.any():
-        raise ValueError(f"No supervised position is left under positions={positions!r}; the split is empty of answers.")
+        raise ValueError(
+            f"No supervised position is left under positions={positions!r}; the split is empty of answers."
+        )
     is_label_NK = ids_NK[kept_N] == target_ids_N[kept_N, None]
     target_N = np.where(is_label_NK.any(axis=1), is_label_NK.argmax(axis=1), ids_NK.shape[1])
     return Rows(log_probs_NK1[kept_N], target_N.astype(np.int64))

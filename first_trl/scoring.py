@@ -120,24 +120,24 @@ def teacher_rows(
     positions = [np.flatnonzero(np.asarray(example["labels"][1:]) != IGNORED) for example in examples]
     rows: list[dict] = [{}] * len(examples)
     batches = hidden_states_at(model, [example["input_ids"] for example in examples], positions, tokens_per_batch)
-    with language_model_head(innermost(model)) as head:
-        for indices, hidden_ND in batches:
-            token_ids_NK, log_probs_NK1 = top_k_log_probs(
-                hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit
-            )[:2]
-            counts = [len(positions[i]) for i in indices]
-            ids_parts = np.split(token_ids_NK.cpu().numpy().astype(np.int32), np.cumsum(counts)[:-1])
-            log_parts = np.split(log_probs_NK1.cpu().numpy(), np.cumsum(counts)[:-1])
-            for i, ids, log_probs in zip(indices, ids_parts, log_parts, strict=True):
-                rows[i] = {
-                    "input_ids": examples[i]["input_ids"],
-                    "labels": examples[i]["labels"],
-                    "teacher_ids": ids,
-                    "teacher_log_probs": log_probs[:, :-1],
-                    "teacher_tail_log_prob": log_probs[:, -1],
-                }
-            if progress is not None:
-                progress(sum(len(examples[i]["input_ids"]) for i in indices))
+    head = language_model_head(innermost(model))
+    for indices, hidden_ND in batches:
+        token_ids_NK, log_probs_NK1 = top_k_log_probs(
+            hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit
+        )[:2]
+        counts = [len(positions[i]) for i in indices]
+        ids_parts = np.split(token_ids_NK.cpu().numpy().astype(np.int32), np.cumsum(counts)[:-1])
+        log_parts = np.split(log_probs_NK1.cpu().numpy(), np.cumsum(counts)[:-1])
+        for i, ids, log_probs in zip(indices, ids_parts, log_parts, strict=True):
+            rows[i] = {
+                "input_ids": examples[i]["input_ids"],
+                "labels": examples[i]["labels"],
+                "teacher_ids": ids,
+                "teacher_log_probs": log_probs[:, :-1],
+                "teacher_tail_log_prob": log_probs[:, -1],
+            }
+        if progress is not None:
+            progress(sum(len(examples[i]["input_ids"]) for i in indices))
     return rows
 
 
@@ -164,24 +164,22 @@ def answer_scores(
     if choice_ids is not None:
         columns["choice_log_probs"] = [None] * len(prompts)
     last = [[len(prompt) - 1] for prompt in prompts]
-    with language_model_head(innermost(model)) as head:
-        for indices, hidden_ND in hidden_states_at(model, prompts, last, tokens_per_batch):
-            ids_NK, log_probs_NK1 = top_k_log_probs(hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit)[
-                :2
-            ]
-            extra = [[label_ids[i], *(choice_ids or [])] for i in indices]
-            wanted = torch.cat([ids_NK[:, :1], torch.as_tensor(extra, device=ids_NK.device)], dim=1)
-            logits = selected_logits(hidden_ND, head.weight, wanted, *head[1:])
-            # log p(w) = z_w - log Z, and log Z = z_1 - log p_1 for the most probable token
-            log_probs = (logits[:, 1:] - logits[:, :1] + log_probs_NK1[:, :1]).float().cpu().numpy()
-            for slot, i in enumerate(indices):
-                columns["token_ids"][i] = ids_NK[slot].cpu().numpy()
-                columns["log_probs"][i] = log_probs_NK1[slot].cpu().numpy()
-                columns["label_log_prob"][i] = log_probs[slot, 0]
-                if choice_ids is not None:
-                    columns["choice_log_probs"][i] = log_probs[slot, 1:]
-            if progress is not None:
-                progress(sum(len(prompts[i]) for i in indices))
+    head = language_model_head(innermost(model))
+    for indices, hidden_ND in hidden_states_at(model, prompts, last, tokens_per_batch):
+        ids_NK, log_probs_NK1 = top_k_log_probs(hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit)[:2]
+        extra = [[label_ids[i], *(choice_ids or [])] for i in indices]
+        wanted = torch.cat([ids_NK[:, :1], torch.as_tensor(extra, device=ids_NK.device)], dim=1)
+        logits = selected_logits(hidden_ND, head.weight, wanted, *head[1:])
+        # log p(w) = z_w - log Z, and log Z = z_1 - log p_1 for the most probable token
+        log_probs = (logits[:, 1:] - logits[:, :1] + log_probs_NK1[:, :1]).float().cpu().numpy()
+        for slot, i in enumerate(indices):
+            columns["token_ids"][i] = ids_NK[slot].cpu().numpy()
+            columns["log_probs"][i] = log_probs_NK1[slot].cpu().numpy()
+            columns["label_log_prob"][i] = log_probs[slot, 0]
+            if choice_ids is not None:
+                columns["choice_log_probs"][i] = log_probs[slot, 1:]
+        if progress is not None:
+            progress(sum(len(prompts[i]) for i in indices))
     scores = {name: np.stack(values) for name, values in columns.items()}
     is_label = scores["token_ids"] == np.asarray(label_ids)[:, None]
     scores["target"] = np.where(is_label.any(axis=1), is_label.argmax(axis=1), top_k).astype(np.int64)

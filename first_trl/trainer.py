@@ -58,8 +58,8 @@ class TeacherCollator:
             rows = {name: values[kept] for name, values in rows.items()}
         if len(rows["teacher_ids"]) != int(supervised.sum()):
             raise ValueError(
-                f"A batch has {int(supervised.sum())} supervised positions but {len(rows['teacher_ids'])} teacher rows. "
-                "The dataset was changed after the cache was written; pass the cache itself as the dataset."
+                f"A batch has {int(supervised.sum())} supervised positions but {len(rows['teacher_ids'])} rows: "
+                "the dataset was changed after the cache was written. Pass the cache itself as the dataset."
             )
         log_probs_NK1 = np.concatenate(
             [rows["teacher_log_probs"].astype(np.float32), rows["teacher_tail_log_prob"].astype(np.float32)[:, None]],
@@ -71,7 +71,7 @@ class TeacherCollator:
 
 
 def _one_entry_per_token(example: dict) -> dict:
-    """Spread the teacher's rows over the tokens, entry i for the label of token i, so that packing moves both alike."""
+    """Spread the teacher's rows over the tokens, entry i for token i's label, so that packing moves both alike."""
     supervised = np.asarray(example["labels"]) != IGNORED
     supervised[:1] = False  # a document's first token is nobody's target
     spread = {}
@@ -339,6 +339,6 @@ class FIRSTTrainer(SFTTrainer):
         )
         text = (
             f"---\n{data.to_yaml()}\n---\n\n# {model_name or 'student'}\n\nA student distilled with "
-            f"[FIRST](https://arxiv.org/abs/{self._paper['id']}) by first-trl; a checkpoint of a run, not yet evaluated.\n"
+            f"[FIRST](https://arxiv.org/abs/{self._paper['id']}) by first-trl. A checkpoint, not yet evaluated.\n"
         )
         ModelCard(text, ignore_metadata_errors=True).save(os.path.join(self.args.output_dir, "README.md"))

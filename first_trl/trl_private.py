@@ -5,6 +5,6 @@ there first, with a reason, and nowhere else.
 """
 
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
+from trl.trainer.utils import get_config_model_id
 
-__all__ = ["DataCollatorForLanguageModeling", "get_config_model_id", "maybe_gather_lm_head_ctx"]
+__all__ = ["DataCollatorForLanguageModeling", "get_config_model_id"]

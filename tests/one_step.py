@@ -32,7 +32,9 @@ def main() -> None:
         )
         before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
         trainer.train()
-    change = {name: (value.detach() - before[name]).flatten().tolist() for name, value in trainer.model.named_parameters()}
+    change = {
+        name: (value.detach() - before[name]).flatten().tolist() for name, value in trainer.model.named_parameters()
+    }
     if trainer.is_world_process_zero():
         with open(job["out"], "w") as file:
             json.dump(change, file)

@@ -1,4 +1,4 @@
-"""The trainer joins the parts in the right order: teacher = student gives zero, and scaling never changes the gradient."""
+"""The trainer joins the parts in the right order: teacher = student gives zero, and scaling keeps the gradient."""
 
 import json
 import subprocess
@@ -41,7 +41,9 @@ def trainer_for(model, dataset, tokenizer, tmp_path, **settings):
         **{"report_to": "none", "use_cpu": True, "gradient_checkpointing": False, "bf16": False, "logging_steps": 1}
         | settings,
     )
-    return FIRSTTrainer(model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer)
+    return FIRSTTrainer(
+        model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
+    )
 
 
 LAYOUTS = {
@@ -130,11 +132,19 @@ def test_accumulation_ending_in_a_short_batch_trains(make_model, tokenizer, tmp_
     model = make_model(vocab_size=len(tokenizer), seed=1)
     dataset = cache_of(make_model(vocab_size=len(tokenizer)), random_examples(7, len(tokenizer)))
     trainer = trainer_for(
-        model, dataset, tokenizer, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, num_train_epochs=2
+        model,
+        dataset,
+        tokenizer,
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        num_train_epochs=2,
     )
     trainer.train()
     assert trainer.state.global_step == 4
-    assert {"kl", "teacher_mass", "student_mass", "teacher_agreement", "num_tokens"} <= set(trainer.state.log_history[0])
+    assert {"kl", "teacher_mass", "student_mass", "teacher_agreement", "num_tokens"} <= set(
+        trainer.state.log_history[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +164,14 @@ def test_every_loss_setting_lowers_its_loss(settings, make_model, tokenizer, tmp
     dataset = cache_of(make_model(vocab_size=len(tokenizer)), random_examples(8, len(tokenizer)))
     student = make_model(vocab_size=len(tokenizer), seed=1)
     trainer = trainer_for(
-        student, dataset, tokenizer, tmp_path, learning_rate=1e-3, per_device_train_batch_size=8, num_train_epochs=15, **settings
+        student,
+        dataset,
+        tokenizer,
+        tmp_path,
+        learning_rate=1e-3,
+        per_device_train_batch_size=8,
+        num_train_epochs=15,
+        **settings,
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -164,7 +181,12 @@ def test_every_loss_setting_lowers_its_loss(settings, make_model, tokenizer, tmp
 def test_renormalize_warns_when_the_student_leaves_the_teachers_tokens(make_model, tokenizer, tmp_path, monkeypatch):
     dataset = cache_of(make_model(vocab_size=len(tokenizer)), random_examples(8, len(tokenizer)), top_k=1)
     trainer = trainer_for(
-        make_model(vocab_size=len(tokenizer), seed=1), dataset, tokenizer, tmp_path, tail="renormalize", num_train_epochs=3
+        make_model(vocab_size=len(tokenizer), seed=1),
+        dataset,
+        tokenizer,
+        tmp_path,
+        tail="renormalize",
+        num_train_epochs=3,
     )
     warnings = []
     monkeypatch.setattr("first_trl.trainer.logger.warning", warnings.append)

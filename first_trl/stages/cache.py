@@ -79,8 +79,9 @@ def cache_split(recipe, role: str, model, tokenizer, section: dict) -> None:
         totals = writer.finish(len(examples))["totals"]
         writer.release()
         say(
-            f"cache: {role} has {totals['rows']} rows, {totals['supervised_positions']} supervised positions, teacher "
-            f"mass on its {settings.top_k} tokens {totals['teacher_mass_mean']:.3f} (p10 {totals['teacher_mass_p10']:.3f})"
+            f"cache: {role} has {totals['rows']} rows, {totals['supervised_positions']} supervised positions; the "
+            f"teacher puts {totals['teacher_mass_mean']:.3f} of its mass on {settings.top_k} tokens (p10 "
+            f"{totals['teacher_mass_p10']:.3f})"
         )
     state.wait_for_everyone()
 

@@ -49,8 +49,8 @@ def calibrate(recipe) -> list[str]:
         )
     seen, unseen = rows["train"].summary(), rows["validation"].summary()
     say(
-        f"calibrate: the teacher is {100 * seen['accuracy']:.1f} % right at confidence {seen['confidence']:.2f} on the "
-        f"rows it labels, {100 * unseen['accuracy']:.1f} % at {unseen['confidence']:.2f} on validation"
+        f"calibrate: on the rows it labels the teacher is {100 * seen['accuracy']:.1f} % right at confidence "
+        f"{seen['confidence']:.2f}, on validation {100 * unseen['accuracy']:.1f} % at {unseen['confidence']:.2f}"
     )
     calibration = {
         "schema_version": 1,

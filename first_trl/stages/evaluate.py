@@ -86,7 +86,9 @@ def collect(recipe, arms: list[str], calibration: dict) -> dict:
     from first_trl.evaluation import predictions, read_answers, recalibrated_answers
 
     folder, method = recipe.run_folder / "report" / "answers", calibration["method"]
-    answers = {arm: {name: read_answers(folder / arm / f"{name}.parquet") for name in recipe.datasets.test} for arm in arms}
+    answers = {
+        arm: {name: read_answers(folder / arm / f"{name}.parquet") for name in recipe.datasets.test} for arm in arms
+    }
     collected = {arm: {name: predictions(rows) for name, rows in sets.items()} for arm, sets in answers.items()}
     fitted = {"teacher_recalibrated": ("teacher", calibration["value"])}
     for arm in arms:

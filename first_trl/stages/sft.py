@@ -28,7 +28,9 @@ def fine_tune(recipe, continues: bool) -> list[str]:
     folder = recipe.run_folder / "teacher"
     if PartialState().is_main_process:
         clear_unfinished(folder, continues)
-    args, model_args = training_arguments({**recipe.sft, "max_length": recipe.task.max_length}, SFTConfig, folder, recipe.seed)
+    args, model_args = training_arguments(
+        {**recipe.sft, "max_length": recipe.task.max_length}, SFTConfig, folder, recipe.seed
+    )
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     splits = {}
     for role in ("train", "validation") if args.eval_strategy != "no" else ("train",):
