@@ -41,9 +41,7 @@ class CacheError(ValueError):
 def cache_schema(top_k: int, dtype: str = "float16") -> pa.Schema:
     """The columns of a cache, for the writer and the reader alike. `dtype` is that of the K log-probabilities."""
     if dtype not in _DTYPES:
-        raise CacheError(
-            f"dtype {dtype!r} is not one that log-probabilities are stored in; choose {' or '.join(_DTYPES)}."
-        )
+        raise CacheError(f"dtype {dtype!r} is no type of log-probabilities; choose {' or '.join(_DTYPES)}.")
     # The tail keeps float32: losses and searches take 1 - tau from it, and it costs 1.5 bytes after compression.
     return pa.schema(
         {

@@ -221,7 +221,7 @@ class CacheWriter:
                 if [metadata.get(key) for key in (_JOB_KEY, _SHARD_KEY)] != self._signature(index):
                     return None
                 return parquet.read().cast(self.schema)
-        except (pa.ArrowException, OSError):  # absent or damaged: it is made again
+        except (pa.ArrowException, ValueError, OSError):  # absent or damaged: it is made again
             return None
 
     def write_shard(self, index: int, rows: Sequence[dict]) -> None:

@@ -1,0 +1,380 @@
+"""A cache comes back as it was written, or not at all."""
+
+import json
+import os
+import random
+import shutil
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from first_trl.cache import check_cache, check_vocabulary, open_cache
+from first_trl.cache_format import SEAL, CacheError, cache_schema, read_manifest, render_manifest
+from first_trl.fingerprints import chat_template_fingerprint, dataset_fingerprint, row_key
+from tests.cache_samples import VOCABULARY, FakeTokenizer, contents, description, make_row, make_rows, write_cache
+
+COLUMNS = ["input_ids", "labels", "teacher_ids", "teacher_log_probs", "teacher_tail_log_prob"]
+
+
+@pytest.fixture(autouse=True)
+def arrow_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+    return tmp_path / "arrow" / "first_trl"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "cache"
+
+
+def assert_same_rows(dataset, rows, dtype=np.float16):
+    assert len(dataset) == len(rows)
+    for found, row in zip(dataset, rows, strict=True):
+        assert found["input_ids"] == list(row["input_ids"]) and found["labels"] == list(row["labels"])
+        assert found["teacher_ids"] == row["teacher_ids"].tolist()
+        assert found["teacher_log_probs"] == row["teacher_log_probs"].astype(dtype).tolist()
+        assert found["teacher_tail_log_prob"] == row["teacher_tail_log_prob"].tolist()
+        assert found["row_key"] == row_key(row["input_ids"], row["labels"])
+
+
+@pytest.mark.parametrize("rows_per_shard", [1, 2, 3, 7, 10, 11])
+def test_rows_come_back_in_order_whatever_the_size_of_a_shard(path, rows_per_shard):
+    rows = make_rows(10)
+    manifest = write_cache(path, rows, rows_per_shard=rows_per_shard)
+    assert len(manifest["shards"]) == -(-10 // rows_per_shard)
+    assert_same_rows(open_cache(path).dataset, rows)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float16", pa.float16()), ("float32", pa.float32())])
+def test_columns_have_the_types_of_the_format_on_disk_and_in_memory(path, dtype, stored):
+    rows = make_rows(5, top_k=3)
+    write_cache(path, rows, top_k=3, dtype=dtype)
+    cache = open_cache(path)
+    schema = pa.schema(
+        {
+            "input_ids": pa.list_(pa.int32()),
+            "labels": pa.list_(pa.int32()),
+            "teacher_ids": pa.list_(pa.list_(pa.int32(), 3)),
+            "teacher_log_probs": pa.list_(pa.list_(stored, 3)),
+            "teacher_tail_log_prob": pa.list_(pa.float32()),
+            "row_key": pa.string(),
+        }
+    )
+    assert cache.dataset.data.schema.equals(schema) and cache_schema(3, dtype).equals(schema)
+    assert cache.dataset.features == datasets.Features.from_arrow_schema(schema)
+    assert_same_rows(cache.dataset, rows, np.dtype(dtype))
+
+
+def test_a_row_with_one_supervised_position_keeps_one_teacher_row(path):
+    rows = [
+        make_row(0, supervised=1, length=30),
+        make_row(1, supervised=0, length=4),
+        make_row(2, supervised=3, length=4),
+    ]
+    write_cache(path, rows)
+    dataset = open_cache(path).dataset
+    assert [len(row["teacher_ids"]) for row in dataset] == [1, 0, 3]
+    assert_same_rows(dataset, rows)
+
+
+def test_a_first_token_in_the_loss_has_no_teacher_row(path):
+    row = make_row(0, supervised=3, length=4)
+    row |= {"input_ids": row["input_ids"][1:], "labels": row["labels"][1:]}
+    row |= {name: row[name][1:] for name in COLUMNS[2:]}  # three labels, of which nobody predicts the first
+    write_cache(path, [row])
+    assert len(open_cache(path).dataset[0]["teacher_ids"]) == 2
+
+
+def test_infinities_survive_and_what_float16_cannot_hold_becomes_one(path):
+    row = make_row(0, supervised=2, length=3)
+    row["teacher_log_probs"] = np.array([[0, -1e5, -np.inf, -np.inf, -np.inf], [-1e-4, -9.3, -12, -50, -65000]])
+    row["teacher_tail_log_prob"] = np.array([-np.inf, -np.inf])
+    write_cache(path, [row])
+    found = open_cache(path).dataset[0]
+    assert found["teacher_log_probs"][0] == [0] + [-np.inf] * 4
+    assert np.allclose(found["teacher_log_probs"][1], row["teacher_log_probs"][1], rtol=2**-11)
+    assert found["teacher_tail_log_prob"] == [-np.inf, -np.inf]
+
+
+def test_the_manifest_has_the_totals_and_the_job(path):
+    rows = make_rows(9)
+    assert write_cache(path, rows) == open_cache(path).manifest
+    manifest = open_cache(path).manifest
+    mass = 1 - np.exp(np.concatenate([row["teacher_tail_log_prob"] for row in rows]).astype(np.float64))
+    totals = manifest["totals"]
+    assert totals["rows"] == 9 and totals["supervised_positions"] == len(mass)
+    assert totals["teacher_mass_mean"] == pytest.approx(mass.mean(), abs=1e-6)
+    assert totals["teacher_mass_p10"] == pytest.approx(np.quantile(mass, 0.1, method="inverted_cdf"), abs=1e-4)
+    assert manifest["dataset_fingerprint"] == dataset_fingerprint(row_key(r["input_ids"], r["labels"]) for r in rows)
+    assert {name: manifest[name] for name in description()} == description()
+    assert (manifest["top_k"], manifest["dtype"], manifest["rows_per_shard"]) == (5, "float16", 4)
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "odd [name]*"])
+def test_datasets_loads_the_folder_as_it_is(tmp_path, name):
+    path, rows = tmp_path / name, make_rows(9)
+    write_cache(path, rows)
+    (path / "README.md").write_text("# A cache")
+    if name.isalpha():  # `datasets` reads brackets and stars as patterns
+        assert_same_rows(datasets.load_dataset("parquet", data_dir=str(path), split="train"), rows)
+        loaded = datasets.load_dataset("parquet", data_files=str(path / "*.parquet"), split="train")
+        assert_same_rows(loaded, rows)
+        assert loaded.features == open_cache(path).dataset.features
+    assert_same_rows(open_cache(path).dataset, rows)
+
+
+def test_rows_are_memory_mapped_and_made_once(path, arrow_files):
+    write_cache(path, make_rows(9))
+    files = [file["filename"] for file in open_cache(path).dataset.cache_files]
+    assert len(files) == 1 and os.path.dirname(files[0]) == str(arrow_files)
+    before = os.stat(files[0]).st_mtime_ns
+    open_cache(path)
+    assert os.stat(files[0]).st_mtime_ns == before
+
+
+def test_another_cache_in_the_same_folder_gives_its_own_rows(path):
+    write_cache(path, make_rows(4))
+    times = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    open_cache(path)
+    shutil.rmtree(path)
+    rows = make_rows(8)[4:]
+    write_cache(path, rows)
+    for name, time in times.items():
+        os.utime(path / name, ns=(time, time))
+    assert_same_rows(open_cache(path).dataset, rows)
+
+
+@pytest.mark.parametrize(
+    ("make", "positions"),
+    [
+        (lambda i: make_row(i, vocabulary=151_936, supervised=63, length=64), 512 * 63),
+        (lambda i: make_row(i, vocabulary=151_936, supervised=1, length=64), 512),
+    ],
+)
+def test_the_teacher_costs_at_most_24_bytes_per_supervised_position(path, make, positions):
+    import pyarrow.parquet as pq
+
+    # ids without any pattern and log-probabilities spread widely: nothing that real text has to compress
+    manifest = write_cache(path, [make(i) for i in range(512)], rows_per_shard=512)
+    group = pq.read_metadata(path / manifest["shards"][0]["name"]).row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    size = sum(column.total_compressed_size for column in columns if column.path_in_schema.startswith("teacher"))
+    assert manifest["totals"]["supervised_positions"] == positions
+    assert size / positions <= 24
+
+
+def test_every_flipped_bit_is_refused_with_a_clear_error(path):
+    write_cache(path, make_rows(10))
+    originals = contents(path)
+    bits = [(name, bit) for name, content in originals.items() for bit in range(8 * len(content))]
+    # three quarters of the bytes are in the shards; the manifest gets its half of the trials all the same
+    chosen = random.Random(0).sample([bit for bit in bits if bit[0] == "manifest.json"], 100)
+    chosen += random.Random(1).sample([bit for bit in bits if bit[0] != "manifest.json"], 100)
+    for name, bit in chosen:
+        changed = bytearray(originals[name])
+        changed[bit // 8] ^= 1 << bit % 8
+        (path / name).write_bytes(changed)
+        with pytest.raises(CacheError, match=str(path)):
+            open_cache(path)
+        (path / name).write_bytes(originals[name])
+    assert len(chosen) == 200 and len(open_cache(path).dataset) == 10
+
+
+def swapped_tokenizer():
+    tokenizer = FakeTokenizer()
+    tokenizer.vocabulary["<3>"], tokenizer.vocabulary["<4>"] = 4, 3
+    return tokenizer
+
+
+def other_end():
+    tokenizer = FakeTokenizer()
+    tokenizer.eos_token_id = 7
+    return tokenizer
+
+
+def other_template():
+    tokenizer = FakeTokenizer()
+    tokenizer.chat_template += "\n"
+    return {"chat_template_sha256": chat_template_fingerprint(tokenizer)}
+
+
+MISMATCHES = {
+    "two token ids swapped": lambda: {"tokenizer": swapped_tokenizer()},
+    "one more token": lambda: {"tokenizer": FakeTokenizer(VOCABULARY + 1)},
+    "another end of sequence": lambda: {"tokenizer": other_end()},
+    "another chat template": other_template,
+    "no chat template": lambda: {"chat_template_sha256": None},
+    "another K": lambda: {"top_k": 7},
+    "another dtype": lambda: {"dtype": "float32"},
+    "another shard size": lambda: {"rows_per_shard": 1024},
+    "another teacher": lambda: {"teacher": {"id": "org/other"}},
+    "another revision": lambda: {"teacher": {"revision": "def456"}},
+    "other weights": lambda: {"teacher": {"weights_sha256": "33" * 32}},
+    "another adapter": lambda: {"teacher": {"adapter_sha256": "44" * 32}},
+    "no adapter": lambda: {"teacher": {"adapter_sha256": None}},
+    "another teacher dtype": lambda: {"teacher": {"dtype": "float32"}},
+    "quantisation": lambda: {"teacher": {"quantization": "nf4"}},
+    "an entry that the cache lacks": lambda: {"teacher": {"attn_implementation": "sdpa"}},
+    "other rows": lambda: {"dataset_fingerprint": "55" * 32},
+    "another split": lambda: {"dataset": {"split": "validation"}},
+    "another dataset": lambda: {"dataset": {"path": "org/reviews"}},
+    "another dataset revision": lambda: {"dataset": {"revision": "v2"}},
+    "another prompt": lambda: {"task": {"prompt": "{text}"}},
+    "another completion": lambda: {"task": {"completion": "{label}"}},
+    "no end of sequence": lambda: {"task": {"append_eos": False}},
+    "another max_length": lambda: {"task": {"max_length": 128}},
+    "other template arguments": lambda: {"task": {"chat_template_kwargs": {"enable_thinking": True}}},
+    "fewer template arguments": lambda: {"task": {"chat_template_kwargs": {}}},
+    "another library": lambda: {"library_versions": {"torch": "2.11.0"}},
+}
+
+
+@pytest.fixture(scope="module")
+def sound_cache(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sound")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", path / "arrow")
+        write_cache(path / "cache", make_rows(10))
+        return open_cache(path / "cache")
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_a_cache_that_does_not_fit_is_refused_with_both_values(sound_cache, name):
+    expected = MISMATCHES[name]()
+    with pytest.raises(CacheError) as raised:
+        check_cache(sound_cache, **expected)
+    message = str(raised.value)
+    assert str(sound_cache.path) in message and "make the cache again" in message or "make the cache with" in message
+    if "tokenizer" in expected:
+        assert f"tokenizer_sha256 is {sound_cache.manifest['tokenizer_sha256']!r}, expected '" in message
+        return
+    (entry, value), found = next(iter(expected.items())), sound_cache.manifest
+    if isinstance(value, dict):
+        (key, value), found, entry = next(iter(value.items())), found[entry], f"{entry}."
+        assert f"{entry}{key} is {found.get(key, 'absent')!r}, expected {value!r}" in message
+    else:
+        assert f"{entry} is {found[entry]!r}, expected {value!r}" in message
+
+
+def test_a_cache_that_fits_is_accepted(sound_cache):
+    tokenizer = FakeTokenizer()
+    tokenizer.pad_token_id = 0
+    check_cache(
+        sound_cache,
+        tokenizer=tokenizer,
+        chat_template_sha256=chat_template_fingerprint(tokenizer),
+        top_k=5,
+        teacher={"id": "org/teacher", "quantization": None},
+        task={"max_length": 64, "chat_template_kwargs": {"enable_thinking": False}},
+    )
+    check_vocabulary(sound_cache, VOCABULARY, tokenizer)
+
+
+def test_every_mismatch_is_named_at_once(sound_cache):
+    with pytest.raises(CacheError, match=r"top_k is 5, expected 3; task.max_length is 64, expected 9"):
+        check_cache(sound_cache, top_k=3, task={"max_length": 9})
+
+
+@pytest.mark.parametrize("column", ["teacher_ids", "input_ids"])
+def test_a_token_beyond_the_vocabulary_is_named(path, column):
+    rows = make_rows(10)
+    if column == "teacher_ids":
+        rows[6][column][0, 2] = 44
+    else:
+        rows[6][column][0] = 44
+        rows[6]["labels"][0] = -100
+    write_cache(path, rows)
+    cache = open_cache(path)
+    check_vocabulary(cache, 45)
+    with pytest.raises(CacheError, match=rf"{column} of row 6 .* token id 44 .* vocabulary has 44 entries"):
+        check_vocabulary(cache, 44)
+    with pytest.raises(CacheError, match=r"token id 44 \('<44>'\)"):
+        check_vocabulary(cache, 44, FakeTokenizer(50))
+    with pytest.raises(CacheError, match=r"token id 44 .* tokenizer ends at id 39"):
+        check_vocabulary(cache, 64, FakeTokenizer())
+
+
+def reseal(path, change):
+    """Rewrite a manifest as someone would who knows how it is sealed."""
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    change(manifest)
+    manifest.pop(SEAL, None)
+    (path / "manifest.json").write_bytes(render_manifest(manifest))
+
+
+def edit(path, change):
+    text = (path / "manifest.json").read_text()
+    assert change(text) != text
+    (path / "manifest.json").write_text(change(text))
+
+
+def truncate(file, keep):
+    file.write_bytes(file.read_bytes()[:keep])
+
+
+def swap(path):
+    first, second = path / "train-000000.parquet", path / "train-000001.parquet"
+    first.rename(path / "x")
+    second.rename(first)
+    (path / "x").rename(second)
+
+
+def shard_of_another_cache(path):
+    write_cache(path.parent / "other", make_rows(10)[::-1])
+    shutil.copy(path.parent / "other" / "train-000000.parquet", path)
+
+
+DAMAGES = {
+    "no folder": (shutil.rmtree, r"no such folder"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), r"has no manifest.json: the cache was never finished"),
+    "empty manifest": (lambda p: (p / "manifest.json").write_bytes(b""), r"not JSON"),
+    "manifest of another kind": (lambda p: (p / "manifest.json").write_text("[]"), r"holds a list, not an object"),
+    "manifest not in UTF-8": (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe"), r"not JSON"),
+    "manifest cut short": (lambda p: truncate(p / "manifest.json", 900), r"not JSON"),
+    "an edited value": (lambda p: edit(p, lambda t: t.replace('"top_k": 5', '"top_k": 7')), r"was changed .* gives"),
+    "a key given twice": (lambda p: edit(p, lambda t: t.replace('"top_k": 5', '"top_k": 7, "top_k": 5')), r"changed"),
+    "other blanks": (lambda p: edit(p, lambda t: t.replace('"top_k": 5', '"top_k":  5')), r"was changed"),
+    "not a number": (lambda p: edit(p, lambda t: t.replace('"top_k": 5', '"top_k": NaN')), r"was changed"),
+    "other version": (lambda p: reseal(p, lambda m: m.update(schema_version=9)), r"schema_version 9, .* knows 1"),
+    "a wrong type": (lambda p: reseal(p, lambda m: m.update(top_k="5")), r"top_k is '5', a str; expected a int"),
+    "a truth for a number": (lambda p: reseal(p, lambda m: m.update(top_k=True)), r"top_k is True, a bool"),
+    "an entry missing": (lambda p: reseal(p, lambda m: m.pop("task")), r"task is absent; expected a dict"),
+    "an unknown dtype": (lambda p: reseal(p, lambda m: m.update(dtype="int8")), r"dtype is 'int8'"),
+    "a shard without a hash": (lambda p: reseal(p, lambda m: m["shards"][1].pop("sha256")), r"sha256 is absent"),
+    "shards listed out of order": (lambda p: reseal(p, lambda m: m["shards"].reverse()), r"named 'train-000002"),
+    "a shard outside": (lambda p: reseal(p, lambda m: m["shards"][0].update(name="../x")), r"named '../x'"),
+    "other totals": (lambda p: reseal(p, lambda m: m["totals"].update(rows=11)), r"rows is 11, its shards have 10"),
+    "other K": (lambda p: reseal(p, lambda m: m.update(top_k=7)), r"columns is .*\[5\].*, the manifest has .*\[7\]"),
+    "truncated shard": (lambda p: truncate(p / "train-000001.parquet", 99), r"size in bytes is 99, the manifest has"),
+    "empty shard": (lambda p: truncate(p / "train-000001.parquet", 0), r"size in bytes is 0, the manifest has"),
+    "missing shard": (lambda p: (p / "train-000001.parquet").unlink(), r"3 shards and lacks 1: train-000001.parquet"),
+    "extra shard": (lambda p: shutil.copy(p / "train-000000.parquet", p / "train-000003.parquet"), r"has 4 Parquet"),
+    "extra file below": (lambda p: shutil.copytree(p, p / "copy"), r"has 6 Parquet files .* lists 3"),
+    "shards swapped": (swap, r"sha256 is|size in bytes is"),
+    "shard of another cache": (shard_of_another_cache, r"sha256 is .* has|size in bytes is .* has"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_cache_is_refused_with_its_place_and_remedy(path, name):
+    damage, message = DAMAGES[name]
+    write_cache(path, make_rows(10))
+    damage(path)
+    with pytest.raises(CacheError, match=f"(?s){path}.*({message})") as raised:
+        open_cache(path)
+    assert str(raised.value).endswith(".")  # a sentence with the remedy comes last
+
+
+def test_without_hashing_presence_and_size_are_still_compared(path):
+    write_cache(path, make_rows(10))
+    shard = path / "train-000001.parquet"
+    truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(CacheError, match="size in bytes"):
+        open_cache(path, verify=False)
+
+
+def test_a_manifest_is_rendered_in_one_way(path):
+    write_cache(path, make_rows(3))
+    assert render_manifest(read_manifest(path)) == (path / "manifest.json").read_bytes()

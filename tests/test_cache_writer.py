@@ -1,0 +1,408 @@
+"""A cache is written once, by one job, and survives whatever happens to that job."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import time
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from first_trl.cache import open_cache
+from first_trl.cache_format import CacheError
+from first_trl.cache_writer import CacheWriter
+from tests.cache_samples import (
+    contents,
+    description,
+    hold_lock,
+    make_row,
+    make_rows,
+    small_job,
+    whole_job,
+    write_cache,
+    write_share,
+)
+
+
+@pytest.fixture(autouse=True)
+def arrow_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start quickly: forked off a server that has the libraries imported and no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.cache_samples"])
+    started = []
+
+    def start(target, *arguments):
+        started.append(context.Process(target=target, args=arguments))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
+def num_shards(path):
+    return len(list(path.glob("train-*.parquet")))
+
+
+@pytest.mark.parametrize(("kills", "shards"), [(5, 150), pytest.param(30, 300, marks=pytest.mark.slow)])
+def test_a_job_killed_again_and_again_ends_with_the_same_bytes(tmp_path, path, processes, kills, shards):
+    rows, log, dice = 2 * shards - 1, tmp_path / "log", random.Random(kills)
+    whole_job(tmp_path / "undisturbed", tmp_path / "unused", rows)
+    for kill in range(kills):
+        job = processes(whole_job, path, log, rows)
+        done = num_shards(path) if path.exists() else 0
+        goal = dice.randint(
+            done + 1, max(done + 1, 2 * shards // 3 * (kill + 1) // kills)
+        )  # the last kill comes before the end
+        wait_until(lambda goal=goal: num_shards(path) >= goal)
+        time.sleep(dice.random() * 0.01)
+        job.kill()
+        job.join()
+    assert not (path / "manifest.json").exists()
+    whole_job(path, log, rows)
+    assert contents(path) == contents(tmp_path / "undisturbed")
+    computed = log.read_text().split()
+    assert len(set(computed)) == shards and len(computed) <= shards + kills
+    assert not list(path.glob(".tmp-*"))
+    open_cache(path)
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path, processes):
+    for count in (1, 2, 3):
+        path = tmp_path / str(count)
+        with small_job(path) as writer:
+            ranks = [processes(write_share, path, tmp_path / "log", 39, rank, count) for rank in range(count)]
+            for rank in ranks:
+                rank.join()
+            writer.finish(39)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
+
+
+def test_a_job_that_lost_one_of_three_processes_is_finished_by_two(tmp_path, path, processes):
+    whole_job(tmp_path / "undisturbed", tmp_path / "unused", 59)
+    with small_job(path) as writer:
+        ranks = [processes(write_share, path, tmp_path / "log", 59, rank, 3, rank == 1) for rank in range(3)]
+        for rank in (ranks[0], ranks[2]):
+            rank.join()
+        ranks[1].kill()
+        ranks[1].join()
+        with pytest.raises(CacheError, match=r"train-00000\d.parquet is missing.* finished shards are kept"):
+            writer.finish(59)
+    assert not (path / "manifest.json").exists()
+    with small_job(path) as writer:
+        for rank in [processes(write_share, path, tmp_path / "log", 59, rank, 2) for rank in range(2)]:
+            rank.join()
+        writer.finish(59)
+    assert contents(path) == contents(tmp_path / "undisturbed")
+
+
+def test_a_second_writer_is_refused_with_the_pid_and_host_of_the_first(tmp_path, path, processes):
+    holder = processes(hold_lock, path, tmp_path / "ready")
+    wait_until((tmp_path / "ready").exists)
+    with pytest.raises(CacheError, match=f"written by process {holder.pid} on host {os.uname().nodename}"):
+        small_job(path).acquire()
+    holder.kill()
+    holder.join()
+    whole_job(path, tmp_path / "log", 5)  # the dead process holds nothing
+    assert len(open_cache(path).dataset) == 5
+
+
+def test_a_second_writer_in_the_same_process_is_refused_until_the_first_lets_go(path):
+    with small_job(path):
+        with pytest.raises(CacheError, match=f"written by process {os.getpid()} "):
+            small_job(path).acquire()
+    small_job(path).acquire()
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_manifest_comes_last(tmp_path, path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def record_fsync(descriptor):
+        file = os.readlink(f"/proc/self/fd/{descriptor}")
+        events.append(("fsync", file, os.path.getsize(file) if os.path.isfile(file) else None))
+        fsync(descriptor)
+
+    def record_replace(source, target):
+        events.append(("replace", str(source), str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    write_cache(path / "deep", make_rows(8))
+    made, written = events[:2], events[2:]
+    assert [event[:2] for event in made] == [("fsync", str(tmp_path)), ("fsync", str(path))]
+    folder, targets = str(path / "deep"), []
+    if len(written) % 3:  # the folder is synced after a takeover as well
+        written.remove(("fsync", folder, None))
+    for synced, renamed, listed in zip(*[iter(written)] * 3, strict=True):
+        assert synced[0] == "fsync" and renamed[:2] == ("replace", synced[1]) and listed == ("fsync", folder, None)
+        assert synced[2] == os.path.getsize(renamed[2])  # all of it was there to be synced
+        targets.append(os.path.basename(renamed[2]))
+    assert targets == ["train-000000.parquet", "train-000001.parquet", "manifest.json"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace", "file size"])
+def test_a_full_disk_leaves_the_finished_shards_and_says_what_to_do(path, monkeypatch, failing):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    rows, limits = make_rows(8), resource.getrlimit(resource.RLIMIT_FSIZE)
+    with CacheWriter(path, description(), top_k=5, rows_per_shard=4) as writer:
+        writer.write_shard(0, rows[:4])
+        before = {file: file.read_bytes() for file in path.iterdir()}
+        try:
+            if failing == "file size":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+            else:
+                monkeypatch.setattr(os, failing, no_space)
+            with pytest.raises(
+                CacheError, match=r"(?s)train-000001.*Free space .* finished shards are kept"
+            ) as raised:
+                writer.write_shard(1, rows[4:])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        monkeypatch.undo()
+        assert isinstance(raised.value.__cause__, OSError)
+        assert {file: file.read_bytes() for file in path.iterdir()} == before
+        assert writer.shard_is_complete(0) and not writer.shard_is_complete(1)
+        writer.write_shard(1, rows[4:])
+        writer.finish(8)
+
+
+def test_a_full_disk_at_the_manifest_leaves_a_cache_that_can_be_finished(path, monkeypatch):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with CacheWriter(path, description(), top_k=5, rows_per_shard=4) as writer:
+        writer.write_shard(0, make_rows(4))
+        monkeypatch.setattr(os, "replace", no_space)
+        with pytest.raises(CacheError, match="No space left on device"):
+            writer.finish(4)
+        monkeypatch.undo()
+        assert sorted(file.name for file in path.glob("*") if file.name[0] != ".") == ["train-000000.parquet"]
+        writer.finish(4)
+
+
+OTHER_JOBS = {
+    "teacher": (
+        {"teacher": {**description()["teacher"], "revision": "def"}},
+        "revision is 'abc123', expected 'def'",
+    ),
+    "an entry less": ({"dataset": {"path": "json"}}, "dataset.split is 'train', expected 'absent'"),
+    "an entry more": ({"backend": {"name": "vllm"}}, "backend is 'absent', expected {'name': 'vllm'}"),
+    "tokenizer": ({"tokenizer_sha256": "0" * 64}, f"expected '{'0' * 64}'"),
+    "K": ({"top_k": 3}, "top_k is 5, expected 3"),
+    "shard size": ({"rows_per_shard": 5}, "rows_per_shard is 4, expected 5"),
+    "dtype": ({"dtype": "float32"}, "dtype is 'float16', expected 'float32'"),
+}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("name", OTHER_JOBS)
+def test_the_work_of_another_job_is_refused_with_what_differs(path, name, finished):
+    changes, difference = OTHER_JOBS[name]
+    write_cache(path, make_rows(6))
+    if not finished:
+        (path / "manifest.json").unlink()
+    before = contents(path)
+    with pytest.raises(CacheError) as raised:
+        write_cache(path, make_rows(6, top_k=changes.get("top_k", 5)), **changes)
+    assert difference in str(raised.value) and "Choose another folder, delete this one" in str(raised.value)
+    assert ("unfinished" in str(raised.value)) is not finished
+    assert contents(path) == before
+
+
+def test_the_work_of_another_job_is_removed_when_told_to(path):
+    write_cache(path, make_rows(9))
+    write_cache(path, make_rows(4), overwrite=True, tokenizer_sha256="0" * 64)
+    assert num_shards(path) == 1 and open_cache(path).manifest["tokenizer_sha256"] == "0" * 64
+
+
+def test_foreign_parquet_files_are_never_overwritten(path):
+    path.mkdir()
+    pq.write_table(pa.table({"text": ["mine"]}), path / "train-000000.parquet")
+    before = contents(path)
+    for overwrite in (False, True):
+        with pytest.raises(CacheError, match="train-000000.parquet is a .* no part of a teacher cache"):
+            write_cache(path, make_rows(4), overwrite=overwrite)
+    assert contents(path) == before
+
+
+def test_a_finished_cache_of_the_same_job_is_known_and_kept(path):
+    write_cache(path, make_rows(9))
+    before = contents(path)
+    with CacheWriter(path, description(), top_k=5, rows_per_shard=4) as writer:
+        assert writer.is_finished and all(writer.shard_is_complete(i) for i in range(3))
+    assert contents(path) == before
+
+
+@pytest.mark.parametrize("damage", ["shard", "manifest", "missing"])
+def test_what_is_damaged_in_a_finished_cache_is_made_again(path, caplog, damage):
+    rows = make_rows(9)
+    write_cache(path, rows)
+    before = contents(path)
+    file = path / ("manifest.json" if damage == "manifest" else "train-000001.parquet")
+    changed = bytearray(file.read_bytes())
+    changed[len(changed) - 12] ^= 1  # in a shard: in its footer, which no page checksum covers
+    file.unlink() if damage == "missing" else file.write_bytes(changed)
+    with CacheWriter(path, description(), top_k=5, rows_per_shard=4) as writer:
+        assert file.name in caplog.text and not writer.is_finished
+        assert [writer.shard_is_complete(i) for i in range(3)] == [True, damage == "manifest", True]
+    write_cache(path, rows)
+    assert contents(path) == before
+
+
+def test_a_shard_is_complete_only_if_it_is_whole_and_has_the_rows(path):
+    rows = make_rows(8)
+    manifest = write_cache(path, rows)
+    keys = [row["row_key"] for row in open_cache(path).dataset]
+    (path / "manifest.json").unlink()
+    writer, file = CacheWriter(path, description(), top_k=5, rows_per_shard=4), path / manifest["shards"][0]["name"]
+    assert writer.shard_is_complete(0) and writer.shard_is_complete(0, keys[:4])
+    assert not writer.shard_is_complete(0, keys[:3]) and not writer.shard_is_complete(0, keys[1:5])
+    assert not writer.shard_is_complete(2)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    assert not writer.shard_is_complete(0)
+    file.write_bytes(content[:60] + bytes([content[60] ^ 1]) + content[61:])  # in the first page
+    assert not writer.shard_is_complete(0)
+    shutil.copy(path / manifest["shards"][1]["name"], file)
+    assert not writer.shard_is_complete(0)
+
+
+def test_a_flipped_bit_in_unfinished_work_never_ends_in_a_traceback(path):
+    write_cache(path, make_rows(4))
+    (path / "manifest.json").unlink()
+    file, dice, outcomes = path / "train-000000.parquet", random.Random(0), []
+    content = file.read_bytes()
+    for bit in dice.sample(range(8 * len(content)), 100):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        try:
+            with CacheWriter(path, description(), top_k=5, rows_per_shard=4) as writer:
+                outcomes.append(writer.shard_is_complete(0))
+        except CacheError:
+            outcomes.append("refused")
+    assert len(outcomes) == 100 and outcomes.count(False) > 10
+
+
+def test_leftovers_of_a_killed_job_are_cleared(path):
+    path.mkdir()
+    (path / ".tmp-train-000000.parquet-0123").write_bytes(b"half a shard")
+    with small_job(path):
+        assert not list(path.glob(".tmp-*"))
+
+
+def test_finish_counts_the_rows(path):
+    with CacheWriter(path, description(), top_k=5, rows_per_shard=4) as writer:
+        with pytest.raises(CacheError, match="The dataset has 0 rows"):
+            writer.finish(0)
+        writer.write_shard(0, make_rows(4))
+        writer.write_shard(1, make_rows(3))
+        with pytest.raises(CacheError, match="000001.parquet has 3 rows; expected 4"):
+            writer.finish(8)
+        with pytest.raises(CacheError, match="4 rows make 1 shards, but .* also has train-000001.parquet"):
+            writer.finish(4)
+        assert not (path / "manifest.json").exists()
+        assert writer.finish(7)["totals"]["rows"] == 7
+
+
+def test_one_process_writes_while_the_main_one_holds_the_lock(path):
+    main = CacheWriter(path, description(), top_k=5, rows_per_shard=4)
+    other = CacheWriter(path, description(), top_k=5, rows_per_shard=4)
+    with main:
+        other.write_shard(0, make_rows(4))
+        main.finish(4)
+    assert len(open_cache(path).dataset) == 4
+
+
+def broken(**changes):
+    row = make_row(0, supervised=2, length=3)
+    return {**row, **{name: change(row[name]) for name, change in changes.items()}}
+
+
+BROKEN_ROWS = {
+    "one teacher row too few": (broken(teacher_ids=lambda v: v[1:]), r"teacher_ids has shape \(1, 5\); 2 supervised"),
+    "another K": (broken(teacher_log_probs=lambda v: v[:, :4]), r"teacher_log_probs has shape \(2, 4\)"),
+    "no tail": (broken(teacher_tail_log_prob=lambda v: v[:0]), r"teacher_tail_log_prob has shape \(0,\)"),
+    "labels of another length": (
+        broken(labels=lambda v: v[1:]),
+        r"of shape \(3,\) and labels of shape \(2,\)",
+    ),
+    "shifted labels": (broken(labels=lambda v: [v[0], v[1] + 1, v[2]]), r"labels are -100 or the token itself"),
+    "not a number": (broken(teacher_log_probs=lambda v: v * np.nan), r"do not sum to 1"),
+    "probabilities": (broken(teacher_log_probs=np.exp), r"do not sum to 1"),
+    "no softmax": (broken(teacher_log_probs=lambda v: v + 1), r"do not sum to 1"),
+    "tail that is a probability": (broken(teacher_tail_log_prob=np.exp), r"do not sum to 1"),
+    "unsorted": (broken(teacher_log_probs=lambda v: v[:, ::-1]), r"not sorted"),
+    "the same token twice": (broken(teacher_ids=lambda v: v[:, [0, 1, 2, 3, 0]]), r"the same token kept twice"),
+    "negative ids": (broken(teacher_ids=lambda v: v - 100), r"ids outside 0"),
+    "ids of 64 bits": (broken(teacher_ids=lambda v: v + 2**32), r"ids outside 0"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ROWS)
+def test_a_row_that_no_teacher_gives_is_refused_by_number(path, name):
+    row, message = BROKEN_ROWS[name]
+    with small_job(path) as writer:
+        with pytest.raises(CacheError, match=message) as raised:
+            writer.write_shard(3, [make_row(1), row])
+        assert "ow 7" in str(raised.value) and num_shards(path) == 0
+
+
+def test_lists_and_arrays_make_the_same_bytes(tmp_path):
+    rows = make_rows(4)
+    as_lists = [{name: np.asarray(value).tolist() for name, value in row.items()} for row in rows]
+    as_arrays = [{name: np.asarray(value) for name, value in row.items()} for row in rows]
+    for name, given in (("lists", as_lists), ("arrays", as_arrays)):
+        write_cache(tmp_path / name, given)
+    assert contents(tmp_path / "lists") == contents(tmp_path / "arrays")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer_sha256": None}, "tokenizer_sha256 is None, a NoneType; expected a str"),
+        ({"task": "prompt"}, "task is 'prompt', a str; expected a dict"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"rows_per_shard": 0}, "rows_per_shard 0"),
+        ({"dtype": "bfloat16"}, "dtype 'bfloat16' is no type of log-probabilities; choose float16 or float32"),
+    ],
+)
+def test_a_job_that_does_not_say_what_it_is_is_refused(path, changes, message):
+    with pytest.raises(CacheError, match=message):
+        write_cache(path, make_rows(4), **changes)
+
+
+def test_the_same_job_is_the_same_after_a_round_trip_through_json(path):
+    write_cache(path, make_rows(4), task={"max_length": 64, "choices": ("good", "bad")})
+    task = json.loads((path / "manifest.json").read_text())["task"]
+    with CacheWriter(path, description(task=task), top_k=5, rows_per_shard=4) as writer:
+        assert writer.is_finished
