@@ -44,7 +44,7 @@ def check_recipe(tree: dict, findings: Findings) -> dict[str, Any]:
         remedy = f"choose one of {', '.join(arms)}"
         findings.add(("push", "arm"), settings["push"].arm, "there is no such arm", remedy)
     given_teacher = settings["cache"] and settings["cache"].teacher
-    if "train" not in _mapping(tree, ("datasets",), Findings("")) and (arms or not given_teacher):
+    if _mapping(tree, ("datasets",), Findings("")).get("train") is None and (arms or not given_teacher):
         findings.add(("datasets", "train"), MISSING, "it is missing", "write the split to train on")
     return {**top, **settings, "datasets": datasets, "sft": sft, "distill": distill, "arms": arms}
 
