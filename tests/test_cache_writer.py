@@ -84,6 +84,7 @@ def test_a_job_killed_again_and_again_ends_with_the_same_bytes(tmp_path, path, p
         time.sleep(dice.random() * 0.01)
         job.kill()
         job.join()
+        assert all(small_job(path).shard_is_complete(int(file.stem[-6:])) for file in path.glob("train-*"))
     assert not (path / "manifest.json").exists()
     whole_job(path, log, rows)
     assert contents(path) == contents(tmp_path / "undisturbed")
@@ -162,6 +163,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_manifest_comes_las
         written.remove(("fsync", folder, None))
     for synced, renamed, listed in zip(*[iter(written)] * 3, strict=True):
         assert synced[0] == "fsync" and renamed[:2] == ("replace", synced[1]) and listed == ("fsync", folder, None)
+        assert os.path.basename(synced[1]).startswith(".") and renamed[2] != synced[1]
         assert synced[2] == os.path.getsize(renamed[2])  # all of it was there to be synced
         targets.append(os.path.basename(renamed[2]))
     assert targets == ["train-000000.parquet", "train-000001.parquet", "manifest.json"]
