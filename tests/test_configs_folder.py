@@ -1,0 +1,59 @@
+"""Every launch file is read by accelerate's own parser, and says what its name promises."""
+
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "configs"
+# name -> (kind, machines, processes)
+EXPECTED = {
+    "cpu": ("NO", 1, 1),
+    "single_gpu": ("NO", 1, 1),
+    "multi_gpu": ("MULTI_GPU", 1, 8),
+    "fsdp2": ("FSDP", 1, 8),
+    "zero2": ("DEEPSPEED", 1, 8),
+    "zero3": ("DEEPSPEED", 1, 8),
+    "multi_node": ("MULTI_GPU", 2, 16),
+}
+
+
+def test_the_folder_holds_these_files_and_no_other():
+    assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(EXPECTED)
+    assert len(EXPECTED) == 7
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_accelerate_reads_the_file_and_means_the_same(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    kind, machines, processes = EXPECTED[name]
+    path = str(FOLDER / f"{name}.yaml")
+    config = load_config_from_file(path)
+    assert config.distributed_type.value == kind
+    assert (config.num_machines, config.num_processes) == (machines, processes)
+    arguments = launch_command_parser().parse_args(["--config_file", path, "-m", "first_trl.stages.sft", "recipe.yaml"])
+    arguments, _, mixed_precision_from_file = _validate_launch_command(arguments)
+    assert (arguments.num_machines, arguments.num_processes) == (machines, processes)
+    assert arguments.use_cpu is (name == "cpu")
+    assert arguments.use_fsdp is (kind == "FSDP")
+    assert arguments.use_deepspeed is (kind == "DEEPSPEED")
+    assert arguments.multi_gpu is (kind == "MULTI_GPU")
+    # Precision is the recipe's alone.
+    assert arguments.mixed_precision == "no" and mixed_precision_from_file
+
+
+def test_sharding_is_of_the_version_and_stage_that_the_name_says():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(FOLDER / "fsdp2.yaml")).fsdp_config["fsdp_version"] == 2
+    for stage in (2, 3):
+        assert load_config_from_file(str(FOLDER / f"zero{stage}.yaml")).deepspeed_config["zero_stage"] == stage
+
+
+def test_every_file_says_how_it_is_launched():
+    looked = 0
+    for path in FOLDER.glob("*.yaml"):
+        assert f"configs/{path.name}" in path.read_text().partition("compute_environment")[0]
+        looked += 1
+    assert looked == len(EXPECTED)
