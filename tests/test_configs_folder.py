@@ -32,7 +32,9 @@ def test_accelerate_reads_the_file_and_means_the_same(name):
     config = load_config_from_file(path)
     assert config.distributed_type.value == kind
     assert (config.num_machines, config.num_processes) == (machines, processes)
-    arguments = launch_command_parser().parse_args(["--config_file", path, "-m", "first_trl.stages.sft", "recipe.yaml"])
+    arguments = launch_command_parser().parse_args(
+        ["--config_file", path, "-m", "first_trl.stages.sft", "recipe.yaml"]
+    )
     arguments, _, mixed_precision_from_file = _validate_launch_command(arguments)
     assert (arguments.num_machines, arguments.num_processes) == (machines, processes)
     assert arguments.use_cpu is (name == "cpu")
