@@ -98,11 +98,16 @@ class DatasetConfig(Settings):
 
 @dataclass
 class Datasets:
-    """The splits of a recipe: one to learn from, one to choose on, and named ones that are only reported."""
+    """The splits of a recipe: one to learn from, one to choose on, and named ones that are only reported.
+
+    `transfer` holds rows that the teacher never trained on; where it is given, students are distilled on it and not on
+    `train`, whose rows the teacher labels with a confidence that validation never sees.
+    """
 
     train: DatasetConfig | None
     validation: DatasetConfig
     test: dict[str, DatasetConfig]
+    transfer: DatasetConfig | None = None
 
 
 @dataclass

@@ -168,10 +168,13 @@ def _check_models(sft: dict, distill: dict, arms: dict, cache: CacheConfig | Non
 
 def _datasets(section: dict, task: TaskConfig | None, findings: Findings) -> Datasets | None:
     for key in section:
-        if key not in ("train", "validation", "test"):
-            remedy = "write train, validation, or test with a name for each set"
+        if key not in ("train", "transfer", "validation", "test"):
+            remedy = "write train, transfer, validation, or test with a name for each set"
             findings.add(("datasets", key), MISSING, "unknown split", remedy)
-    train = _dataset(section, ("datasets", "train"), findings) if section.get("train") is not None else None
+    train, transfer = (
+        _dataset(section, ("datasets", role), findings) if section.get(role) is not None else None
+        for role in ("train", "transfer")
+    )
     validation = None
     if section.get("validation") is None:
         findings.add(
@@ -180,8 +183,8 @@ def _datasets(section: dict, task: TaskConfig | None, findings: Findings) -> Dat
     else:
         validation = _dataset(section, ("datasets", "validation"), findings)
     tests = _tests(section, task, findings)
-    _refuse_shared_rows(train, validation, tests, findings)
-    return Datasets(train, validation, tests) if validation else None
+    _refuse_shared_rows({"train": train, "transfer": transfer, "validation": validation}, tests, findings)
+    return Datasets(train, validation, tests, transfer) if validation else None
 
 
 def _dataset(section: dict, path: tuple, findings: Findings) -> DatasetConfig | None:
@@ -220,16 +223,22 @@ def _tests(section: dict, task: TaskConfig | None, findings: Findings) -> dict[s
     return tests
 
 
-def _refuse_shared_rows(train, validation, tests: dict[str, DatasetConfig], findings: Findings) -> None:
-    """A number is only honest on rows that nothing was fitted on."""
-    if train and validation and share_rows(train, "train", validation, "validation"):
-        what = "it reads the same rows as datasets.train, and a teacher is over-confident on what it was trained on"
-        findings.add(("datasets", "validation"), MISSING, what, "give rows of their own to validation")
-    for name, test in tests.items():
-        for split, dataset, use in (("train", train, "training"), ("validation", validation, "calibration")):
-            if dataset and share_rows(test, "test", dataset, split):
-                what = f"it reads the same rows as datasets.{split}: a test split used for {use}"
-                findings.add(("datasets", "test", name), MISSING, what, "give rows of their own to the test set")
+def _refuse_shared_rows(splits: dict[str, DatasetConfig | None], tests: dict, findings: Findings) -> None:
+    """A number is only honest on rows that nothing was fitted on, and a recalibration on rows that nobody learnt."""
+    given = {name: dataset for name, dataset in splits.items() if dataset}
+    reads = {"train": "train", "transfer": "train", "validation": "validation"}  # the split read where none is named
+    for name in [name for name in given if name != "validation" and "validation" in given]:
+        if share_rows(given[name], reads[name], given["validation"], "validation"):
+            what = (
+                f"it reads the same rows as datasets.{name}, and a model is over-confident on what it was trained on"
+            )
+            findings.add(("datasets", "validation"), MISSING, what, "give rows of their own to validation")
+    for test_name, test in tests.items():
+        for name, dataset in given.items():
+            if share_rows(test, "test", dataset, reads[name]):
+                use = "calibration" if name == "validation" else "training"
+                what = f"it reads the same rows as datasets.{name}: a test split used for {use}"
+                findings.add(("datasets", "test", test_name), MISSING, what, "give rows of their own to the test set")
 
 
 def refuse_secrets(value: Any, path: tuple, findings: Findings) -> None:
