@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-# `pad` is left out: no padding is stored, and trainers set it on tokenizers that have none.
-TOKEN_ROLES = ("bos", "eos", "unk", "sep", "cls", "mask")
 WEIGHT_FILES = (
     "*.safetensors",
     "pytorch_model*.bin",
@@ -40,13 +38,15 @@ def file_sha256(path: str | Path) -> str:
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """SHA-256 of the whole token -> id mapping, added and special tokens included, and of which token has which role.
+    """SHA-256 of the whole token -> id mapping, added and special tokens included.
+
+    Which of them ends or pads a sequence is left out: a cache stores ids, and a base model and its chat version, which
+    share every id, may end their turns differently.
 
     Args:
         tokenizer: a `transformers` tokenizer.
     """
-    roles = {role: getattr(tokenizer, f"{role}_token_id", None) for role in TOKEN_ROLES}
-    return fingerprint({"vocabulary": tokenizer.get_vocab(), "roles": roles})
+    return fingerprint(tokenizer.get_vocab())
 
 
 def chat_template_fingerprint(tokenizer) -> str | None:

@@ -103,7 +103,7 @@ def inputs_of(recipe: Recipe, work: str) -> dict:
         given = recipe.cache.teacher
         return {
             "task": vars(recipe.task),
-            "train": _dataset(data.train),
+            "train": _dataset(data.transfer or data.train),
             "validation": _dataset(data.validation),
             "settings": vars(recipe.cache),
             "teacher": _local(given) if given else run.identity("sft"),
@@ -120,13 +120,17 @@ def inputs_of(recipe: Recipe, work: str) -> dict:
             "made": {name: run.identity(name) for name in ("sft", "calibrate", *works_of(recipe, "distill"))},
         }
     arm = work.removeprefix("distill.")
+    if recipe.arm_trainer(arm) == "sft":
+        rows = {"task": vars(recipe.task), "train": _dataset(data.train), "validation": _dataset(data.validation)}
+    else:
+        rows = {"cache": run.identity("cache")}
     return {
         "settings": recipe.arm_section(arm),
         "trainer": recipe.arm_trainer(arm),
         "recalibration": recalibration_of(recipe, arm),
         "seed": recipe.seed,
         "base": _local(recipe.arm_section(arm)["model_name_or_path"]),
-        "cache": run.identity("cache"),
+        **rows,
         "calibration": run.identity("calibrate") if needs_calibration(recipe, arm) else None,
     }
 

@@ -227,12 +227,10 @@ def _refuse_shared_rows(splits: dict[str, DatasetConfig | None], tests: dict, fi
     """A number is only honest on rows that nothing was fitted on, and a recalibration on rows that nobody learnt."""
     given = {name: dataset for name, dataset in splits.items() if dataset}
     reads = {"train": "train", "transfer": "train", "validation": "validation"}  # the split read where none is named
-    for name in [name for name in given if name != "validation" and "validation" in given]:
-        if share_rows(given[name], reads[name], given["validation"], "validation"):
-            what = (
-                f"it reads the same rows as datasets.{name}, and a model is over-confident on what it was trained on"
-            )
-            findings.add(("datasets", "validation"), MISSING, what, "give rows of their own to validation")
+    for role, other in (("validation", "train"), ("validation", "transfer"), ("transfer", "train")):
+        if {role, other} <= set(given) and share_rows(given[role], reads[role], given[other], reads[other]):
+            what = f"it reads the same rows as datasets.{other}, and a model is over-confident on what it learnt"
+            findings.add(("datasets", role), MISSING, what, f"give rows of their own to {role}")
     for test_name, test in tests.items():
         for name, dataset in given.items():
             if share_rows(test, "test", dataset, reads[name]):

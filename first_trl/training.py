@@ -8,8 +8,11 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from .data import load_split, tokenize_dataset
 
 
 def split_section(section: dict, config_class: type) -> tuple[dict, ModelConfig]:
@@ -48,6 +51,15 @@ def model_arguments(model_args: ModelConfig) -> dict:
         "quantization_config": get_quantization_config(model_args),
         "peft_config": get_peft_config(model_args),
     }
+
+
+def tokenized_splits(recipe, roles: tuple[str, ...], tokenizer) -> dict:
+    """{role: tokenised rows} of the recipe's splits; the main process makes them, the others read its files."""
+    with PartialState().main_process_first():
+        return {
+            role: tokenize_dataset(load_split(getattr(recipe.datasets, role), role), recipe.task, tokenizer)
+            for role in roles
+        }
 
 
 def train_and_save(trainer, folder: Path, continues: bool) -> None:

@@ -188,12 +188,6 @@ def swapped_tokenizer():
     return tokenizer
 
 
-def other_end():
-    tokenizer = FakeTokenizer()
-    tokenizer.eos_token_id = 7
-    return tokenizer
-
-
 def other_template():
     tokenizer = FakeTokenizer()
     tokenizer.chat_template += "\n"
@@ -203,7 +197,6 @@ def other_template():
 MISMATCHES = {
     "two token ids swapped": lambda: {"tokenizer": swapped_tokenizer()},
     "one more token": lambda: {"tokenizer": FakeTokenizer(VOCABULARY + 1)},
-    "another end of sequence": lambda: {"tokenizer": other_end()},
     "another chat template": other_template,
     "no chat template": lambda: {"chat_template_sha256": None},
     "another K": lambda: {"top_k": 7},

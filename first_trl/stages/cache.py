@@ -32,6 +32,11 @@ def cache_splits(recipe) -> list[str]:
     return ["cache/train/manifest.json", "cache/validation/manifest.json"]
 
 
+def cached_split(recipe, role: str):
+    """The rows behind `cache/train` and `cache/validation`: with `datasets.transfer`, train is those rows instead."""
+    return (recipe.datasets.transfer if role == "train" else None) or getattr(recipe.datasets, role)
+
+
 def cache_split(recipe, role: str, model, tokenizer, section: dict) -> None:
     """Cache one split: this process's shards, then, on the main process, the manifest."""
     from accelerate import PartialState
@@ -43,10 +48,10 @@ def cache_split(recipe, role: str, model, tokenizer, section: dict) -> None:
 
     state, settings = PartialState(), recipe.cache
     with state.main_process_first():
-        examples = tokenize_dataset(load_split(getattr(recipe.datasets, role), role), recipe.task, tokenizer)
+        examples = tokenize_dataset(load_split(cached_split(recipe, role), role), recipe.task, tokenizer)
     writer = CacheWriter(
         recipe.run_folder / "cache" / role,
-        cache_description(recipe, role, tokenizer, section),
+        cache_description(recipe, role, examples, tokenizer, section),
         top_k=settings.top_k,
         dtype=settings.dtype,
         rows_per_shard=settings.rows_per_shard,
@@ -86,20 +91,27 @@ def cache_split(recipe, role: str, model, tokenizer, section: dict) -> None:
     state.wait_for_everyone()
 
 
-def cache_description(recipe, role: str, tokenizer, section: dict) -> dict:
+def cache_description(recipe, role: str, examples, tokenizer, section: dict) -> dict:
     """What the cache is made from, for its manifest; no path of this machine."""
     from pathlib import Path
 
     from first_trl.cache_writer import library_versions
-    from first_trl.fingerprints import chat_template_fingerprint, tokenizer_fingerprint, weights_fingerprint
+    from first_trl.fingerprints import (
+        chat_template_fingerprint,
+        dataset_fingerprint,
+        row_key,
+        tokenizer_fingerprint,
+        weights_fingerprint,
+    )
 
-    path, data = teacher_path(recipe), getattr(recipe.datasets, role)
+    path, data, base = teacher_path(recipe), cached_split(recipe, role), recipe.sft.get("model_name_or_path")
     local = Path(path).is_dir()
     files = [data.data_files] if isinstance(data.data_files, str) else data.data_files or []
     return {
         "teacher": {
             "id": Path(path).name if local else path,
-            "base": Path(str(recipe.sft.get("model_name_or_path", ""))).name if local else None,
+            "base": Path(base).name if local and base else None,
+            "base_sha256": weights_fingerprint(base) if local and base and Path(base).is_dir() else None,
             "revision": section["model_revision"],
             "weights_sha256": weights_fingerprint(path) if local else None,
             "dtype": section["dtype"],
@@ -115,6 +127,8 @@ def cache_description(recipe, role: str, tokenizer, section: dict) -> dict:
             "split": data.split,
             "revision": data.revision,
             "role": role,
+            "rows": len(examples),
+            "fingerprint": dataset_fingerprint(row_key(row["input_ids"], row["labels"]) for row in examples),
         },
         "task": vars(recipe.task),
         "library_versions": library_versions(),

@@ -1,9 +1,9 @@
-"""Train the students: each arm of the recipe, from the same cached tokens.
+"""Train the students: each arm of the recipe, in a folder of its own.
 
     accelerate launch -m first_trl.stages.distill RECIPE [--arm NAME] [--key value ...]
 
 Reads `runs/<name>/cache/train` and `calibration.json`; writes `runs/<name>/students/<arm>/`. An arm with
-`trainer: sft` is the control: TRL's SFTTrainer on the labels of the same rows, the teacher unused.
+`trainer: sft` is the control: TRL's SFTTrainer on the labels of `datasets.train`, the teacher unused.
 """
 
 import json
@@ -28,7 +28,13 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
     from first_trl.first_config import FIRSTConfig
     from first_trl.modeling import adapters_to_float32
     from first_trl.trainer import FIRSTTrainer
-    from first_trl.training import clear_unfinished, model_arguments, train_and_save, training_arguments
+    from first_trl.training import (
+        clear_unfinished,
+        model_arguments,
+        tokenized_splits,
+        train_and_save,
+        training_arguments,
+    )
 
     folder = recipe.run_folder / "students" / arm
     if PartialState().is_main_process:
@@ -45,13 +51,15 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
         section = {**section, "recalibration_method": method, "recalibration_value": value}
     args, model_args = training_arguments(section, SFTConfig if on_labels else FIRSTConfig, folder, recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
-    caches = {role: open_cache(recipe.run_folder / "cache" / role) for role in ("train", "validation")}
+    roles = ("train", "validation") if args.eval_strategy != "no" else ("train",)
     if on_labels:
-        caches = {role: cache.dataset.select_columns(["input_ids", "labels"]) for role, cache in caches.items()}
+        splits = tokenized_splits(recipe, roles, tokenizer)
+    else:
+        splits = {role: open_cache(recipe.run_folder / "cache" / role) for role in roles}
     trainer = (SFTTrainer if on_labels else FIRSTTrainer)(
         args=args,
-        train_dataset=caches["train"],
-        eval_dataset=caches["validation"] if args.eval_strategy != "no" else None,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
         **model_arguments(model_args),
     )

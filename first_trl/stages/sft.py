@@ -21,9 +21,14 @@ def fine_tune(recipe, continues: bool) -> list[str]:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from first_trl.data import load_split, tokenize_dataset
     from first_trl.modeling import adapters_to_float32
-    from first_trl.training import clear_unfinished, model_arguments, train_and_save, training_arguments
+    from first_trl.training import (
+        clear_unfinished,
+        model_arguments,
+        tokenized_splits,
+        train_and_save,
+        training_arguments,
+    )
 
     folder = recipe.run_folder / "teacher"
     if PartialState().is_main_process:
@@ -32,11 +37,7 @@ def fine_tune(recipe, continues: bool) -> list[str]:
         {**recipe.sft, "max_length": recipe.task.max_length}, SFTConfig, folder, recipe.seed
     )
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
-    splits = {}
-    for role in ("train", "validation") if args.eval_strategy != "no" else ("train",):
-        with PartialState().main_process_first():
-            dataset = load_split(getattr(recipe.datasets, role), role)
-            splits[role] = tokenize_dataset(dataset, recipe.task, tokenizer)
+    splits = tokenized_splits(recipe, ("train", "validation") if args.eval_strategy != "no" else ("train",), tokenizer)
     trainer = SFTTrainer(
         args=args,
         train_dataset=splits["train"],
