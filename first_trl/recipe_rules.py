@@ -90,9 +90,9 @@ def broken_training_rules(section: dict, trainer: str) -> list[Problem]:
         trainer: `first` for knowledge matching, `sft` for training on labels.
     """
     problems = _broken_model_rules(section)
-    if section.get("max_length") is not None and not section.get("packing"):
+    if section.get("max_length") is not None and not (trainer == "first" and section.get("packing")):
         what = "the data is cut by the task section, in every stage alike"
-        remedy = "write it as task.max_length (here it is only the length of a packed row, with packing: true)"
+        remedy = "write it as task.max_length (only distill has one, the length of a packed row, with packing: true)"
         problems.append(Problem("max_length", section["max_length"], what, remedy))
     if section.get("bf16") and section.get("fp16"):
         problems.append(Problem("fp16", True, "bf16 is true as well", "keep one of the two"))
