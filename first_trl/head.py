@@ -36,7 +36,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 CHUNK_SIZE = 1024  # positions that share one pass over the vocabulary
-_TILE_ELEMENTS = 2**21  # logits at hand at one time
+_TILE_ELEMENTS = 2**22  # logits at hand at one time: small enough for a cache, large enough to be worth a launch
 _GATHER_ELEMENTS = 2**22  # elements of the head rows of S at hand at one time
 
 
@@ -127,107 +127,128 @@ def top_k_log_probs(
     tail. Raises ValueError where shapes do not fit, k tokens cannot be kept, or a power is not positive.
     """
     weight, bias = _whole(weight), _whole(bias)
-    with _gathered(weight, bias), _no_autocast(hidden):
-        rule = _logit_rule(hidden, weight, bias, logit_scale, softcap)
+    with _gathered(weight, bias):
+        head = _Head(weight, bias, _logit_rule(hidden, weight, bias, logit_scale, softcap))
         limit = len(weight) if vocab_limit is None else min(vocab_limit, len(weight))
         if not 1 <= k <= limit:
             raise ValueError(f"k={k} must be between 1 and the {limit} tokens that can be kept")
         if any(power <= 0 for power in tail_powers):
             raise ValueError(f"tail_powers={tail_powers} must all be positive")
         ids_NK = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
-        log_probs_NK1 = torch.empty(len(hidden), k + 1, dtype=rule.sum_dtype, device=hidden.device)
+        log_probs_NK1 = hidden.new_empty(len(hidden), k + 1, dtype=head.rule.sum_dtype)
         powers_NP = log_probs_NK1.new_empty(len(hidden), len(tail_powers))
-        for rows in _slices(len(hidden), chunk_size):
-            ids_NK[rows], log_probs_NK1[rows], powers_NP[rows] = _top_k_chunk(
-                hidden[rows], weight, bias, rule, k, limit, tail_powers
-            )
+        with _no_autocast(hidden):
+            for rows in _slices(len(hidden), chunk_size):
+                ids_NK[rows], log_probs_NK1[rows], powers_NP[rows] = _top_k_of_chunk(
+                    head, hidden[rows], k, limit, tail_powers
+                )
     return (ids_NK, log_probs_NK1, powers_NP) if tail_powers else (ids_NK, log_probs_NK1)
 
 
 @dataclass(frozen=True)
 class _LogitRule:
-    """How a product hidden @ weight.T becomes logits, and in which dtypes."""
+    """What the logits are besides a product with the head, and the dtypes to work in."""
 
     logit_scale: float
     softcap: float | None
-    dtype: torch.dtype  # of the factors of a multiplication
+    dtype: torch.dtype  # of the factors of a product
     sum_dtype: torch.dtype  # of everything else
 
-    def tile(self, hidden_nD, weight_vD, bias_v) -> torch.Tensor:
-        """Logits (n, v) of a few positions over a part of the vocabulary."""
-        return self.finish(self.product(hidden_nD, weight_vD.T), bias_v)
 
-    def finish(self, z: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The logits that belong to the products z, in place."""
-        if bias is not None:
-            z += bias
-        if self.logit_scale != 1.0:
-            z *= self.logit_scale
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z
+@dataclass(frozen=True)
+class _Head:
+    """The map from hidden states to logits."""
 
-    def slope(self, z: torch.Tensor) -> torch.Tensor | float:
-        """dz / d(hidden @ weight.T + bias) at the logits z."""
-        if self.softcap is None:
-            return self.logit_scale
-        return self.logit_scale * (1 - (z / self.softcap) ** 2)
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None
+    rule: _LogitRule
+
+    def tile(self, hidden_nD: torch.Tensor, columns: slice) -> torch.Tensor:
+        """Logits of a few positions over a part of the vocabulary, (n, v)."""
+        z_nv = self.product(hidden_nD, self.weight_VD[columns].T)
+        return self._finish(z_nv, None if self.bias_V is None else self.bias_V[columns])
+
+    def selected(self, hidden_ND: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
+        """Logits of S, (N, K), as dot products in `sum_dtype`."""
+        z_NK = hidden_ND.new_empty(ids_NK.shape, dtype=self.rule.sum_dtype)
+        for rows, weight_nKD in self._rows_of(ids_NK):
+            z_NK[rows] = (weight_nKD @ hidden_ND[rows, :, None].to(z_NK.dtype)).squeeze(-1)
+        return self._finish(z_NK, None if self.bias_V is None else self.bias_V[ids_NK])
+
+    def selected_hidden_grad(self, ids_NK: torch.Tensor, grad_NK: torch.Tensor) -> torch.Tensor:
+        """sum_{k in S} grad_k w_k, (N, D)."""
+        grad_ND = grad_NK.new_empty(len(ids_NK), self.weight_VD.shape[1])
+        for rows, weight_nKD in self._rows_of(ids_NK):
+            grad_ND[rows] = (grad_NK[rows, None, :] @ weight_nKD).squeeze(1)
+        return grad_ND
+
+    def slope(self, z: torch.Tensor) -> torch.Tensor | None:
+        """Slope of the soft cap at the logits z: dz / d(product) without the factor logit_scale. None without cap."""
+        return None if self.rule.softcap is None else 1 - (z / self.rule.softcap) ** 2
 
     def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """a @ b in `sum_dtype`, its factors rounded to `dtype`."""
-        a, b = a.to(self.dtype), b.to(self.dtype)
-        if self.dtype != self.sum_dtype and a.is_cuda:
-            return torch.mm(a, b, out_dtype=self.sum_dtype)  # not rounded to half precision on the way out
-        return torch.mm(a, b).to(self.sum_dtype)
+        """a @ b in `sum_dtype`, from factors in `dtype`."""
+        a, b = a.to(self.rule.dtype), b.to(self.rule.dtype)
+        if a.is_cuda and self.rule.dtype != self.rule.sum_dtype:
+            return torch.mm(a, b, out_dtype=self.rule.sum_dtype)  # not rounded to half precision on the way out
+        return torch.mm(a, b).to(self.rule.sum_dtype)
+
+    def _finish(self, z: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if bias is not None:
+            z += bias
+        if self.rule.logit_scale != 1.0:
+            z *= self.rule.logit_scale
+        if self.rule.softcap is not None:
+            z.div_(self.rule.softcap).tanh_().mul_(self.rule.softcap)
+        return z
+
+    def _rows_of(self, ids_NK: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The head's rows of S, (n, K, D), for a few positions at a time: (N, K, D) is never built."""
+        for rows in _gather_slices(ids_NK, self.weight_VD):
+            yield rows, self.weight_VD[ids_NK[rows]].to(self.rule.sum_dtype)
 
 
 class _OnlineLogSumExp:
-    """log sum_j exp(beta z_j) per position for one or more beta, over logits that arrive a tile at a time."""
+    """log sum_j exp(beta z_j) per position, for one or more beta, over logits that arrive a tile at a time."""
 
-    def __init__(self, num_positions: int, like: torch.Tensor, dtype: torch.dtype, betas: tuple[float, ...] = (1.0,)):
-        # Finite, so that a position whose logits are all -inf so far never computes -inf - -inf
-        self.max_n = like.new_full((num_positions,), torch.finfo(dtype).min, dtype=dtype)
-        self.sums_nP = like.new_zeros((num_positions, len(betas)), dtype=dtype)
+    def __init__(self, hidden_nD: torch.Tensor, dtype: torch.dtype, betas: tuple[float, ...] = (1.0,)):
+        # Finite, so that positions whose logits are all -inf so far never compute -inf - -inf
+        self.max_n = hidden_nD.new_full((len(hidden_nD),), torch.finfo(dtype).min, dtype=dtype)
+        self.sums_nP = hidden_nD.new_zeros(len(hidden_nD), len(betas), dtype=dtype)
         self.betas = betas
 
     def fold(self, z_nv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes in a tile, and overwrites it.
+        """Takes in a tile, overwriting it with its exponentials exp(z - max) under the new maximum.
 
-        Returns exp(betas[0] * (z - max)), (n, v), and the factor (n,) that earlier tiles' exponentials have shrunk by.
+        Returns them, (n, v), and the factor by which all earlier ones have shrunk, (n,).
         """
         max_n = torch.maximum(self.max_n, z_nv.amax(dim=-1))
         shift_n, self.max_n = self.max_n - max_n, max_n
         z_nv -= max_n[:, None]
-        for i, beta in reversed(list(enumerate(self.betas))):
-            exp_nv = z_nv.exp_() if i == 0 and beta == 1 else (beta * z_nv).exp_()
-            shrink_n = (beta * shift_n).exp()
-            self.sums_nP[:, i] = self.sums_nP[:, i] * shrink_n + exp_nv.sum(dim=-1)
-        return exp_nv, shrink_n
+        self.sums_nP *= torch.stack([(beta * shift_n).exp() for beta in self.betas], dim=-1)
+        for i, beta in enumerate(self.betas[1:], start=1):
+            self.sums_nP[:, i] += (beta * z_nv).exp_().sum(dim=-1)
+        self.sums_nP[:, 0] += z_nv.exp_().sum(dim=-1)
+        return z_nv, shift_n.exp()
 
     def log_sums(self) -> torch.Tensor:
-        """(n, P), -inf where every logit was."""
-        betas_P = self.sums_nP.new_tensor(self.betas)
-        return self.max_n[:, None] * betas_P + self.sums_nP.log()
+        """(n, P); -inf where every logit was -inf."""
+        return self.max_n[:, None] * self.max_n.new_tensor(self.betas) + self.sums_nP.log()
 
 
 class _PartitionLogits(torch.autograd.Function):
-    """(N, K+1): the logits of S, and the tail's. Also the largest logit of the tail, (N,), without gradient."""
+    """(N, K+1): the logits of S, and the tail's; and (N,), without gradient: the largest logit of the tail."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, ids_NK, rule, chunk_size, with_hidden_grad):
+        head = _Head(weight_VD, bias_V, rule)
         with _no_autocast(hidden_ND):
-            logits_NK = _selected_logits(hidden_ND, weight_VD, bias_V, ids_NK, rule)
-            tail_N = logits_NK.new_empty(len(hidden_ND))
-            tail_max_N = torch.empty_like(tail_N)
-            tail_grad_ND = logits_NK.new_empty(hidden_ND.shape) if with_hidden_grad else None
+            logits_NK = head.selected(hidden_ND, ids_NK)
+            tail_N, tail_max_N = logits_NK.new_empty(2, len(hidden_ND)).unbind()
+            tail_grad_ND = logits_NK.new_zeros(hidden_ND.shape) if with_hidden_grad else None
             for rows in _slices(len(hidden_ND), chunk_size):
-                tail_N[rows], tail_max_N[rows] = _tail_chunk(
-                    hidden_ND[rows],
-                    weight_VD,
-                    bias_V,
-                    ids_NK[rows],
-                    rule,
-                    grad_nD=None if tail_grad_ND is None else tail_grad_ND[rows],
+                tail_N[rows], tail_max_N[rows] = _tail_of_chunk(
+                    head, hidden_ND[rows], ids_NK[rows], tail_grad_ND[rows] if with_hidden_grad else None
                 )
         ctx.rule, ctx.chunk_size = rule, chunk_size
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, ids_NK, logits_NK, tail_N, tail_grad_ND)
@@ -238,30 +259,27 @@ class _PartitionLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_NK1, _):
         hidden_ND, weight_VD, bias_V, ids_NK, logits_NK, tail_N, tail_grad_ND = ctx.saved_tensors
-        grad_NK, grad_tail_N = grad_NK1[:, :-1], grad_NK1[:, -1]
         grad_hidden = grad_weight = grad_bias = None
         with _gathered(weight_VD, bias_V), _no_autocast(hidden_ND):
+            head = _Head(weight_VD, bias_V, ctx.rule)
             if ctx.needs_input_grad[0]:
+                grad_product_NK = _times_slope(grad_NK1[:, :-1] * ctx.rule.logit_scale, head.slope(logits_NK))
                 grad_hidden = torch.empty_like(hidden_ND)
                 for rows in _slices(len(hidden_ND), ctx.chunk_size):
-                    of_kept_nD = _selected_hidden_grad(
-                        weight_VD, ids_NK[rows], grad_NK[rows] * ctx.rule.slope(logits_NK[rows])
-                    )
-                    grad_hidden[rows] = of_kept_nD.addcmul_(grad_tail_N[rows, None], tail_grad_ND[rows])
+                    of_kept_nD = head.selected_hidden_grad(ids_NK[rows], grad_product_NK[rows])
+                    grad_hidden[rows] = of_kept_nD.addcmul_(grad_NK1[rows, -1:], tail_grad_ND[rows])
             if any(ctx.needs_input_grad[1:3]):
-                grad_weight, grad_bias = _head_grads(
-                    hidden_ND, weight_VD, bias_V, ids_NK, ctx.rule, ctx.chunk_size, grad_NK1, tail_N
-                )
+                grad_weight, grad_bias = _head_grads(head, hidden_ND, ids_NK, grad_NK1, tail_N, ctx.chunk_size)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 class _SelectedLogits(torch.autograd.Function):
-    """(N, K): the logits of S, by dot products."""
+    """(N, K): the logits of S."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, ids_NK, rule):
         with _no_autocast(hidden_ND):
-            logits_NK = _selected_logits(hidden_ND, weight_VD, bias_V, ids_NK, rule)
+            logits_NK = _Head(weight_VD, bias_V, rule).selected(hidden_ND, ids_NK)
         ctx.rule = rule
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, ids_NK, logits_NK)
         return logits_NK
@@ -272,127 +290,94 @@ class _SelectedLogits(torch.autograd.Function):
         hidden_ND, weight_VD, bias_V, ids_NK, logits_NK = ctx.saved_tensors
         grad_hidden = grad_weight = grad_bias = None
         with _gathered(weight_VD, bias_V), _no_autocast(hidden_ND):
-            grad_NK = grad_NK * ctx.rule.slope(logits_NK)
+            head = _Head(weight_VD, bias_V, ctx.rule)
+            grad_NK = _times_slope(grad_NK * ctx.rule.logit_scale, head.slope(logits_NK))
             if ctx.needs_input_grad[0]:
-                grad_hidden = _selected_hidden_grad(weight_VD, ids_NK, grad_NK).to(hidden_ND.dtype)
+                grad_hidden = head.selected_hidden_grad(ids_NK, grad_NK).to(hidden_ND.dtype)
             if ctx.needs_input_grad[1]:
-                grad_weight = _selected_weight_grad(hidden_ND, weight_VD, ids_NK, grad_NK)
+                grad_weight = grad_NK.new_zeros(weight_VD.shape)
+                for rows in _gather_slices(ids_NK, weight_VD):
+                    outer_nKD = grad_NK[rows, :, None] * hidden_ND[rows, None, :]
+                    grad_weight.index_add_(0, ids_NK[rows].flatten(), outer_nKD.flatten(0, 1))
+                grad_weight = grad_weight.to(weight_VD.dtype)
             if ctx.needs_input_grad[2]:
-                grad_bias = grad_NK.new_zeros(len(bias_V)).index_add_(0, ids_NK.flatten(), grad_NK.flatten())
+                grad_bias = grad_NK.new_zeros(bias_V.shape).index_add_(0, ids_NK.flatten(), grad_NK.flatten())
                 grad_bias = grad_bias.to(bias_V.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
-def _selected_logits(hidden_ND, weight_VD, bias_V, ids_NK, rule) -> torch.Tensor:
-    """Logits of S, (N, K), as dot products in `sum_dtype`."""
-    logits_NK = hidden_ND.new_empty(ids_NK.shape, dtype=rule.sum_dtype)
-    for rows, head_rows_nKD in _head_rows(weight_VD, ids_NK, rule.sum_dtype):
-        logits_NK[rows] = (head_rows_nKD @ hidden_ND[rows, :, None].to(rule.sum_dtype)).squeeze(-1)
-    return rule.finish(logits_NK, None if bias_V is None else bias_V[ids_NK])
-
-
-def _selected_hidden_grad(weight_VD, ids_NK, grad_NK) -> torch.Tensor:
-    """sum_{k in S} grad_k w_k, (N, D)."""
-    grad_ND = grad_NK.new_empty(len(ids_NK), weight_VD.shape[1])
-    for rows, head_rows_nKD in _head_rows(weight_VD, ids_NK, grad_NK.dtype):
-        grad_ND[rows] = (grad_NK[rows, None, :] @ head_rows_nKD).squeeze(1)
-    return grad_ND
-
-
-def _selected_weight_grad(hidden_ND, weight_VD, ids_NK, grad_NK) -> torch.Tensor:
-    """sum over positions of grad_k h, in the row of the head that k names: (V, D)."""
-    grad_VD = torch.zeros_like(weight_VD, dtype=grad_NK.dtype)
-    for rows in _slices(len(ids_NK), _positions_per_gather(ids_NK, hidden_ND)):
-        outer_nKD = grad_NK[rows, :, None] * hidden_ND[rows, None, :]
-        grad_VD.index_add_(0, ids_NK[rows].flatten(), outer_nKD.flatten(0, 1))
-    return grad_VD.to(weight_VD.dtype)
-
-
-def _head_rows(weight_VD, ids_NK, dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The head rows of S, (n, K, D), for a few positions at a time: (N, K, D) is never built."""
-    for rows in _slices(len(ids_NK), _positions_per_gather(ids_NK, weight_VD)):
-        yield rows, weight_VD[ids_NK[rows]].to(dtype)
-
-
-def _positions_per_gather(ids_NK, like_D) -> int:
-    return max(1, _GATHER_ELEMENTS // (ids_NK.shape[1] * like_D.shape[1]))
-
-
-def _tail_chunk(hidden_nD, weight_VD, bias_V, ids_nK, rule, grad_nD) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tail's logit and its largest logit, (n,) each, of one chunk. `grad_nD` receives d tail_logit / d hidden."""
-    tail = _OnlineLogSumExp(len(hidden_nD), hidden_nD, rule.sum_dtype)
-    if grad_nD is not None:
-        grad_nD.zero_()
-    for columns in _tiles(weight_VD, len(hidden_nD)):
-        weight_vD = weight_VD[columns]
-        z_nv = rule.tile(hidden_nD, weight_vD, None if bias_V is None else bias_V[columns])
-        slope_nv = 1.0 if grad_nD is None else rule.slope(z_nv)
+def _tail_of_chunk(head, hidden_nD, ids_nK, grad_nD) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tail's logit and its largest logit, (n,) each. `grad_nD`, zeros, receives d tail_logit / d hidden."""
+    tail = _OnlineLogSumExp(hidden_nD, head.rule.sum_dtype)
+    for columns in _tiles(head.weight_VD, len(hidden_nD)):
+        z_nv = head.tile(hidden_nD, columns)
+        slope_nv = None if grad_nD is None else head.slope(z_nv)
         _mask_kept(z_nv, ids_nK, columns)
         exp_nv, shrink_n = tail.fold(z_nv)
         if grad_nD is not None:
             grad_nD *= shrink_n[:, None]
-            grad_nD += rule.product(exp_nv.mul_(slope_nv), weight_vD)
+            grad_nD += head.product(_times_slope(exp_nv, slope_nv), head.weight_VD[columns])
+        del z_nv, exp_nv, slope_nv  # before the next tile, not beside it
     if grad_nD is not None:
-        grad_nD /= tail.sums_nP.clamp_min(1)  # at least exp(0), for the largest, unless no token is left for the tail
+        # A sum is at least exp(0), the largest logit's own, unless S is the whole vocabulary
+        grad_nD *= head.rule.logit_scale / tail.sums_nP.clamp_min(1)
     logit_n = tail.log_sums()[:, 0]
     return logit_n, tail.max_n.masked_fill(logit_n == -math.inf, -math.inf)
 
 
-def _head_grads(hidden_ND, weight_VD, bias_V, ids_NK, rule, chunk_size, grad_NK1, tail_N):
-    """Gradients of a trained head, (V, D) and (V,) or None, from logits computed once more."""
-    grad_weight, grad_bias = torch.empty_like(weight_VD), None if bias_V is None else torch.empty_like(bias_V)
-    tail_N = tail_N.clamp_min(torch.finfo(tail_N.dtype).min)  # -inf - -inf where K = V
-    chunks = list(_slices(len(hidden_ND), chunk_size))
-    for columns in _tiles(weight_VD, min(chunk_size, len(hidden_ND))):
-        weight_vD, bias_v = weight_VD[columns], None if bias_V is None else bias_V[columns]
-        grad_weight_vD = torch.zeros_like(weight_vD, dtype=rule.sum_dtype)
-        grad_bias_v = tail_N.new_zeros(len(weight_vD))
-        for rows in chunks:
-            z_nv = rule.tile(hidden_ND[rows], weight_vD, bias_v)
-            slope_nv = rule.slope(z_nv)
+def _head_grads(head, hidden_ND, ids_NK, grad_NK1, tail_N, chunk_size) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of a trained head, (V, D) and (V,), from logits that are computed once more."""
+    grad_weight_VD = torch.empty_like(head.weight_VD)
+    grad_bias_V = None if head.bias_V is None else torch.empty_like(head.bias_V)
+    tail_N = tail_N.clamp_min(torch.finfo(tail_N.dtype).min)  # finite where K = V: no -inf - -inf
+    for columns in _tiles(head.weight_VD, min(chunk_size, len(hidden_ND))):
+        grad_weight_vD = tail_N.new_zeros(head.weight_VD[columns].shape)
+        grad_bias_v = tail_N.new_zeros(len(grad_weight_vD))
+        for rows in _slices(len(hidden_ND), chunk_size):
+            z_nv = head.tile(hidden_ND[rows], columns)
+            slope_nv = head.slope(z_nv)
             _mask_kept(z_nv, ids_NK[rows], columns)
+            # d loss / dz_j: the tail's gradient times q_j outside S, the token's own gradient inside
             grad_nv = z_nv.sub_(tail_N[rows, None]).exp_().mul_(grad_NK1[rows, -1:])
             local_nK, inside_nK = _columns_of(ids_NK[rows], columns)
             grad_nv.scatter_add_(1, local_nK, grad_NK1[rows, :-1] * inside_nK)
-            grad_nv *= slope_nv
-            grad_weight_vD += rule.product(grad_nv.T, hidden_ND[rows])
+            grad_nv = _times_slope(grad_nv, slope_nv)
+            grad_weight_vD += head.product(grad_nv.T, hidden_ND[rows])
             grad_bias_v += grad_nv.sum(dim=0)
-        grad_weight[columns] = grad_weight_vD
-        if grad_bias is not None:
-            grad_bias[columns] = grad_bias_v
-    return grad_weight, grad_bias
+        grad_weight_VD[columns] = grad_weight_vD * head.rule.logit_scale
+        if grad_bias_V is not None:
+            grad_bias_V[columns] = grad_bias_v * head.rule.logit_scale
+    return grad_weight_VD, grad_bias_V
 
 
-def _top_k_chunk(hidden_nD, weight_VD, bias_V, rule, k, limit, powers) -> tuple[torch.Tensor, ...]:
-    """(n, k) ids, (n, k+1) log-probabilities and (n, P) log power sums of one chunk, in one pass.
+def _top_k_of_chunk(head, hidden_nD, k, limit, tail_powers) -> tuple[torch.Tensor, ...]:
+    """(n, k) ids, (n, k+1) log-probabilities and (n, P) log power sums, in one pass over the vocabulary.
 
-    Whatever leaves the running top k, and whatever never entered it, goes into the tail: nothing is ever taken away.
+    What never enters the running top k, and what drops out of it, goes to the tail: nothing is ever subtracted.
     """
-    tail = _OnlineLogSumExp(len(hidden_nD), hidden_nD, rule.sum_dtype, betas=(1.0, *powers))
-    best_z = hidden_nD.new_empty(len(hidden_nD), 0, dtype=rule.sum_dtype)
-    best_ids = best_z.long()
-    for columns in _tiles(weight_VD, len(hidden_nD)):
-        z_nv = rule.tile(hidden_nD, weight_VD[columns], None if bias_V is None else bias_V[columns])
+    best_nk = hidden_nD.new_empty(len(hidden_nD), 0, dtype=head.rule.sum_dtype)
+    best_ids_nk = best_nk.long()
+    tail = _OnlineLogSumExp(hidden_nD, head.rule.sum_dtype, betas=(1.0, *tail_powers))
+    for columns in _tiles(head.weight_VD, len(hidden_nD)):
+        z_nv = head.tile(hidden_nD, columns)
         if columns.start < limit:
             local = _top_columns(z_nv[:, : limit - columns.start], k)
-            z = torch.cat([best_z, z_nv.gather(1, local)], dim=1)
-            ids = torch.cat([best_ids, local + columns.start], dim=1)
+            # Earlier tiles hold lower ids, so a stable sort puts the lower id first among equals
+            candidates = torch.cat([best_nk, z_nv.gather(1, local)], dim=1).sort(dim=1, descending=True, stable=True)
+            ids = torch.cat([best_ids_nk, local + columns.start], dim=1).gather(1, candidates.indices)
+            best_nk, best_ids_nk, dropped = candidates.values[:, :k], ids[:, :k], candidates.values[:, k:]
             z_nv.scatter_(1, local, -math.inf)
-            # Earlier columns hold lower ids, so a stable sort puts the lower id first among equals
-            z, order = z.sort(dim=1, descending=True, stable=True)
-            best_z, best_ids = z[:, :k], ids.gather(1, order[:, :k])
-            if z.shape[1] > k:
-                tail.fold(z[:, k:].clone())
+            if dropped.shape[1]:
+                tail.fold(dropped)
         tail.fold(z_nv)
-    # The dot products are not rounded to half precision as a tile is, and they are what the student's side computes
-    best_ids = best_ids.sort(dim=1).values
-    best_z = _selected_logits(hidden_nD, weight_VD, bias_V, best_ids, rule)
-    best_z, order = best_z.sort(dim=1, descending=True, stable=True)
+    # Dot products, as the student's side computes them: a tile in half precision has rounded its logits
+    best_ids_nk = best_ids_nk.sort(dim=1).values
+    best = head.selected(hidden_nD, best_ids_nk).sort(dim=1, descending=True, stable=True)
     tail_nP = tail.log_sums()
-    logits = torch.cat([best_z, tail_nP[:, :1]], dim=1)
-    log_normalizer_n = logits.logsumexp(dim=1, keepdim=True)
-    betas_P = tail_nP.new_tensor(powers)
-    return best_ids.gather(1, order), logits - log_normalizer_n, tail_nP[:, 1:] - log_normalizer_n * betas_P
+    logits_nK1 = torch.cat([best.values, tail_nP[:, :1]], dim=1)
+    log_normalizer_n1 = logits_nK1.logsumexp(dim=1, keepdim=True)
+    log_powers_nP = tail_nP[:, 1:] - log_normalizer_n1 * tail_nP.new_tensor(tail_powers)
+    return best_ids_nk.gather(1, best.indices), logits_nK1 - log_normalizer_n1, log_powers_nP
 
 
 def _top_columns(z_nv: torch.Tensor, k: int) -> torch.Tensor:
@@ -401,9 +386,9 @@ def _top_columns(z_nv: torch.Tensor, k: int) -> torch.Tensor:
     if v <= k:
         return torch.arange(v, device=z_nv.device).expand(n, v)
     values, columns = z_nv.topk(k + 1, dim=1)
-    # topk chooses freely among equals: where the first value left out equals the last one kept, choose again
-    tied = values[:, k] == values[:, k - 1]
     columns = columns[:, :k].clone()
+    # topk chooses freely among equals: where the best value left out equals the last one kept, choose by column
+    tied = values[:, k] == values[:, k - 1]
     if tied.any():
         columns[tied] = z_nv[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
     return columns.sort(dim=1).values
@@ -417,20 +402,30 @@ def _mask_kept(z_nv: torch.Tensor, ids_nK: torch.Tensor, columns: slice) -> None
 
 
 def _columns_of(ids_nK: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where in a tile the ids are, and whether they are: outside it, the place is some column of the tile."""
+    """Where in a tile the ids are, and whether they are in it at all; if not, the place is any column."""
     local_nK = (ids_nK - columns.start).clamp(0, columns.stop - columns.start - 1)
     return local_nK, local_nK + columns.start == ids_nK
 
 
+def _times_slope(grad: torch.Tensor, slope: torch.Tensor | None) -> torch.Tensor:
+    return grad if slope is None else grad.mul_(slope)
+
+
 def _slices(length: int, size: int) -> Iterator[slice]:
+    if size < 1:
+        raise ValueError(f"chunk_size={size} must be at least 1")
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
 
 def _tiles(weight_VD: torch.Tensor, num_positions: int) -> Iterator[slice]:
-    """Parts of the vocabulary that fit the tile budget, two or more, so that no tile has all V columns."""
+    """Parts of the vocabulary within the tile budget; two or more of them, so that no tile is (N, V)."""
     vocab_size = len(weight_VD)
-    return _slices(vocab_size, max(1, min(_TILE_ELEMENTS // max(num_positions, 1), math.ceil(vocab_size / 2))))
+    return _slices(vocab_size, max(1, min(_TILE_ELEMENTS // max(1, num_positions), math.ceil(vocab_size / 2))))
+
+
+def _gather_slices(ids_NK: torch.Tensor, weight_VD: torch.Tensor) -> Iterator[slice]:
+    return _slices(len(ids_NK), max(1, _GATHER_ELEMENTS // (ids_NK.shape[1] * weight_VD.shape[1])))
 
 
 def _logit_rule(hidden, weight, bias, logit_scale, softcap) -> _LogitRule:
