@@ -1,0 +1,126 @@
+"""Every shipped recipe reads, renders its data and makes valid settings of TRL, without a network or weights."""
+
+from pathlib import Path
+
+import pytest
+
+from first_trl.recipe import DEFAULT_ARMS, load_recipe
+from first_trl.rendering import render_template
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))
+PAIRS = ("qwen3-8b_to_qwen3-0.6b", "llama-3.1-8b_to_llama-3.2-1b")
+HUB = {f"{folder}/{pair}.yaml" for folder in ("commonsense_qa", "openbookqa", "boolq", "alpaca") for pair in PAIRS} | {
+    "commonsense_qa/qwen3-8b_to_qwen3-0.6b_24gb.yaml"
+}
+# A row of each dataset, with the columns and the nesting that it has on the Hub.
+FIVE = {"label": ["A", "B", "C", "D", "E"], "text": ["ignore", "enforce", "authoritarian", "yell at", "avoid"]}
+ROWS = {
+    "json": {"text": "a fine film .", "label": "good"},
+    "tau/commonsense_qa": {"question": "What do laws do?", "choices": FIVE, "answerKey": "B"},
+    "allenai/openbookqa": {
+        "question_stem": "The sun is responsible for",
+        "choices": {key: values[:4] for key, values in FIVE.items()},
+        "answerKey": "D",
+    },
+    "google/boolq": {"question": "is it so", "passage": "It is so.", "answer": True},
+    "yahma/alpaca-cleaned": {"instruction": "Name a colour.", "input": "", "output": "Red."},
+}
+
+
+@pytest.fixture(autouse=True)
+def data_folder(tmp_path, monkeypatch):
+    """The files that the recipes for local data name, under the folder that their variable gives."""
+    for name in ("train", "validation", "test", "test_long_reviews"):
+        (tmp_path / "data" / "reviews").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "reviews" / f"{name}.jsonl").write_text('{"text": "a", "label": "good"}\n')
+    for name in ("reviews-teacher-base", "reviews-student-base"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    monkeypatch.setenv("FIRST_DATA", str(tmp_path))
+
+
+def test_these_recipes_are_shipped_and_each_is_tested():
+    assert set(RECIPES) == HUB | {"reviews.yaml"}
+    assert len(RECIPES) == 10
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_reads_and_has_the_arms_of_a_fair_comparison(name):
+    recipe = load_recipe(FOLDER / name)
+    assert recipe.arms == DEFAULT_ARMS
+    assert recipe.distill["load_in_4bit"] and recipe.distill["use_peft"]
+    assert recipe.cache.top_k == 5
+    assert any(test.out_of_domain for test in recipe.datasets.test.values())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_split_renders_with_the_task_that_it_has(name):
+    from first_trl.evaluation import test_task as task_of
+
+    recipe = load_recipe(FOLDER / name)
+    splits = [(recipe.datasets.train, recipe.task), (recipe.datasets.validation, recipe.task)]
+    splits += [(test, task_of(recipe.task, test.task)) for test in recipe.datasets.test.values()]
+    for split, task in splits:
+        prompt = render_template(task.prompt, ROWS[split.path])
+        completion = render_template(task.completion, ROWS[split.path])
+        assert prompt.endswith(":") and completion.startswith(" ")
+        assert task.choices is None or completion.strip() in task.choices
+        # Answers that follow a letter or a word must be the options that the prompt shows.
+        if "choices" in ROWS[split.path]:
+            assert [f"{letter}. " in prompt for letter in "ABCDE"] == [letter in task.choices for letter in "ABCDE"]
+    assert len(splits) >= 4
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_trl_and_peft_accept_the_settings_of_every_training_run(name, tmp_path):
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    from first_trl.first_config import FIRSTConfig
+    from first_trl.training import model_arguments, training_arguments
+
+    recipe = load_recipe(FOLDER / name)
+    runs = [(recipe.sft, SFTConfig)]
+    for arm in recipe.arms:
+        runs.append((recipe.arm_section(arm), SFTConfig if recipe.arm_trainer(arm) == "sft" else FIRSTConfig))
+    for section, config_class in runs:
+        args, model_args = training_arguments({**section, "use_cpu": True}, config_class, tmp_path, recipe.seed)
+        arguments = model_arguments(model_args)
+        assert args.learning_rate == section["learning_rate"]
+        assert (arguments["quantization_config"] is not None) == section.get("load_in_4bit", False)
+        assert isinstance(arguments["peft_config"], LoraConfig) == section.get("use_peft", False)
+    assert len(runs) == 4
+
+
+@pytest.mark.parametrize("name", sorted(HUB))
+def test_the_hub_recipes_report_on_the_papers_sets_out_of_domain(name):
+    recipe = load_recipe(FOLDER / name)
+    own = name.partition("/")[0]
+    elsewhere = {"allenai/openbookqa", "tau/commonsense_qa"} - {f"tau/{own}", f"allenai/{own}"}
+    assert {test.path for test in recipe.datasets.test.values() if test.out_of_domain} == elsewhere
+    assert (recipe.calibrate.positions == "all") == (own == "alpaca")
+    assert recipe.sft["report_to"] == "trackio" and recipe.sft["bf16"] and recipe.sft["gradient_checkpointing"]
+
+
+def test_recipes_for_the_same_data_ask_the_same_question():
+    asked: dict[str, set] = {}
+    for name in sorted(HUB):
+        if name.startswith("alpaca"):
+            continue  # asks in the shape of its own instructions
+        recipe = load_recipe(FOLDER / name)
+        for test in recipe.datasets.test.values():
+            task = {"prompt": recipe.task.prompt, "choices": recipe.task.choices} | (test.task or {})
+            asked.setdefault(test.path, set()).add((task["prompt"], *task["choices"]))
+    assert {path: len(prompts) for path, prompts in asked.items()} == dict.fromkeys(asked, 1)
+    assert len(asked) == 3
+
+
+def test_the_recipe_for_one_small_gpu_runs_its_teacher_in_4_bit_throughout():
+    recipe = load_recipe(FOLDER / "commonsense_qa/qwen3-8b_to_qwen3-0.6b_24gb.yaml")
+    assert recipe.sft["load_in_4bit"] and recipe.sft["use_peft"] and recipe.cache.load_in_4bit
+
+
+def test_local_paths_come_from_one_variable():
+    text = (FOLDER / "reviews.yaml").read_text()
+    assert text.count("${FIRST_DATA:-../shared}/") == 6
+    assert text.count("../shared") == 7  # and once where it is explained
