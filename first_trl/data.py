@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from .config import DatasetConfig, TaskConfig
 from .encoding import chat_ids, check_prefix, clean_messages, eos_token_id, text_ids
 from .load_errors import BUILDERS, explain_load_error
-from .rendering import parse_template, render_template
+from .rendering import render_template, template_fields, text_around_field
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -142,14 +142,11 @@ def _answer_ids(task: TaskConfig, tokenizer, row: Mapping[str, Any] | None, choi
         ended = chat_ids(tokenizer, messages, task.chat_template_kwargs)
     else:
         prompt_template, completion_template = _templates(task, row)
-        pieces = parse_template(completion_template)
-        last = parse_template(prompt_template)[-1:]
-        tail = last[0].literal if last and last[0].column is None else ""
-        prompt = tail if row is None else render_template(prompt_template, row)
-        after = pieces[1].literal if len(pieces) > 1 else ""
+        before, after = text_around_field(completion_template)
+        prompt = text_around_field(prompt_template)[1] if row is None else render_template(prompt_template, row)
         prompt_ids = text_ids(tokenizer, prompt)
-        answered = text_ids(tokenizer, prompt + pieces[0].literal + choice)
-        ended = text_ids(tokenizer, prompt + pieces[0].literal + choice + after)
+        answered = text_ids(tokenizer, prompt + before + choice)
+        ended = text_ids(tokenizer, prompt + before + choice + after)
     check_prefix(tokenizer, prompt_ids, answered)
     if ended[: len(answered)] != answered:
         raise ValueError(
@@ -180,11 +177,9 @@ def _render_pair(task: TaskConfig, row: Mapping[str, Any]) -> tuple[str, str]:
     prompt_template, completion_template = _templates(task, row)
     prompt, completion = render_template(prompt_template, row), render_template(completion_template, row)
     if task.choices:
-        pieces = parse_template(completion_template)
-        assert pieces[0].column is not None, "TaskConfig asks for one column in the completion of a task with choices"
-        after = pieces[1].literal if len(pieces) > 1 else ""
-        answer = completion[len(pieces[0].literal) : len(completion) - len(after)]
-        _check_answer(task, answer, f"the column {pieces[0].field!r}")
+        before, after = text_around_field(completion_template)
+        answer = completion[len(before) : len(completion) - len(after)]
+        _check_answer(task, answer, f"the column {template_fields(completion_template)[0]!r}")
     if not completion.strip():
         raise ValueError(f"the completion {completion_template!r} is empty in this row; fill its answer or drop it")
     return prompt, completion
@@ -268,8 +263,6 @@ def _source(config: DatasetConfig, role: str) -> tuple[str, list[str] | None]:
 
 def _rename_columns(dataset: "Dataset", config: DatasetConfig, role: str) -> "Dataset":
     renames = {column: name for name, column in (config.columns or {}).items()}
-    if len(renames) < len(config.columns or {}):
-        raise ValueError(f"datasets.{role}.columns: two names read one column in {config.columns}; keep one of them")
     present = dataset.column_names or []
     missing = [column for column in renames if column not in present]
     if missing:

@@ -68,6 +68,14 @@ def template_fields(template: str) -> list[str]:
     return list(dict.fromkeys(piece.column for piece in parse_template(template) if piece.column is not None))
 
 
+def text_around_field(template: str) -> tuple[str, str]:
+    """The plain text before and after the last field of a template; all of it is after where there is no field."""
+    pieces = parse_template(template)
+    ends = [i + 1 for i, piece in enumerate(pieces) if piece.column is not None]
+    end = ends[-1] if ends else 0
+    return "".join(p.literal for p in pieces[:end]), "".join(p.literal for p in pieces[end:])
+
+
 def render_template(template: str, row: Mapping[str, Any]) -> str:
     """Fill the template from the row's columns.
 

@@ -1,0 +1,67 @@
+"""Keep what belongs to one machine out of what is published: local paths, the user's name, tokens.
+
+Paths are reduced to their last part, which is all that a reader elsewhere can use. What cannot be reduced safely is
+refused, never cut out: a file with a hole in it helps nobody. Escaping for Markdown is not here.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+# The words of prompts and answers may look like paths ("/", "~") and are none.
+TEXT_KEYS = frozenset({"prompt", "completion", "choices", "chat_template_kwargs", "commit_message"})
+# Where the files of a model name other files; all else in them (tokens, templates) is left alone.
+MODEL_PATH_KEYS = frozenset(
+    {"base_model_name_or_path", "_name_or_path", "name_or_path", "tokenizer_file", "vocab_file"}
+)
+_PATH_START = re.compile(r"[/~]|\.\.?/|[A-Za-z]:[\\/]|\\\\|file://")
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+_SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|key|credentials?)(_|$)", re.IGNORECASE)
+
+
+def is_local_path(text: str) -> bool:
+    """Whether a text is written as a path of this machine, or is one: a Hub id is neither."""
+    if not text or "\n" in text:
+        return False
+    return bool(_PATH_START.match(text)) or os.path.exists(os.path.expanduser(text))
+
+
+def path_name(text: str) -> str:
+    """The last part of a path: `/home/me/models/small-llama/` -> `small-llama`."""
+    return Path(os.path.normpath(text.removeprefix("file://").replace("\\", "/"))).name or "local"
+
+
+def without_local_paths(value: Any, keys: frozenset[str] | None = None, key: str = "") -> Any:
+    """A copy of nested plain data with every local path reduced to its name.
+
+    Args:
+        keys: look under these keys alone; None looks everywhere but under `TEXT_KEYS`.
+    """
+    if keys is None and key in TEXT_KEYS:
+        return value
+    if isinstance(value, dict):
+        return {name: without_local_paths(item, keys, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_local_paths(item, keys, key) for item in value]
+    looked_at = isinstance(value, str) and (keys is None or key in keys)
+    return path_name(value) if looked_at and is_local_path(value) else value
+
+
+def refuse_leaks(name: str, text: str) -> None:
+    """Check a file that is about to be published.
+
+    Raises:
+        ValueError: it holds an access token, the value of a secret environment variable, or a path of this machine.
+            The message names the file and the kind of leak, and never repeats a secret.
+    """
+    if _HUB_TOKEN.search(text):
+        raise ValueError(f"{name} holds a Hub access token; remove it from the recipe or the data, and revoke it")
+    for variable, secret in os.environ.items():
+        if _SECRET_NAME.search(variable) and len(secret) >= 8 and secret in text:
+            raise ValueError(
+                f"{name} holds the value of the environment variable {variable}; remove it from the recipe"
+            )
+    for place in {str(Path.home()), str(Path.cwd())} - {"/"}:
+        if re.search(re.escape(place) + r"(?![\w.-])", text):
+            raise ValueError(f"{name} holds the path {place} of this machine; write a relative path in the recipe")

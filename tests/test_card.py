@@ -1,0 +1,261 @@
+"""The card tells what was measured, controls included; the folder to upload holds what it should and leaks nothing."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from first_trl.card import CardFacts, build_card, prepare_upload_folder
+from first_trl.card_text import escape_markdown, usage_code
+from first_trl.redaction import refuse_leaks, without_local_paths
+from tests.finished_run import CALIBRATION, MANIFEST, PROMPT, make_base, make_run, measured
+
+
+def facts(**changes):
+    known = CardFacts(
+        title="tiny-student",
+        arm="first",
+        base_model="Qwen/Qwen3-0.6B",
+        base_is_local=False,
+        is_adapter=True,
+        metrics={
+            "teacher": {"boolq": measured(0.81, 0.12)},
+            "fine_tuned_post_hoc": {"boolq": measured(0.78, 0.031)},
+            "distilled": {"boolq": measured(0.78, 0.09)},
+            "first": {"boolq": measured(0.79, 0.042)},
+        },
+        test_sets={
+            "boolq": {
+                "hub_id": "google/boolq",
+                "config": None,
+                "split": "validation",
+                "revision": None,
+                "out_of_domain": True,
+            }
+        },
+        recipe={"name": "tiny", "task": {"prompt": PROMPT, "choices": ["good", "bad"]}, "evaluate": {"num_bins": 10}},
+        recalibration_method="temperature",
+        calibration=CALIBRATION,
+        cache=MANIFEST,
+        hub_datasets=["google/boolq"],
+        diagrams=["reliability_boolq.png"],
+        repo_id="me/tiny-student",
+        prompt_example="Review: ... Sentiment :",
+    )
+    return dataclasses.replace(known, **changes)
+
+
+def test_the_metadata_is_what_the_hub_reads():
+    data = ModelCard(build_card(facts())).data.to_dict()
+    assert data["library_name"] == "peft" and data["base_model_relation"] == "adapter"
+    assert data["base_model"] == "Qwen/Qwen3-0.6B" and data["datasets"] == ["google/boolq"]
+    assert {"trl", "first-trl"} <= set(data["tags"])
+    (result,) = data["model-index"][0]["results"]
+    assert result["dataset"]["type"] == "google/boolq" and result["dataset"]["split"] == "validation"
+    assert {m["type"]: m["value"] for m in result["metrics"]} == {"accuracy": 0.79, "ece": 0.042, "trust_score": 0.748}
+
+
+def test_the_table_shows_every_arm_with_its_interval_and_the_pushed_one_in_bold():
+    card = build_card(facts())
+    rows = [line for line in card.splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| teacher",
+        "| fine\\_tuned\\_post\\_hoc",
+        "| distilled",
+        "| **first**",
+    ]
+    assert "79.0 % (78.0 to 80.0) | 4.2 % (3.2 to 5.2) | 74.8 % | 0.510 | 0.700 |" in rows[3]
+    assert "boolq (out of domain), 1600 examples" in card
+
+
+def test_a_control_that_is_better_calibrated_is_named_in_words():
+    card = build_card(facts())
+    assert r"Better calibrated than first here: fine\_tuned\_post\_hoc (3.1 %)" in card
+    assert "no better calibrated: distilled (9.0 %)" in card
+    alone = {"first": {"boolq": measured(0.79, 0.042)}}
+    assert "etter calibrated" not in build_card(facts(metrics=alone)).partition("## Recalibration")[0]
+
+
+def test_recalibration_provenance_recipe_and_citation_are_told():
+    card = build_card(facts())
+    assert "recalibrated by temperature, value 1.7 (95 % interval 1.5 to 1.9)" in card
+    assert "from 12.0 % to 2.0 %" in card and MANIFEST["manifest_sha256"] in card
+    assert "prompt: 'Review: {text} Sentiment :'" in card
+    assert "title     = {{FIRST}: Teach A Reliable" in card and "2408.12168" in card
+    assert "![Reliability diagram: accuracy against confidence](reliability_boolq.png)" in card
+    for method, words in ((None, "trained on the labels, as a control"), ("none", "used as they are")):
+        assert words in build_card(facts(recalibration_method=method))
+
+
+def test_a_local_base_is_named_and_said_to_be_local_and_is_no_hub_id():
+    card = build_card(facts(base_model="small-llama", base_is_local=True))
+    data = ModelCard(card).data.to_dict()
+    assert "base_model" not in data and "base_model_relation" not in data
+    assert "The base model is a local folder named small-llama" in card
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_usage_is_python_that_loads_the_base_as_it_was_measured(quantized):
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": None, "bnb_4bit_compute_dtype": "bfloat16"}
+    code = usage_code(facts(quantization=settings if quantized else None))
+    compile(code, "usage", "exec")
+    assert len(code.partition("\n\n")[2].splitlines()) == (6 if quantized else 5)
+    assert ('bnb_4bit_compute_dtype="bfloat16"' in code.replace("'", '"')) == quantized
+    assert '"Review: ... Sentiment :"' in code and '"me/tiny-student"' in code
+
+
+def test_the_usage_of_a_chat_student_goes_through_its_chat_template():
+    task = {"chat_template_kwargs": {"enable_thinking": False}}
+    code = usage_code(facts(prompt_example=None, recipe={"task": task}))
+    compile(code, "usage", "exec")
+    assert "apply_chat_template" in code and "enable_thinking=False" in code
+
+
+HOSTILE = "x | <script>alert(1)</script> [a](javascript:b) `c` **d** \n# e\n---\n![f](g) ```"
+
+
+def test_hostile_names_and_templates_stay_text():
+    sets = {HOSTILE: {"hub_id": None, "config": None, "split": None, "revision": None, "out_of_domain": False}}
+    card = build_card(
+        facts(
+            title=HOSTILE,
+            base_model=HOSTILE,
+            base_is_local=True,
+            test_sets=sets,
+            metrics={"first": {HOSTILE: measured(0.5, 0.1)}, HOSTILE: {HOSTILE: measured(0.5, 0.1)}},
+            prompt_example=HOSTILE,
+            recipe={"task": {"prompt": HOSTILE, "choices": [HOSTILE, "b"]}},
+        )
+    )
+    ModelCard(card)  # the metadata still parse
+    blocks = re.split(r"^(`{3,})(?:\w+)?\n.*?\n\1$", card.split("---\n\n", 1)[1], flags=re.MULTILINE | re.DOTALL)
+    prose = "".join(blocks[::2])
+    assert "<script" not in prose and not re.search(r"(?<!\\)\]\((?!https://|reliability)", prose)
+    assert "\n# e" not in prose and "**d**" not in prose
+    tables = [line for line in prose.splitlines() if line.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {8}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60))
+def test_escaped_text_has_no_live_markup(text):
+    escaped = escape_markdown(text)
+    assert "\n" not in escaped and "<" not in escaped
+    assert not re.search(r"(?<!\\)(?:\\\\)*[`*_\[\]|~$!#]", escaped)
+
+
+# The folder to upload
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("secret-home")
+    return make_run(folder / "work", make_base(folder / "models" / "tiny-base"))
+
+
+EXPECTED = {
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "calibration.json", "metrics.json",
+    "recipe.resolved.yaml", "reliability_reviews.png", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+
+
+def test_the_folder_holds_the_adapter_its_card_and_its_measurements_and_nothing_else(finished, tmp_path):
+    run, recipe = finished
+    folder = prepare_upload_folder(run, "first", recipe, tmp_path / "push")
+    assert {file.name for file in folder.rglob("*")} == EXPECTED
+    assert folder == tmp_path / "push" and [path.name for path in tmp_path.iterdir()] == ["push"]
+    student = run / "students" / "first" / "adapter_model.safetensors"
+    assert (folder / "adapter_model.safetensors").read_bytes() == student.read_bytes()
+
+
+def test_no_file_of_the_folder_names_a_place_of_this_machine(finished, tmp_path):
+    run, recipe = finished
+    assert "secret-home" in (run / "students" / "first" / "adapter_config.json").read_text()
+    assert "secret-home" in (run / "report" / "metrics.json").read_text()
+    folder = prepare_upload_folder(run, "first", recipe, tmp_path / "push")
+    for file in folder.iterdir():
+        content = file.read_bytes().decode("utf-8", "replace")
+        assert "secret-home" not in content and "pytest-of" not in content, file.name
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-base"
+    resolved = yaml.safe_load((folder / "recipe.resolved.yaml").read_text())
+    assert resolved["datasets"]["train"]["data_files"] == "train.jsonl" and resolved["output_dir"] == "runs"
+    assert resolved["task"]["prompt"] == PROMPT
+    assert "local folder named tiny-base" in (folder / "README.md").read_text()
+
+
+def test_preparing_again_replaces_the_folder_but_never_somebody_elses(finished, tmp_path):
+    run, recipe = finished
+    folder = prepare_upload_folder(run, "first", recipe, tmp_path / "push")
+    (folder / "stale.txt").write_text("old")
+    assert not (prepare_upload_folder(run, "first", recipe, folder) / "stale.txt").exists()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("the only copy")
+    with pytest.raises(ValueError, match="no prepared upload"):
+        prepare_upload_folder(run, "first", recipe, tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.txt").exists()
+
+
+def test_a_secret_in_a_file_stops_everything_and_is_not_repeated(finished, tmp_path, monkeypatch):
+    run, recipe = finished
+    monkeypatch.setenv("MY_API_KEY", "correct-horse-battery")
+    leaking = dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, prompt="correct-horse-battery {text}"))
+    with pytest.raises(ValueError, match="MY_API_KEY") as refusal:
+        prepare_upload_folder(run, "first", leaking, tmp_path / "push")
+    assert "correct-horse" not in str(refusal.value) and list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="access token"):
+        refuse_leaks("a.md", "hf_" + "a" * 34)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("students/first/adapter_config.json", "run the distill stage first"),
+        ("report/metrics.json", "run the evaluate stage first"),
+        ("calibration.json", "run the calibrate stage first"),
+    ],
+)
+def test_an_unfinished_run_is_refused_with_the_stage_to_run(finished, tmp_path, missing, message):
+    run, recipe = finished
+    kept = (run / missing).read_bytes()
+    (run / missing).unlink()
+    try:
+        with pytest.raises(ValueError, match=message):
+            prepare_upload_folder(run, "first", recipe, tmp_path / "push")
+    finally:
+        (run / missing).write_bytes(kept)
+
+
+def test_an_arm_outside_the_report_and_a_link_out_of_the_folder_are_refused(finished, tmp_path):
+    run, recipe = finished
+    with pytest.raises(ValueError, match="no finished student"):
+        prepare_upload_folder(run, "distilled", recipe, tmp_path / "push")
+    (tmp_path / "outside.json").write_text("{}")
+    link = run / "students" / "first" / "special_tokens_map.json"
+    link.symlink_to(tmp_path / "outside.json")
+    try:
+        with pytest.raises(ValueError, match="link out of the run folder"):
+            prepare_upload_folder(run, "first", recipe, tmp_path / "push")
+    finally:
+        link.unlink()
+
+
+def test_paths_are_reduced_where_they_are_paths_and_left_alone_where_they_are_words():
+    value = {
+        "path": "/data/me/train.jsonl",
+        "data_files": ["~/a.csv", "../b.csv", "C:\\Users\\me\\c.csv"],
+        "model_name_or_path": "Qwen/Qwen3-8B",
+        "task": {"prompt": "/think {text}", "choices": ["/", "~"]},
+    }
+    assert without_local_paths(value) == {
+        "path": "train.jsonl",
+        "data_files": ["a.csv", "b.csv", "c.csv"],
+        "model_name_or_path": "Qwen/Qwen3-8B",
+        "task": {"prompt": "/think {text}", "choices": ["/", "~"]},
+    }
+    tokens = {"added_tokens": [{"content": "/s"}], "_name_or_path": "/home/me/model"}
+    assert without_local_paths(tokens, frozenset({"_name_or_path"})) == {**tokens, "_name_or_path": "model"}
