@@ -68,11 +68,7 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """Plain values that [`load_recipe`] reads back to an equal recipe; variables and overrides are resolved."""
-        plain = dataclasses.asdict(self)
-        plain["datasets"] = {key: value for key, value in plain["datasets"].items() if value is not None}
-        return {
-            key: _without_none(plain[key]) if key not in ("sft", "distill", "arms") else plain[key] for key in plain
-        }
+        return _plain(self)
 
     def write_resolved(self, path: str | Path) -> None:
         """Write the recipe as it runs, defaults included, as YAML."""
@@ -80,10 +76,14 @@ class Recipe:
         Path(path).write_text(text, encoding="utf-8")
 
 
-def _without_none(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """Dataclasses as mappings, without the settings that are None; what the user wrote in a mapping stays as it is."""
+    if dataclasses.is_dataclass(value):
+        items = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {key: _plain(item) for key, item in items.items() if item is not None}
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return value
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _escaped(value: Any) -> Any:

@@ -110,6 +110,19 @@ def test_the_resolved_recipe_reads_back_equal(project):
     assert yaml.safe_load((project / "resolved.yaml").read_text())["evaluate"]["bootstrap"] == 1000
 
 
+def test_a_setting_that_is_taken_away_stays_away_in_the_resolved_recipe():
+    path = write(
+        "      data_files: data/test.jsonl",
+        """\
+      data_files: data/test.jsonl
+      task: {completion: " {answer} or {other}", choices: null}""",
+    )
+    recipe = load_recipe(path, ["--sft.max_grad_norm", "0.5", "--sft.lr_scheduler_kwargs", "null"])
+    recipe.write_resolved("resolved.yaml")
+    assert load_recipe("resolved.yaml") == recipe
+    assert load_recipe("resolved.yaml").datasets.test["reviews"].task["choices"] is None
+
+
 def test_a_recipe_built_in_python_has_the_same_defaults():
     recipe = load_recipe(write())
     bare = Recipe(name="tiny", task=recipe.task, datasets=recipe.datasets)
