@@ -1,0 +1,17 @@
+"""The rules of the training sections name settings that exist, with the values that the trainer takes."""
+
+from first_trl.field_tables import known_fields
+from first_trl.recipe_rules import LIMITS, NOT_YOURS
+
+
+def test_every_rule_is_about_a_setting_that_trl_or_first_trl_knows():
+    known = set(known_fields("FIRSTConfig")) | set(known_fields("ModelConfig"))
+    assert set(NOT_YOURS) <= known
+    assert set(LIMITS) <= known
+
+
+def test_the_choices_of_the_loss_are_those_of_the_trainer():
+    from first_trl.first_config import DIVERGENCES, TAILS
+
+    assert LIMITS["divergence"]["choices"] == DIVERGENCES
+    assert LIMITS["tail"]["choices"] == TAILS
