@@ -155,6 +155,7 @@ class EvaluateConfig(Settings):
     bootstrap: int = setting(1000, "Resamples for the intervals; 0 for none.", minimum=0)
     tokens_per_batch: int = setting(8192, "Tokens of one batch, padding included.", minimum=1)
     seed: int = setting(0, "Seed of the resamples.", minimum=0)
+    allow_overlap: bool = setting(False, "Measure on test sets that share rows with the other splits.")
 
 
 @dataclass

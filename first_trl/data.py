@@ -337,15 +337,14 @@ def _tokenizer_state(tokenizer) -> list:
 def check_disjoint(splits: dict[str, "Dataset"]) -> list[Overlap]:
     """Prompts shared between tokenised splits, one `Overlap` per pair that shares any.
 
-    `splits` is {"train": ..., "validation": ..., and any test sets}; pairs of two test sets are not compared. What to
-    do about an overlap is the caller's decision. Rows are those of the datasets that were tokenised.
+    `splits` is {"train": ..., "transfer": ..., "validation": ..., and any test sets}, those that there are, in this
+    order; pairs of two test sets are not compared. What to do about an overlap is the caller's decision. Rows are
+    those of the datasets that were tokenised.
     """
     prompts = {name: _prompt_rows(dataset) for name, dataset in splits.items()}
-    overlaps = []
-    for first in (name for name in ("train", "validation") if name in splits):
-        for second in splits:
-            if second == first or (first, second) == ("validation", "train"):
-                continue
+    overlaps, names = [], list(splits)
+    for first in (name for name in ("train", "transfer", "validation") if name in splits):
+        for second in names[names.index(first) + 1 :]:
             shared = prompts[first].keys() & prompts[second].keys()
             rows = sorted((row, prompts[first][prompt][0]) for prompt in shared for row in prompts[second][prompt])
             if rows:

@@ -25,6 +25,8 @@ def evaluate(recipe) -> list[str]:
     from first_trl.report import write_report
 
     state = PartialState()
+    if state.is_main_process and not recipe.evaluate.allow_overlap:
+        refuse_overlap(recipe)
     sources = {"teacher": None, "base": None, **recipe.arms}
     for arm in list(sources)[state.process_index :: state.num_processes]:
         answer_all_sets(recipe, arm)
@@ -42,6 +44,38 @@ def evaluate(recipe) -> list[str]:
             seed=recipe.evaluate.seed,
         )
     return ["report/metrics.json", "report/table.md", "report/index.html"]
+
+
+def refuse_overlap(recipe) -> None:
+    """Refuse test rows that a model was trained or a recalibration fitted on: their figures would flatter.
+
+    Raises:
+        ValueError: a test set shares prompts with another split; the message counts them.
+    """
+    from transformers import AutoTokenizer
+
+    from first_trl.data import check_disjoint, load_split, tokenize_dataset
+    from first_trl.evaluation import test_task
+
+    tokenizer = AutoTokenizer.from_pretrained(teacher_path(recipe))
+    data = recipe.datasets
+    learnt = {"train": data.train, "transfer": data.transfer, "validation": data.validation}
+    splits = {role: (config, role, recipe.task) for role, config in learnt.items() if config is not None}
+    splits |= {name: (config, "test", test_task(recipe.task, config.task)) for name, config in data.test.items()}
+    tokenized = {
+        name: tokenize_dataset(load_split(config, role), task, tokenizer)
+        for name, (config, role, task) in splits.items()
+    }
+    shared = [found for found in check_disjoint(tokenized) if found.first in learnt and found.second in data.test]
+    if shared:
+        raise ValueError(
+            "Test sets share rows with what models were fitted on: "
+            + "; ".join(
+                f"{found.count} of {found.second} are in {found.first}, e.g. row {found.rows[0][1]}"
+                for found in shared
+            )
+            + ". Remove them from the test set, or set evaluate.allow_overlap: true if that is meant."
+        )
 
 
 def answer_all_sets(recipe, arm: str) -> None:
