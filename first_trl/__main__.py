@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from .pipeline import STAGES, is_current, say, works_of
+from .pipeline import is_current, say, works_of
+from .recipe import STAGES
 
 SINGLE_PROCESS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 

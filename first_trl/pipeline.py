@@ -14,7 +14,6 @@ from pathlib import Path
 from .recipe import Recipe, RecipeError, load_recipe
 from .run_folder import RunFolder, path_fingerprint
 
-STAGES = ("sft", "cache", "calibrate", "distill", "evaluate", "push")
 METHODS_WITHOUT_VALUE = ("none",)
 
 
