@@ -127,6 +127,7 @@ class CacheConfig(Settings):
     )
     load_in_4bit: bool = setting(False, "Run the teacher in 4-bit NF4.")
     attn_implementation: str | None = setting(None, "Attention of the teacher, e.g. sdpa or flash_attention_2.")
+    streaming: bool = setting(False, "Read the rows as a stream: no copy of the dataset on this machine.")
 
     def broken_rules(self) -> list[Problem]:
         if self.teacher_revision is not None and self.teacher is None:

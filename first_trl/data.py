@@ -306,7 +306,7 @@ def tokenize_dataset(
     # Named here, because a tokenizer's own hash changes when it is used, and the cache would never be found again.
     parts = [dataset._fingerprint, asdict(task), _tokenizer_state(tokenizer), Path(__file__).read_bytes()]
     return dataset.map(
-        partial(_encode_row, task=task, tokenizer=tokenizer),
+        partial(encode_row, task=task, tokenizer=tokenizer),
         with_indices=True,
         remove_columns=dataset.column_names,
         features=lists,
@@ -316,7 +316,8 @@ def tokenize_dataset(
     )
 
 
-def _encode_row(row: Mapping[str, Any], index: int, task: TaskConfig, tokenizer) -> dict[str, list[int]]:
+def encode_row(row: Mapping[str, Any], index: int, task: TaskConfig, tokenizer) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of row `index` of a dataset, as `encode_example` makes them; its errors name the row."""
     try:
         example = encode_example(task, tokenizer, row)
     except ValueError as error:
