@@ -251,6 +251,8 @@ def test_autocast_decides_the_dtype_of_the_multiplications_only():
     assert log_probs.dtype == teacher_log_probs.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
     assert 0 < (log_probs - exact).abs().max() < 0.1
     # Kept tokens' logits never pass through bfloat16
+    differences, exact_differences = (row[:, 1:5] - row[:, :1] for row in (log_probs, exact))
+    torch.testing.assert_close(differences, exact_differences, rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = selected_logits(hidden, weight, token_ids)
     torch.testing.assert_close(logits, full_logits(hidden, weight).gather(1, token_ids))
@@ -280,7 +282,9 @@ def test_top_k_equals_the_full_sort(shape, rule, chunk_size):
 
 @pytest.mark.parametrize("num_distinct", [1, 2, 3, 20])
 @pytest.mark.parametrize("limit", [None, 3, 30])
-def test_of_equally_likely_tokens_the_lower_ids_are_kept(num_distinct, limit):
+@pytest.mark.parametrize("tile_width", [2, 8, 31])
+def test_of_equally_likely_tokens_the_lower_ids_are_kept(num_distinct, limit, tile_width, monkeypatch):
+    monkeypatch.setattr(head, "_TILE_ELEMENTS", 7 * tile_width)
     generator = torch.Generator().manual_seed(num_distinct)
     bias = torch.randint(0, num_distinct, (61,), generator=generator).float()
     hidden, weight = torch.zeros(7, 2), torch.zeros(61, 2)
@@ -291,7 +295,8 @@ def test_of_equally_likely_tokens_the_lower_ids_are_kept(num_distinct, limit):
         torch.testing.assert_close(log_probs, partition_of(bias.expand(7, 61), ids))
 
 
-def test_tokens_beyond_the_limit_are_never_kept_but_weigh_in_the_tail():
+def test_tokens_beyond_the_limit_are_never_kept_but_weigh_in_the_tail(monkeypatch):
+    monkeypatch.setattr(head, "_TILE_ELEMENTS", 13 * 16)
     hidden, weight, _, _ = inputs((13, 8, 101, 5), {})
     logits = full_logits(hidden, weight).detach()
     ids, log_probs = top_k_log_probs(hidden, weight, 5, vocab_limit=40)
