@@ -317,7 +317,7 @@ def tokenize_dataset(
 
 
 def encode_row(row: Mapping[str, Any], index: int, task: TaskConfig, tokenizer) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of row `index` of a dataset, as `encode_example` makes them; its errors name the row."""
+    """`input_ids` and `labels` of row `index` of a dataset, as `encode_example` makes them; errors name the row."""
     try:
         example = encode_example(task, tokenizer, row)
     except ValueError as error:

@@ -7,12 +7,10 @@ Shapes: N positions, D hidden, V vocabulary, K kept tokens, C choices.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from .head import selected_logits, top_k_log_probs
 from .modeling import IGNORED, backbone_hidden_states, language_model_head
@@ -184,11 +182,3 @@ def answer_scores(
     is_label = scores["token_ids"] == np.asarray(label_ids)[:, None]
     scores["target"] = np.where(is_label.any(axis=1), is_label.argmax(axis=1), top_k).astype(np.int64)
     return scores
-
-
-@contextmanager
-def token_progress(title: str, examples, disable: bool = False) -> Iterator[Callable[[int], None]]:
-    """A progress bar over the tokens of tokenised examples: tokens per second and time left; yields its `update`."""
-    total = sum(len(ids) for ids in examples["input_ids"])
-    with tqdm(total=total, desc=title, unit=" tokens", unit_scale=True, disable=disable) as bar:
-        yield bar.update

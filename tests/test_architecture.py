@@ -31,6 +31,8 @@ FLOORS = (
         ("calibration",),
         ("figures", "report"),
         ("card_text", "hub", "card"),
+        ("cache_identity",),
+        ("cache_run",),
     ),
     (  # 2: parts joined
         ("first_config", "trainer"),

@@ -8,7 +8,7 @@ whole search curve and the errors before and after, for every family that an arm
 
 import json
 
-from first_trl.pipeline import calibration_methods, parse_stage, require, run_work, say
+from first_trl.pipeline import calibration_methods, parse_stage, require, run_work, say, teacher_path
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,16 +19,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def calibrate(recipe) -> list[str]:
     """Search every family on the validation cache; returns what was written."""
-    from first_trl.cache import open_cache
+    from first_trl.cache_identity import open_recipe_cache
     from first_trl.calibration import search
     from first_trl.rows import calibration_rows
     from first_trl.run_folder import write_atomically
+    from first_trl.training import teacher_section
 
     settings = recipe.calibrate
-    folder = recipe.run_folder / "cache"
     rows = {}
     for role in ("train", "validation"):
-        cache = open_cache(folder / role)
+        cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe))
         rows[role] = calibration_rows(cache.dataset, settings.positions, cache.manifest["eos_token_id"])
     log_probs, target = rows["validation"]
     families = {}

@@ -8,7 +8,7 @@ Reads `runs/<name>/cache/train` and `calibration.json`; writes `runs/<name>/stud
 
 import json
 
-from first_trl.pipeline import needs_calibration, parse_stage, recalibration_of, require, run_work
+from first_trl.pipeline import needs_calibration, parse_stage, recalibration_of, require, run_work, teacher_path
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,13 +24,14 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from first_trl.cache import open_cache
+    from first_trl.cache_identity import open_recipe_cache
     from first_trl.first_config import FIRSTConfig
     from first_trl.modeling import adapters_to_float32
     from first_trl.trainer import FIRSTTrainer
     from first_trl.training import (
         clear_unfinished,
         model_arguments,
+        teacher_section,
         tokenized_splits,
         train_and_save,
         training_arguments,
@@ -55,7 +56,8 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
     if on_labels:
         splits = tokenized_splits(recipe, roles, tokenizer)
     else:
-        splits = {role: open_cache(recipe.run_folder / "cache" / role) for role in roles}
+        teacher = teacher_path(recipe), teacher_section(recipe)
+        splits = {role: open_recipe_cache(recipe, role, *teacher) for role in roles}
     trainer = (SFTTrainer if on_labels else FIRSTTrainer)(
         args=args,
         train_dataset=splits["train"],
