@@ -297,6 +297,21 @@ def search(
     )
 
 
+def error_curve(
+    log_probs: torch.Tensor, target: torch.Tensor, method: str, values: list[float], num_bins: int = 10
+) -> list[dict[str, float | None]]:
+    """[{"value", "ece", "nll"}] of rows at given values: how a search's curve looks on other rows, such as a test set.
+
+    Args as for `search`; values of label smoothing that these rows do not allow are left out. Not for fitting.
+    """
+    log_probs_NK1, target_N = _check_rows(log_probs, target)
+    if method == "label_smoothing":
+        values = [value for value in values if value <= _largest_smoothing(log_probs_NK1[:, :-1])]
+    evaluation = _Evaluation(log_probs_NK1, target_N, method, "ece", num_bins, {})
+    points = [evaluation.measure(value) for value in values]
+    return [{name: _finite(point[name]) for name in ("value", "ece", "nll")} for point in points]
+
+
 def _check_rows(log_probs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows in float32 or better and targets, on the CPU; ValueError for anything that is not a cache's rows."""
     log_probs_NK1 = recalibrate(torch.as_tensor(log_probs).detach().cpu(), "none", None)

@@ -61,6 +61,8 @@ def _headline(differences: dict) -> list[dict]:
     controls = _controls({arm: None for by_arm in differences.values() for arm in by_arm})
     if not controls:
         return [_say("headline", f"`{FOCUS}` has no trained control in this run, so nothing can be said for it.")]
+    if all(arm["ece"]["interval"] is None for by_arm in differences.values() for arm in by_arm.values()):
+        return [_say("headline", "Measured without bootstrap intervals: no difference below can be told from noise.")]
     parts, beaten_everywhere = [], True
     for control in controls:
         outcomes = [outcome(by_arm[control]["ece"], True) for by_arm in differences.values() if control in by_arm]
@@ -120,7 +122,8 @@ def _lowest(metrics: dict, name: str) -> list[dict]:
         return []
     ece, accuracy = percent(arms[lowest]["ece"]), percent(arms[lowest]["accuracy"])
     text = f"The lowest ECE of the students is not `{FOCUS}`'s but that of `{lowest}`: {ece} at {accuracy} accuracy."
-    return [_say("loss", text, name)]
+    result = outcome(metrics["differences"][name][lowest]["ece"], True)
+    return [_say(result if result in ("noise", "loss") else "note", text, name)]
 
 
 def _selective(own: dict, name: str) -> list[dict]:
@@ -132,11 +135,12 @@ def _selective(own: dict, name: str) -> list[dict]:
     if fitted["threshold"] is None:
         return [_say("note", f"No confidence of `{FOCUS}` reaches {goal} accuracy on validation.", name)]
     text = (
-        f"Answering only at confidence {fitted['threshold']:.2f} or more, fitted on validation for {goal} accuracy, "
+        f"Answering only at confidence {fitted['threshold']:.3f} or more, fitted on validation for {goal} accuracy, "
     )
     if fitted["accuracy"] is None:
         return [_say("note", text + "it answers nothing here.", name)]
-    text += f"it answers {percent(fitted['coverage'])} and is right {percent(fitted['accuracy'])} of the time."
+    answered = f"{percent(fitted['coverage'])} ({round(fitted['coverage'] * own['num_examples']):,} examples)"
+    text += f"it answers {answered} and is right {percent(fitted['accuracy'])} of the time."
     return [_say("note", text, name)]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from first_trl.calibration import METHODS, recalibrate, search
+from first_trl.calibration import METHODS, error_curve, recalibrate, search
 from first_trl.metrics import expected_calibration_error
 
 # A value that each family accepts on the rows below.
@@ -243,6 +243,15 @@ def test_bootstrap_replicates_repeat_the_search_on_the_resampled_rows(method, cr
         assert result.interval == pytest.approx(list(np.percentile(values, [2.5, 97.5])))
     monkeypatch.setattr("first_trl.calibration.BLOCK_SIZE", 700)  # two resamples at a time
     assert search(rows, target, method, criterion, bootstrap=6, seed=3) == result
+
+
+def test_the_error_curve_of_the_searched_rows_is_the_searchs_own():
+    rows, target = plant(1000, 2.0)
+    curve = search(rows, target).to_dict()["curve"]
+    assert error_curve(rows, target, "temperature", [point["value"] for point in curve]) == curve
+    allowed = rows[:, 0].min().exp().item()
+    curve = error_curve(rows, target, "label_smoothing", [0.0, 0.9 * allowed, 1.1 * allowed])
+    assert [point["value"] for point in curve] == [0.0, 0.9 * allowed]
 
 
 def test_the_interval_holds_the_planted_temperature():
