@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from first_trl import figures
-from first_trl.metrics import expected_calibration_error, paired_difference, summarize
-from first_trl.report import table_markdown, write_report
+from first_trl.metrics import expected_calibration_error, paired_difference, reliability_bins, summarize
+from first_trl.report import measure, table_markdown, write_report
 from first_trl.verdict import ARMS, order_arms, outcome, verdict
 
 
@@ -143,8 +143,6 @@ def test_a_pipe_in_a_name_does_not_break_the_table():
 def sentences(first, controls, size=2000):
     """The verdict of a report of one set "x", as text by kind."""
     predictions = {"first": {"x": first}} | {arm: {"x": values} for arm, values in controls.items()}
-    from first_trl.report import measure
-
     ordered = {arm: predictions[arm] for arm in order_arms(predictions)}
     return verdict(measure(ordered, None, set(), 10, 200, 0))
 
@@ -288,8 +286,6 @@ def test_drawing_leaves_no_figure_and_no_style_behind():
 
 
 def test_a_reliability_figure_has_one_diagram_and_one_histogram_per_arm_with_the_given_numbers():
-    from first_trl.metrics import reliability_bins
-
     bins = reliability_bins([0.95, 0.95, 0.55], [1, 0, 1])
     panel = {"title": "arm", "bins": bins, "ece": 0.4567, "accuracy": 2 / 3, "confidence": 0.8167}
     figure = figures.reliability_figure([panel] * 5, "reviews")
@@ -317,10 +313,9 @@ def browse(page, folder):
     assert run.returncode == 0, run.stderr
     console = [line for line in run.stderr.splitlines() if "CONSOLE" in line]
     # The browser's own errands (updates, the time of day) have no page as their initiator.
-    events = [
-        line for line in (folder / "net.json").read_text().splitlines() if '"initiator":"not an origin"' not in line
-    ]
-    asked = {url for line in events if "initiator" in line for url in re.findall(r'"url":"(https?:[^"]*)"', line)}
+    lines = [line for line in (folder / "net.json").read_text().splitlines() if '"initiator":' in line]
+    pages = [line for line in lines if '"initiator":"not an origin"' not in line]
+    asked = {url for line in pages for url in re.findall(r'"url":"(https?:[^"]*)"', line)}
     return console, asked
 
 
