@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from .recipe import Recipe, RecipeError, load_recipe
@@ -153,17 +154,34 @@ def require(recipe: Recipe, *works: str) -> None:
             )
 
 
-def run_work(recipe: Recipe, work: str, make: Callable[[bool], list[str]]) -> None:
+def join_processes(patient: bool = False):
+    """Join the processes that `accelerate launch` started; returns accelerate's `PartialState`.
+
+    Without an accelerator, accelerate takes each process for the only one unless it is told to use the CPU.
+
+    Args:
+        patient: processes that are done wait for the others as long as that takes; one that dies still ends the job.
+    """
+    import torch
+    from accelerate import PartialState
+
+    if not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # for the trainers' own states too
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
+    return PartialState(cpu=use_cpu, **({"timeout": timedelta(days=30)} if patient else {}))
+
+
+def run_work(recipe: Recipe, work: str, make: Callable[[bool], list[str]], patient: bool = False) -> None:
     """Make a piece of work unless it is current, and record it.
 
     Args:
         make: makes it on every process of the job, given whether this continues an interrupted attempt; returns the
             paths that it wrote, relative to the run folder.
+        patient: see `join_processes`; for work whose processes do not train together.
     """
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    state = PartialState()
+    state = join_processes(patient)
     run, inputs = RunFolder(recipe.run_folder), inputs_of(recipe, work)
     decision = [None]
     if state.is_main_process:

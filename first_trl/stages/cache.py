@@ -16,13 +16,7 @@ ROLES = ("train", "validation")
 def main(argv: list[str] | None = None) -> None:
     recipe, _ = parse_stage("cache", argv)
     require(recipe, "sft")
-    from datetime import timedelta
-
-    from accelerate import PartialState
-
-    # A process that is done waits for the slowest one as long as that takes; one that dies ends the job at once.
-    PartialState(timeout=timedelta(days=30))
-    run_work(recipe, "cache", lambda continues: cache_splits(recipe))
+    run_work(recipe, "cache", lambda continues: cache_splits(recipe), patient=True)
 
 
 def cache_splits(recipe) -> list[str]:

@@ -15,7 +15,7 @@ from first_trl.pipeline import parse_stage, require, run_work, say, teacher_path
 def main(argv: list[str] | None = None) -> None:
     recipe, _ = parse_stage("evaluate", argv)
     require(recipe, "sft", "calibrate", *works_of(recipe, "distill"))
-    run_work(recipe, "evaluate", lambda continues: evaluate(recipe))
+    run_work(recipe, "evaluate", lambda continues: evaluate(recipe), patient=True)
 
 
 def evaluate(recipe) -> list[str]:
