@@ -23,15 +23,17 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    repo_type: str = "model",
 ) -> str:
-    """Upload a folder to a model repository, made if need be; returns the address of the commit or pull request.
+    """Upload a folder to a repository, made if need be; returns the address of the commit or pull request.
 
     Args:
-        folder: every file in it is uploaded.
+        folder: every file in it that is not hidden is uploaded.
         repo_id: `owner/name`.
         private: make a new repository private; an existing one stays as it is.
         revision: branch to push to, made from the main branch if need be.
         create_pr: open a pull request against the main branch; excludes `revision`.
+        repo_type: `model` or `dataset`.
 
     Raises:
         ValueError: the folder is missing or empty, or `revision` and `create_pr` are both set.
@@ -42,6 +44,7 @@ def push_folder(
 
     folder = Path(folder)
     files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     if not files:
         raise ValueError(f"there is nothing to upload in {folder}; run the push stage again to prepare it")
     if create_pr and revision is not None:
@@ -51,24 +54,25 @@ def push_folder(
         )
     api = HfApi()
     try:
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
         if revision is not None:
-            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+            api.create_branch(url.repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
         commit = api.create_commit(
             url.repo_id,
             [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files],
             commit_message=commit_message
             or "Upload a student distilled with first-trl, its card and its measurements",
+            repo_type=repo_type,
             revision=revision,
             create_pr=create_pr,
         )
     except HFValidationError as error:
         raise PushError(f"{repo_id!r} is not the id of a repository ({error}); write owner/name") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError, _http_error()) as error:
-        again = _command_again(folder, repo_id, private, revision, create_pr)
+        again = _command_again(folder, repo_id, private, revision, create_pr, repo_type)
         raise PushError(
             f"The upload to {repo_id} did not happen: {_explain(error, repo_id)}. Nothing is lost: {folder} is whole, "
-            f"with its {len(files)} files. To try again, run the push stage again, or: {again}"
+            f"with its {len(files)} files. To try again, run the same command, or: {again}"
         ) from error
     return commit.pr_url or commit.commit_url
 
@@ -102,11 +106,11 @@ def _explain(error: Exception, repo_id: str) -> str:
     if code == 403:
         owner = repo_id.partition("/")[0]
         return (
-            f"the Hub refuses (403{said}); use a token with write access to {owner!r} (`hf auth login`), or set "
-            "push.hub_model_id to a repository of yours, or push.create_pr"
+            f"the Hub refuses (403{said}); use a token with write access to {owner!r} (`hf auth login`), or "
+            "name a repository of yours (push.hub_model_id), or set push.create_pr"
         )
     if code == 404:
-        return f"the Hub has no such repository or branch (404{said}); check push.hub_model_id and push.revision"
+        return f"the Hub has no such repository or branch (404{said}); check its name (push.hub_model_id) and push.revision"
     if code == 409:
         return f"the repository changed or is being changed by someone else (409{said}); wait a moment"
     if code in RETRY_LATER:
@@ -119,7 +123,10 @@ def _one_line(said: object) -> str:
     return " ".join(str(said).split())[:200] or type(said).__name__
 
 
-def _command_again(folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool) -> str:
-    options = [*(["--private"] if private else []), *(["--create-pr"] if create_pr else [])]
+def _command_again(
+    folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, repo_type: str
+) -> str:
+    options = ["--repo-type", repo_type] if repo_type != "model" else []
+    options += [*(["--private"] if private else []), *(["--create-pr"] if create_pr else [])]
     options += ["--revision", revision] if revision else []
     return shlex.join(["hf", "upload", repo_id, str(folder), ".", *options])

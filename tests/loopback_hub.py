@@ -1,4 +1,4 @@
-"""A model hub on 127.0.0.1, as much of one as `huggingface_hub` calls to make, fill and read a model repository.
+"""A model hub on 127.0.0.1, as much of one as `huggingface_hub` calls to make, fill and read a repository.
 
 It speaks create, branch, validate-yaml, pre-upload, LFS batch, upload and verify, commit (and pull requests), model
 info, tree and resolve; it checks the token, the hashes and the sizes. Faults are planted with `fail`: an answer, or a
@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "loopback-token"
-REPO = r"([\w.-]+/[\w.-]+)"
+REPO = r"((?:datasets/)?[\w.-]+/[\w.-]+)"  # a data set is kept under its name with `datasets/` before it
 
 
 class Repo:
@@ -106,6 +106,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
     def route(self, path, raw_path):
+        raw_path = re.sub("^/api/datasets/", "/api/models/datasets/", raw_path)
         for method, pattern, action in ROUTES:
             match = re.fullmatch(pattern, raw_path)
             if method == self.command and match:
@@ -129,7 +130,7 @@ class Handler(BaseHTTPRequestHandler):
     def check_writer(self, repo_id):
         if not self.is_known:
             raise Fault(401, message="Invalid credentials in Authorization header")
-        if repo_id.partition("/")[0] not in self.hub.owners:
+        if repo_id.removeprefix("datasets/").partition("/")[0] not in self.hub.owners:
             raise Fault(403, message=f"You don't have the rights to create a model under this namespace: {repo_id}")
 
     def repo(self, repo_id):
@@ -157,7 +158,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self):
         request = json.loads(self.body)
-        repo_id = f"{request.get('organization') or 'me'}/{request['name']}"
+        kind = "datasets/" if request.get("type") == "dataset" else ""
+        repo_id = f"{kind}{request.get('organization') or 'me'}/{request['name']}"
         self.check_writer(repo_id)
         url = {"url": f"{self.hub.url}/{repo_id}"}
         if repo_id in self.hub.repos:
@@ -180,7 +182,7 @@ class Handler(BaseHTTPRequestHandler):
         for file in json.loads(self.body)["files"]:
             content, is_lfs = repo.branches[name].get(file["path"], (None, False))
             oid = None if content is None else hashlib.sha256(content).hexdigest() if is_lfs else git_oid(content)
-            mode = "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular"
+            mode = "lfs" if file["path"].endswith((".safetensors", ".png", ".parquet")) else "regular"
             files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.answer({"files": files})
 
@@ -234,6 +236,7 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, repo_id, revision="main"):
         repo, name = self.branch(repo_id, revision)
         siblings = [{"rfilename": path} for path in repo.branches[name]]
+        repo_id = repo_id.removeprefix("datasets/")
         content = {"_id": "0", "id": repo_id, "modelId": repo_id, "private": repo.private, "sha": repo.sha(name)}
         self.answer({**content, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
 

@@ -13,26 +13,9 @@ from first_trl.card import prepare_upload_folder
 from first_trl.hub import PushError, push_folder
 from tests.finished_run import make_base, make_run
 from tests.loopback_hub import ROUTES as loopback_routes
-from tests.loopback_hub import TOKEN, loopback_hub
+from tests.loopback_hub import TOKEN
 
 REPO = "me/tiny-student"
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub that this process is logged in to, with no waiting between the client's own retries."""
-    with loopback_hub() as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        from huggingface_hub import set_client_factory
-        from huggingface_hub.utils._http import default_client_factory
-
-        set_client_factory(default_client_factory)  # a new session: one made offline stays offline
-        yield hub
-        set_client_factory(default_client_factory)
 
 
 @pytest.fixture
