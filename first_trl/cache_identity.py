@@ -54,7 +54,8 @@ def teacher_identity(path: str, section: dict) -> dict:
 
 
 def _how_it_runs(section: dict) -> dict:
-    return {"dtype": section["dtype"], "quantization": "nf4" if section["load_in_4bit"] else None}
+    dtype = None if section["backend"] == "server" else section["dtype"]  # a server does not say
+    return {"dtype": dtype, "quantization": "nf4" if section["load_in_4bit"] else None}
 
 
 def _commit(model_id: str, revision: str) -> str | None:
@@ -68,15 +69,22 @@ def _commit(model_id: str, revision: str) -> str | None:
     return None
 
 
-def cache_identity(recipe, role: str, tokenizer, teacher: dict) -> dict:
-    """The entries of `first_trl.cache_format.IDENTITY` for one split of a recipe, and `eos_token_id`.
+def cache_identity(recipe, role: str, tokenizer, teacher: dict, backend: dict) -> dict:
+    """The entries of `first_trl.cache_format.IDENTITY` for one split of a recipe, and some more.
 
     Args:
         tokenizer: the teacher's.
         teacher: from `teacher_identity`.
+        backend: `name`, `model` and `version` of what runs it; only `hf` sums the tail, the others take what the K
+            tokens leave of 1.
+
+    Returns:
+        Those entries, `eos_token_id`, `backend`, and `tail`: `exact` or `from_top_k`.
     """
     return {
         "teacher": teacher,
+        "backend": backend,
+        "tail": "exact" if backend["name"] == "hf" else "from_top_k",
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
         "chat_template_sha256": chat_template_fingerprint(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
@@ -125,6 +133,7 @@ def open_recipe_cache(recipe, role: str, teacher_path: str, section: dict) -> Te
         "dtype": recipe.cache.dtype,
         "task": vars(recipe.task),
         "dataset": _dataset_identity(cached_split(recipe, role), role),
+        "backend": {"name": recipe.cache.backend},
     }
     tokenizer, found = None, cache.manifest["teacher"]
     if Path(teacher_path).is_dir():

@@ -8,12 +8,22 @@ Nothing heavy is imported here, so that a wrong recipe is refused in a fraction 
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 
 from .field_types import Problem, Settings
 from .rendering import Piece, parse_template
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SERVER_URL = re.compile(r"https?://[^\s@]+")
+# Settings of the cache that say how a teacher is run, and the backends that let them.
+_ONLY_WITH = {
+    "teacher_dtype": ("hf", "vllm"),
+    "load_in_4bit": ("hf",),
+    "attn_implementation": ("hf",),
+    "server_url": ("server",),
+    "server_requests": ("server",),
+    "vllm_options": ("vllm",),
+}
 # One list for calibration and for recalibrated training: the value found is the value used.
 RECALIBRATION_METHODS = ("temperature", "probability", "label_smoothing", "none")
 
@@ -128,12 +138,30 @@ class CacheConfig(Settings):
     load_in_4bit: bool = setting(False, "Run the teacher in 4-bit NF4.")
     attn_implementation: str | None = setting(None, "Attention of the teacher, e.g. sdpa or flash_attention_2.")
     streaming: bool = setting(False, "Read the rows as a stream: no copy of the dataset on this machine.")
+    backend: str = setting(
+        "hf",
+        "What runs the teacher: transformers, vLLM in this process, or a server.",
+        choices=("hf", "vllm", "server"),
+    )
+    server_url: str | None = setting(None, "The server, e.g. http://127.0.0.1:8000; any that gives prompt_logprobs.")
+    server_requests: int = setting(16, "Requests under way to the server at one time.", minimum=1)
+    vllm_options: dict | None = setting(None, "Further arguments of vllm.LLM, e.g. {tensor_parallel_size: 2}.")
 
     def broken_rules(self) -> list[Problem]:
+        problems = []
         if self.teacher_revision is not None and self.teacher is None:
             remedy = "write cache.teacher too, or remove it"
-            return [Problem("teacher_revision", self.teacher_revision, "there is no cache.teacher", remedy)]
-        return []
+            problems.append(Problem("teacher_revision", self.teacher_revision, "there is no cache.teacher", remedy))
+        if self.backend == "server" and not _SERVER_URL.fullmatch(self.server_url or ""):
+            remedy = "write the address that the server was started at, e.g. http://127.0.0.1:8000"
+            problems.append(Problem("server_url", self.server_url, "it is not the address of a server", remedy))
+        for key, backends in _ONLY_WITH.items():
+            default = next(f.default for f in fields(self) if f.name == key)
+            if getattr(self, key) != default and self.backend not in backends:
+                what = f"the backend {self.backend} has no use for it"
+                remedy = f"remove it, or write backend: {' or '.join(backends)}"
+                problems.append(Problem(key, getattr(self, key), what, remedy))
+        return problems
 
 
 @dataclass

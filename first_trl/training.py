@@ -99,4 +99,5 @@ def teacher_section(recipe) -> dict:
         "dtype": settings.teacher_dtype or recipe.sft.get("dtype", "float32"),
         "attn_implementation": settings.attn_implementation or recipe.sft.get("attn_implementation"),
         "load_in_4bit": settings.load_in_4bit,
+        "backend": settings.backend,
     }

@@ -28,6 +28,7 @@ FLOORS = (
         ("recipe_rules", "dataset_rules", "recipe_keys", "recipe_sections", "recipe"),
         ("data",),
         ("scoring",),
+        ("server_scoring",),
         ("calibration",),
         ("figures", "report"),
         ("card_text", "hub", "card"),

@@ -4,9 +4,12 @@
 
 Reads the teacher and the recipe's `datasets`; writes `runs/<name>/cache/{train,validation}/`. Every process writes its
 own shards of the same folder; an interrupted run continues with the shards that are missing, on any number of them.
+The teacher runs here, or on a server (`cache.backend`).
 """
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import PurePath
 
 from first_trl.pipeline import parse_stage, require, run_work, say, teacher_path
 
@@ -26,24 +29,53 @@ def cache_splits(recipe) -> list[str]:
     from transformers import AutoTokenizer
 
     from first_trl.cache_identity import cache_identity, teacher_identity
-    from first_trl.scoring import load_model
-    from first_trl.training import load_arguments, teacher_section
+    from first_trl.training import teacher_section
 
-    state, path, revision = PartialState(), teacher_path(recipe), recipe.cache.teacher_revision
-    section = teacher_section(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    state, path, section = PartialState(), teacher_path(recipe), teacher_section(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=recipe.cache.teacher_revision)
+    run_teacher, backend = teacher_runner(recipe, path, section, len(tokenizer))
     identities = [None, None]
     if state.is_main_process:  # hashing a large teacher takes its time: once is enough
         teacher = teacher_identity(path, section)
-        identities = [cache_identity(recipe, role, tokenizer, teacher) for role in ROLES]
+        identities = [cache_identity(recipe, role, tokenizer, teacher, backend) for role in ROLES]
     broadcast_object_list(identities)
-    model = load_model(path, revision=revision, device=state.device, **load_arguments(section))
     for role, identity in zip(ROLES, identities, strict=True):
-        cache_split(recipe, role, model, tokenizer, identity)
+        cache_split(recipe, role, run_teacher, tokenizer, identity)
     return [f"cache/{role}/manifest.json" for role in ROLES]
 
 
-def cache_split(recipe, role: str, model, tokenizer, identity: dict) -> None:
+def teacher_runner(recipe, path: str, section: dict, vocab_limit: int) -> tuple[Callable, dict]:
+    """A function from examples (and a progress callback) to a shard's columns, and the manifest's `backend`."""
+    from accelerate import PartialState
+
+    settings, state, revision = recipe.cache, PartialState(), recipe.cache.teacher_revision
+    wanted = {"top_k": settings.top_k, "vocab_limit": vocab_limit}
+    if settings.backend == "server":
+        from first_trl.server_scoring import connect, server_teacher_rows
+
+        server = connect(settings.server_url, path)
+        backend = {"name": "server", "model": PurePath(server.model).name, "version": server.version}
+        return partial(server_teacher_rows, server, requests=settings.server_requests, **wanted), backend
+    if settings.backend == "vllm":
+        from first_trl.server_scoring import load_vllm, vllm_teacher_rows
+
+        if state.num_processes > 1:
+            raise ValueError(
+                f"cache.backend is vllm, and this job has {state.num_processes} processes. Run one: vLLM spreads over "
+                "devices by itself, with cache.vllm_options: {tensor_parallel_size: ...}."
+            )
+        options = {"max_length": recipe.task.max_length, "top_k": settings.top_k, "options": settings.vllm_options}
+        engine, version = load_vllm(path, revision=revision, dtype=section["dtype"], **options)
+        return partial(vllm_teacher_rows, engine, **wanted), {"name": "vllm", "model": None, "version": version}
+    from first_trl.scoring import load_model, teacher_rows
+    from first_trl.training import load_arguments
+
+    model = load_model(path, revision=revision, device=state.device, **load_arguments(section))
+    run_teacher = partial(teacher_rows, model, tokens_per_batch=settings.tokens_per_batch, **wanted)
+    return run_teacher, {"name": "hf", "model": None, "version": None}  # the library versions have it
+
+
+def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: dict) -> None:
     """Cache one split: this process's shards, then, on the main process, the manifest."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -53,7 +85,6 @@ def cache_split(recipe, role: str, model, tokenizer, identity: dict) -> None:
     from first_trl.cache_run import write_shards
     from first_trl.cache_writer import CacheWriter
     from first_trl.data import encode_row, load_split
-    from first_trl.scoring import teacher_rows
 
     state, settings, folder = PartialState(), recipe.cache, recipe.run_folder / "cache" / role
     layout = {"top_k": settings.top_k, "dtype": settings.dtype, "rows_per_shard": settings.rows_per_shard}
@@ -68,14 +99,7 @@ def cache_split(recipe, role: str, model, tokenizer, identity: dict) -> None:
         writer,
         dataset,
         partial(encode_row, task=recipe.task, tokenizer=tokenizer),
-        lambda examples, progress: teacher_rows(
-            model,
-            examples,
-            top_k=settings.top_k,
-            tokens_per_batch=settings.tokens_per_batch,
-            vocab_limit=len(tokenizer),
-            progress=progress,
-        ),
+        lambda examples, progress: run_teacher(examples, progress=progress),
         present=frozenset(present[0]),
         rank=state.process_index,
         processes=state.num_processes,
