@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 
@@ -45,8 +46,8 @@ def answer_set(model, dataset: Dataset, task: TaskConfig, tokenizer, *, top_k: i
 
 def read_answers(path: str | Path) -> dict[str, np.ndarray]:
     """An answers file as arrays: `log_probs` (N, K+1), `token_ids` (N, K), `target` (N,), `label_log_prob` (N,), ..."""
-    with Dataset.from_parquet(str(path)).formatted_as("numpy") as dataset:
-        return {name: np.stack(dataset[name][:]) for name in dataset.column_names}
+    table = pq.read_table(path)
+    return {name: np.array(table[name].to_pylist()) for name in table.column_names}
 
 
 def recalibrated_answers(answers: dict[str, np.ndarray], method: str, value: float | None) -> dict[str, np.ndarray]:
