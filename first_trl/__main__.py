@@ -3,6 +3,7 @@
     first-trl demo                      the whole method on a generated task, in minutes on a CPU
     first-trl run RECIPE                every stage in order; finished ones are skipped
     first-trl STAGE RECIPE              one of sft, cache, calibrate, distill, evaluate, push
+    first-trl cache COMMAND PATH        inspect, verify or push a finished cache
 
 Each stage is its own process under `accelerate launch`, so memory is given back between stages and the same recipe
 runs under any accelerate configuration. This module starts processes and imports nothing heavy.
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from . import cache_commands
 from .pipeline import is_current, say, works_of
 from .recipe import STAGES
 
@@ -25,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
+    if argv[:1] == ["cache"] and argv[1:2] and argv[1] in cache_commands.COMMANDS:
+        return cache_commands.main(argv[1:])
     if argv and argv[0] in STAGES:
         config_file, rest = _take_option(argv[1:], "--config_file")
         return launch(argv[0], rest, config_file)

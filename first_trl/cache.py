@@ -8,6 +8,7 @@ Shapes: N supervised positions, K kept tokens. Log-probabilities are in nats, at
 """
 
 import os
+import re
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from .cache_format import MAKE_AGAIN, SEAL, CacheError, cache_schema, read_manifest
+from .cache_format import MAKE_AGAIN, MANIFEST, SEAL, CacheError, cache_schema, read_manifest
 from .fingerprints import canonical_json, file_sha256, tokenizer_fingerprint
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _REMEDIES = {
     "tokenizer_sha256": "train a student with the teacher's tokenizer, or make the cache with a teacher that has the "
     "student's",
@@ -41,19 +43,18 @@ class TeacherCache:
     dataset: datasets.Dataset
 
 
-def open_cache(path: str | Path, verify: bool = True) -> TeacherCache:
+def open_cache(path: str | Path, verify: bool = True, *, revision: str | None = None) -> TeacherCache:
     """Open a finished cache.
 
     Args:
-        path: the folder.
+        path: the folder, or the id of a data set repository on the Hub; a folder of that name comes first.
         verify: hash every shard. Without it only presence, size and row count are compared with the manifest.
+        revision: branch, tag or commit of the repository.
 
     Raises:
-        CacheError: the folder is not a whole, unchanged, finished cache.
+        CacheError: the folder is not a whole, unchanged, finished cache, or the Hub does not give it.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise CacheError(f"There is no cache at {path}: no such folder. Run the cache stage, or correct the path.")
+    path = local_folder(path, revision)
     manifest = read_manifest(path)
     try:
         check_shards(path, manifest, verify)
@@ -61,6 +62,30 @@ def open_cache(path: str | Path, verify: bool = True) -> TeacherCache:
     except OSError as error:
         raise CacheError(f"The cache {path} cannot be read: {error}. Mend what the system reports.") from error
     return TeacherCache(path, manifest, dataset)
+
+
+def local_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The folder of a cache, downloaded if `path` is no folder here and may be an id on the Hub."""
+    if Path(path).is_dir():
+        if revision is not None:
+            raise CacheError(f"{path} is a folder here, which has no revision {revision!r}. Leave the revision out.")
+        return Path(path)
+    if not _HUB_ID.fullmatch(str(path)):
+        raise CacheError(f"There is no cache at {path}: no such folder. Run the cache stage, or correct the path.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                str(path), repo_type="dataset", revision=revision, allow_patterns=[MANIFEST, "*.parquet"]
+            )
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub raises no narrower family
+        raise CacheError(
+            f"There is no folder {path} here, and the Hub does not give a data set {path}"
+            f"{'' if revision is None else f' at revision {revision!r}'}: {' '.join(str(error).split())} "
+            "Correct the path, or check the network, HF_HUB_OFFLINE, and `hf auth login` for a private one."
+        ) from error
 
 
 def parquet_files(path: Path) -> list[str]:

@@ -39,6 +39,8 @@ FLOORS = (
         ("first_config", "trainer"),
         ("training",),
         ("evaluation",),
+        ("cache_inspection",),
+        ("cache_hub",),
         ("pipeline",),
     ),
     (  # 3: commands
@@ -48,6 +50,7 @@ FLOORS = (
         ("stages.distill",),
         ("stages.evaluate",),
         ("stages.push",),
+        ("cache_commands",),
         ("demo.task", "demo.models", "demo"),
     ),
     (("__main__",),),
