@@ -1,0 +1,208 @@
+"""A cache is shown as it is, verified against its teacher, and comes back from the Hub as it was."""
+
+import math
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+
+from first_trl import __main__ as command
+from first_trl.cache import open_cache
+from first_trl.cache_format import CacheError
+from first_trl.cache_hub import build_card, push_cache
+from first_trl.cache_inspection import check_content, compare_with_teacher, describe
+from first_trl.stages import cache as stage
+from tests.cache_recipe import write_recipe
+from tests.cache_samples import contents, make_row, make_rows, write_cache
+from tests.tiny import build_model, build_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def arrow_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run with its caches, and the teacher they were made by."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        stage.main([str(write_recipe(folder, model={"initializer_range": 0.5}))])
+    return folder
+
+
+@pytest.fixture
+def path(folder):
+    return folder / "runs" / "tiny" / "cache" / "train"
+
+
+def run(capsys, *arguments):
+    """(exit status, output, errors) of `first-trl cache ...`."""
+    capsys.readouterr()
+    status = command.main(["cache", *map(str, arguments)])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+# inspect
+
+
+def test_inspect_shows_totals_bytes_mass_confidence_and_ten_examples_in_words(capsys, path):
+    status, page, _ = run(capsys, "inspect", path)
+    manifest = open_cache(path).manifest
+    assert status == 0 and "40 in 10 shards" in page and "supervised positions    80\n" in page
+    whole = sum(file.stat().st_size for file in path.glob("*.parquet"))
+    assert f"{whole:,} bytes, {whole / 80:.1f} per supervised position" in page
+    assert f"mean {manifest['totals']['teacher_mass_mean']:.4f}" in page
+    assert page.count("  row ") == 10 and page.count("label '<eos>'") == 10
+    bins = [int(line.split()[3]) for line in page.splitlines() if " to " in line]
+    assert len(bins) == 10 and sum(bins) == 80
+
+
+def test_inspect_shows_the_five_tokens_of_the_teacher_with_their_probabilities(path):
+    cache, tokenizer = open_cache(path), build_tokenizer()
+    row, page = cache.dataset[0], describe(cache, tokenizer)
+    for token, log_prob in zip(row["teacher_ids"][0], row["teacher_log_probs"][0], strict=True):
+        assert f"{tokenizer.decode([token])!r} {math.exp(log_prob):.3f}" in page
+    assert f"all others {math.exp(row['teacher_tail_log_prob'][0]):.3f}" in page
+    assert "'Review : " in page and page.count("label 'good'") + page.count("label 'bad'") == 10
+
+
+def test_inspect_without_a_tokenizer_shows_ids_and_says_so(capsys, tmp_path):
+    write_cache(
+        tmp_path / "cache", [make_row(0), make_row(1, supervised=0, length=3), make_row(2, supervised=9, length=10)]
+    )
+    status, page, _ = run(capsys, "inspect", tmp_path / "cache")
+    assert status == 0 and "--tokenizer FOLDER_OR_ID shows them as text" in page and "and 6 more positions" in page
+
+
+def test_inspect_refuses_a_tokenizer_that_would_show_other_words(capsys, path, tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["surprise"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    status, _, errors = run(capsys, "inspect", path, "--tokenizer", tmp_path / "other")
+    assert status == 1 and "tokenizer_sha256 is " in errors and "expected" in errors
+
+
+def test_the_teachers_bytes_are_those_of_its_three_columns(path):
+    from first_trl.cache_inspection import teacher_bytes
+
+    size = teacher_bytes(open_cache(path))
+    assert 80 * 10 < size < sum(file.stat().st_size for file in path.glob("*.parquet"))
+
+
+# verify
+
+
+def test_verify_hashes_everything_and_says_what_it_did_not_do(capsys, path, tmp_path):
+    status, said, _ = run(capsys, "verify", path)
+    assert status == 0 and "10 shards" in said and "40 rows: all as the manifest says" in said
+    assert "The teacher was not run" in said
+    shutil.copytree(path, tmp_path / "cache")
+    shard = tmp_path / "cache" / "train-000004.parquet"
+    shard.write_bytes(shard.read_bytes()[:-9] + b"x" + shard.read_bytes()[-8:])
+    status, _, errors = run(capsys, "verify", tmp_path / "cache")
+    assert status == 1 and "train-000004.parquet is damaged: its sha256 is" in errors
+
+
+def test_verify_runs_the_teacher_again_within_the_noise_of_its_own_batches(capsys, folder, path):
+    status, said, _ = run(capsys, "verify", path, "--teacher", folder / "teacher", "--rows", "40")
+    assert status == 0 and "40 rows with 80 supervised positions run again" in said
+
+
+def test_verify_refuses_other_weights_with_both_hashes(capsys, path, tmp_path):
+    build_model(27, seed=1).save_pretrained(tmp_path / "teacher")
+    build_tokenizer().save_pretrained(tmp_path / "teacher")
+    status, _, errors = run(capsys, "verify", path, "--teacher", tmp_path / "teacher")
+    assert status == 1 and "teacher.weights_sha256 is '" in errors and "', expected '" in errors
+
+
+@pytest.mark.parametrize("share", [1e-3, 1e-2])
+def test_a_teacher_that_changed_a_little_exceeds_the_tolerance(folder, path, share):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, cache = AutoModelForCausalLM.from_pretrained(folder / "teacher").eval(), open_cache(path)
+    same = compare_with_teacher(cache, model, vocab_limit=27)
+    assert same.exceeding == 0 and same.largest <= same.tolerance
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1 + share)
+    other = compare_with_teacher(cache, model, vocab_limit=27)
+    assert other.exceeding > 0 and other.largest > other.tolerance and other.largest > 10 * same.largest
+
+
+def test_tokens_that_are_not_the_most_probable_exceed_the_tolerance_even_with_their_true_probabilities(tmp_path):
+    from first_trl.scoring import teacher_rows
+    from tests.test_trainer import random_examples
+
+    model, examples = build_model(27).eval(), random_examples(8, 27)
+    rows = teacher_rows(model, examples, top_k=6, tokens_per_batch=64)
+    for row in rows:  # all but the likeliest token, with the tail that this leaves
+        kept, best = row["teacher_log_probs"][:, 1:], row["teacher_log_probs"][:, 0]
+        row |= {"teacher_ids": row["teacher_ids"][:, 1:], "teacher_log_probs": kept}
+        row["teacher_tail_log_prob"] = np.logaddexp(row["teacher_tail_log_prob"], best)
+    write_cache(tmp_path / "cache", rows)
+    assert compare_with_teacher(open_cache(tmp_path / "cache"), model, vocab_limit=27).exceeding > 0
+
+
+def test_a_key_that_is_not_its_rows_is_found_where_the_bytes_are_as_the_manifest_says(tmp_path, monkeypatch):
+    monkeypatch.setattr("first_trl.cache_rows.row_key", lambda *_: "ab" * 32)
+    write_cache(tmp_path / "cache", make_rows(6))
+    with pytest.raises(CacheError, match=f"row 0 has row_key {'ab' * 32}, its tokens give"):
+        check_content(open_cache(tmp_path / "cache"))
+
+
+# the Hub
+
+
+def test_a_cache_comes_back_from_the_hub_as_it_was_with_a_card(hub, path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    shutil.copytree(path, tmp_path / "cache")
+    (tmp_path / "cache" / ".lock").touch()
+    before = contents(path)
+    assert run(capsys, "push", tmp_path / "cache", "me/reviews-cache")[0] == 0
+    files = hub.files("datasets/me/reviews-cache")
+    card = files.pop("README.md").decode()
+    assert files == before
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["configs"] == [{"config_name": "default", "data_files": "train-*.parquet"}]
+    assert 'open_cache("me/reviews-cache")' in card and "80" in card
+    cache = open_cache("me/reviews-cache")
+    assert cache.dataset.to_list() == open_cache(path).dataset.to_list()
+    assert run(capsys, "push", tmp_path / "cache", "me/reviews-cache", "--revision", "v2")[0] == 0
+    assert open_cache("me/reviews-cache", revision="v2").manifest == cache.manifest
+    with pytest.raises(CacheError, match="the Hub does not give a data set me/reviews-cache at revision 'v3'"):
+        open_cache("me/reviews-cache", revision="v3")
+
+
+def test_a_folder_of_that_name_comes_before_the_hub(path, tmp_path, monkeypatch):
+    shutil.copytree(path, tmp_path / "runs" / "cache")
+    monkeypatch.chdir(tmp_path)
+    assert len(open_cache("runs/cache").dataset) == 40
+    with pytest.raises(CacheError, match="runs/cache is a folder here, which has no revision 'v2'"):
+        open_cache("runs/cache", revision="v2")
+    with pytest.raises(CacheError, match=r"There is no folder runs/cach here, and the Hub does not give .*HF_HUB_OFF"):
+        open_cache("runs/cach")
+
+
+def test_the_card_tells_no_path_of_this_machine_and_survives_odd_templates(tmp_path):
+    task = {"prompt": "a | `b`\n{text}", "completion": "{label}", "max_length": 9}
+    write_cache(tmp_path / "cache", make_rows(4), task=task)
+    card = build_card(open_cache(tmp_path / "cache"), "me/it")
+    assert str(tmp_path) not in card
+    rows = [line for line in card.splitlines() if line.startswith("| prompt")]
+    assert len(rows) == 1 and "`` a \\| `b`\\n{text} ``" in rows[0]
+
+
+@pytest.mark.parametrize("leak", ["hf_" + "a" * 30, "home"])
+def test_a_cache_with_a_token_or_a_path_in_its_manifest_is_not_published(tmp_path, leak, hub, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "someone"))
+    leak = str(tmp_path / "someone" / "secrets") if leak == "home" else leak
+    write_cache(tmp_path / "cache", make_rows(4), dataset={"path": leak})
+    with pytest.raises(ValueError, match="the card holds"):
+        push_cache(open_cache(tmp_path / "cache"), "me/it")
+    assert not hub.repos
