@@ -83,7 +83,8 @@ def add_partition_head(model: PreTrainedModel) -> None:
     Add it to the innermost model, after TRL's own fused head and before `accelerate` wraps anything. New arguments:
     `partition_ids` (N, K) int64, one row per supervised position of `labels`; `partition_positions` (M,) int64, the
     positions that pay for the whole vocabulary (default all); `partition_logits`, whether to return the K logits at
-    every position; `partition_labels`, whether to return the label's log-probability.
+    every position; `partition_labels`, whether to return the label's log-probability; `partition_grad`, whether the
+    log-probabilities carry a gradient, which costs as much again as their values (the K logits always do).
     """
     original_forward = model.forward
 
@@ -95,6 +96,7 @@ def add_partition_head(model: PreTrainedModel) -> None:
         partition_positions=None,
         partition_logits=False,
         partition_labels=False,
+        partition_grad=True,
         labels=None,
         **kwargs,
     ):
@@ -112,13 +114,22 @@ def add_partition_head(model: PreTrainedModel) -> None:
         hidden_ND = hidden_BTD[:, :-1][mask.to(hidden_BTD.device)].to(head.weight.device)
         labels_N = labels[:, 1:][mask].to(head.weight.device)
         return _project(
-            hidden_ND, labels_N, head, partition_ids, partition_positions, partition_logits, partition_labels
+            hidden_ND,
+            labels_N,
+            head,
+            partition_ids,
+            partition_positions,
+            want_logits=partition_logits,
+            want_labels=partition_labels,
+            want_grad=partition_grad,
         )
 
     model.forward = types.MethodType(forward, model)
 
 
-def _project(hidden_ND, labels_N, head: Head, ids_NK, positions_M, want_logits: bool, want_labels: bool):
+def _project(
+    hidden_ND, labels_N, head: Head, ids_NK, positions_M, want_logits: bool, want_labels: bool, want_grad: bool
+) -> PartitionOutput:
     if len(ids_NK) != len(hidden_ND):
         raise ValueError(
             f"The batch has {len(ids_NK)} teacher rows for {len(hidden_ND)} supervised positions; the teacher's rows "
@@ -129,6 +140,8 @@ def _project(hidden_ND, labels_N, head: Head, ids_NK, positions_M, want_logits: 
         output["logits"] = selected_logits(hidden_ND, head.weight, ids_NK, *head[1:])
     if positions_M is not None:
         hidden_ND, ids_NK, labels_N = hidden_ND[positions_M], ids_NK[positions_M], labels_N[positions_M]
+    if not want_grad:
+        hidden_ND = hidden_ND.detach()
     if positions_M is None or len(positions_M):
         log_probs_MK1, tail_max_M = partition_log_probs_and_tail_max(hidden_ND, head.weight, ids_NK, *head[1:])
         output["log_probs"], output["tail_max"] = log_probs_MK1, tail_max_M

@@ -226,6 +226,7 @@ class FIRSTTrainer(SFTTrainer):
             partition_positions=positions_M,
             partition_logits=positions_M is not None,
             partition_labels=self.args.ce_weight > 0,
+            partition_grad=not self._tail_is_only_logged(),
         )
         loss_sum = self._summed_loss(output, teacher_NK1, positions_M)
         if num_items_in_batch is None:
@@ -240,14 +241,17 @@ class FIRSTTrainer(SFTTrainer):
 
     def _positions_with_tail(self, num_positions: int, device) -> torch.Tensor | None:
         """Positions (M,) at which the whole vocabulary is projected; None for all of them."""
-        if self.args.tail == "renormalize" and self.args.ce_weight == 0:
+        if self._tail_is_only_logged():
             # Nothing here needs the vocabulary but the logged mass: a few positions, when a log is due.
             sample = min(64, num_positions) if self._log_is_due() else 0
             return torch.randperm(num_positions, device=device)[:sample]
-        if self.args.mass_fraction < 1 and self.model.training:
-            sample = max(1, round(self.args.mass_fraction * num_positions)) if num_positions else 0
+        if self.args.mass_fraction < 1 and self.model.training and num_positions:
+            sample = max(1, round(self.args.mass_fraction * num_positions))
             return torch.randperm(num_positions, device=device)[:sample]
         return None
+
+    def _tail_is_only_logged(self) -> bool:
+        return self.args.tail == "renormalize" and self.args.ce_weight == 0
 
     def _log_is_due(self) -> bool:
         return (
