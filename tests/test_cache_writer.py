@@ -240,9 +240,10 @@ def test_the_work_of_another_job_is_refused_with_what_differs(path, name, finish
     assert contents(path) == before
 
 
-def test_the_work_of_another_job_is_removed_when_told_to(path):
+def test_the_work_of_another_job_is_removed_when_told_to_with_a_word_about_it(path, caplog):
     write_cache(path, make_rows(9))
     write_cache(path, make_rows(4), overwrite=True, tokenizer_sha256="0" * 64)
+    assert "held the cache of another job, which is removed: tokenizer_sha256 is" in caplog.text
     assert num_shards(path) == 1 and open_cache(path).manifest["tokenizer_sha256"] == "0" * 64
 
 
