@@ -33,8 +33,8 @@ class BaseModel:
 
 
 BASES = {
-    "teacher": BaseModel(hidden_size=128, num_layers=2, steps=200),
-    "student": BaseModel(hidden_size=64, num_layers=2, steps=300),
+    "teacher": BaseModel(hidden_size=128, num_layers=3, steps=300),
+    "student": BaseModel(hidden_size=128, num_layers=2, steps=300),
 }
 
 

@@ -3,12 +3,12 @@
 A ticket holds one or two complaints. What a complaint is about is a vote for one of four teams, strong or weak. The
 votes give the probability of each team, and the recorded team is *drawn* from those probabilities:
 
-    Since Monday my router is slow, and the order bothers me. Thanks, Dana.
+    Since Monday my router is slow, and the order bothers me.
       router -> 2.5 votes for network        order -> 1 vote for billing
       softmax(billing 1, network 2.5, hardware 0, account 0) = 0.16, 0.72, 0.06, 0.06
 
 No reader, however clever, can be right more often than those probabilities allow. A model that learns the recorded
-teams by heart, names and weekdays included, becomes surer than it should be: that is what the demo shows.
+teams by heart, weekdays and wording included, becomes surer than it should be: that is what the demo shows.
 
 This is not a benchmark of language understanding, and it says nothing about how well a real model would do.
 """
@@ -37,7 +37,6 @@ PROBLEMS = (
 )
 TIMES = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "yesterday", "last week", "this morning", "lunch")
 OWNERS = ("my", "the", "our", "her", "his", "their")
-CLOSINGS = ("Thanks", "Please help", "Regards", "Many thanks", "It is urgent", "No rush", "Cheers", "Sorry for this")
 HESITATIONS = ("well", "um", "you know", "honestly", "so", "I mean", "let me think", "hang on")
 NAMES = (
     *("Ada", "Ben", "Carla", "Dana", "Emil", "Fay", "Gus", "Hana", "Ivo", "Jun", "Kira", "Leo", "Mara", "Nils"),
@@ -47,8 +46,8 @@ NAMES = (
 
 # split -> (rows, style). `transfer` is for distillation: rows that the teacher has not learnt by heart.
 SPLITS = {
-    "train": (1000, "written"),
-    "transfer": (1000, "written"),
+    "train": (600, "written"),
+    "transfer": (4000, "written"),
     "validation": (1000, "written"),
     "test": (2000, "written"),
     "test_phone_calls": (2000, "phoned"),
@@ -77,9 +76,8 @@ def _complaints(rng: random.Random, count: int, strong_share: float) -> tuple[li
 
 
 def _written(rng: random.Random) -> tuple[str, list[float]]:
-    phrases, probabilities = _complaints(rng, rng.choice((1, 2)), strong_share=0.5)
-    body = ", and ".join(phrases)
-    return f"Since {rng.choice(TIMES)} {body}. {rng.choice(CLOSINGS)}, {rng.choice(NAMES)}.", probabilities
+    phrases, probabilities = _complaints(rng, rng.choice((1, 2, 2)), strong_share=0.5)
+    return f"Since {rng.choice(TIMES)} {', and '.join(phrases)}.", probabilities
 
 
 def _phoned(rng: random.Random) -> tuple[str, list[float]]:
