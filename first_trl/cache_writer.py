@@ -160,7 +160,9 @@ class CacheWriter:
             )
         unwanted = []
         if differences:
-            LOGGER.warning("%s held the cache of another job, which is removed: %s.", self.path, "; ".join(differences))
+            LOGGER.warning(
+                "%s held the cache of another job, which is removed: %s.", self.path, "; ".join(differences)
+            )
             unwanted = [name for name in names if _SHARD_NAME.fullmatch(name)]
         elif manifest:
             unwanted = [shard["name"] for shard in manifest["shards"] if not self._has(shard["name"], shard["sha256"])]

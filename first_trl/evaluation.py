@@ -45,7 +45,7 @@ def answer_set(model, dataset: Dataset, task: TaskConfig, tokenizer, *, top_k: i
 
 
 def read_answers(path: str | Path) -> dict[str, np.ndarray]:
-    """An answers file as arrays: `log_probs` (N, K+1), `token_ids` (N, K), `target` (N,), `label_log_prob` (N,), ..."""
+    """An answers file as arrays: `log_probs` (N, K+1), `token_ids` (N, K), `target` (N,), and the others, (N, ...)."""
     table = pq.read_table(path)
     return {name: np.array(table[name].to_pylist()) for name in table.column_names}
 

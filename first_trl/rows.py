@@ -1,7 +1,7 @@
 """From the columns of a cache to the arrays that calibration and its search read.
 
-A row is one supervised position: K log-probabilities, the tail's, and which of the K+1 holds the label. The two ways of
-choosing positions are the recipe's `calibrate.positions`: `answer`, the first completion token of each example, and
+A row is one supervised position: K log-probabilities, the tail's, and which of the K+1 holds the label. The two ways
+of choosing positions are the recipe's `calibrate.positions`: `answer`, the first completion token of each example, and
 `all`, every supervised token but the end of sequence, which is forced and would fill the most confident bin.
 
 Shapes: E examples, T tokens, N supervised positions, K kept tokens.

@@ -6,8 +6,6 @@ import tempfile
 
 
 def main() -> None:
-    import torch
-    from peft import LoraConfig
 
     from tests.test_trainer import cache_of, random_examples, trainer_for
     from tests.tiny import build_model, build_tokenizer

@@ -30,7 +30,7 @@ FLOORS = (
         ("scoring",),
         ("server_scoring",),
         ("calibration",),
-        ("figures", "report"),
+        ("figures", "verdict", "report"),
         ("card_text", "hub", "card"),
         ("cache_identity",),
         ("cache_run",),

@@ -38,7 +38,7 @@ def test_nothing_heavy_is_imported_to_print_help_or_to_read_a_recipe():
 
 
 def test_names_of_the_package_load_on_first_use():
-    code = "from first_trl import FIRSTTrainer, FIRSTConfig; print(FIRSTTrainer.__mro__[1].__name__, FIRSTConfig.__name__)"
+    code = "from first_trl import FIRSTTrainer as T, FIRSTConfig as C; print(T.__mro__[1].__name__, C.__name__)"
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert result.stdout.split() == ["SFTTrainer", "FIRSTConfig"]
 
