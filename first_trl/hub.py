@@ -110,9 +110,7 @@ def _explain(error: Exception, repo_id: str) -> str:
             "name a repository of yours (push.hub_model_id), or set push.create_pr"
         )
     if code == 404:
-        return (
-            f"the Hub has no such repository or branch (404{said}); check its name (push.hub_model_id) and push.revision"
-        )
+        return f"the Hub has no such repository or branch (404{said}); check push.hub_model_id and push.revision"
     if code == 409:
         return f"the repository changed or is being changed by someone else (409{said}); wait a moment"
     if code in RETRY_LATER:

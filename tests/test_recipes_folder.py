@@ -122,5 +122,5 @@ def test_the_recipe_for_one_small_gpu_runs_its_teacher_in_4_bit_throughout():
 
 def test_local_paths_come_from_one_variable():
     text = (FOLDER / "reviews.yaml").read_text()
-    assert text.count("${FIRST_DATA:-../shared}/") == 6
-    assert text.count("../shared") == 7  # and once where it is explained
+    assert text.count("${FIRST_DATA:-../shared}/") == 7
+    assert text.count("../shared") == 8  # and once where it is explained
