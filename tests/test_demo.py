@@ -1,19 +1,22 @@
 """The generated demo: its probabilities are true, its splits are apart, its models are what the recipe needs."""
 
 import json
+import math
 import random
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from first_trl import demo
 from first_trl.demo.models import BASES, PROMPT, build_model, build_tokenizer, pretrain, unlabelled_texts, write_models
-from first_trl.demo.task import SPLITS, STYLES, TEAMS, team_probabilities, tickets, write_task
+from first_trl.demo.task import SPLITS, STYLES, TEAMS, THINGS, team_probabilities, tickets, write_task
 from first_trl.recipe import load_recipe
+from first_trl.run_folder import path_fingerprint
 
 FEW = dict.fromkeys(SPLITS, 40)
 
@@ -77,10 +80,11 @@ def test_no_ticket_is_in_two_splits_or_among_those_of_pre_training(tmp_path):
 
 
 def test_pre_training_shows_no_team_more_than_another_whatever_the_ticket(texts):
-    about_network = [text for text in texts if " router " in text or " wifi " in text]
-    answers = Counter(text.split("Team: ")[1].removesuffix("<|endoftext|>") for text in about_network)
-    assert set(answers) == set(TEAMS) and len(about_network) > 150
-    assert answers["network"] < 0.35 * len(about_network)
+    for team, words in THINGS.items():
+        about = [text for text in texts if any(f" {thing} " in text for thing in words[0])]
+        shown = Counter(text.split("Team: ")[1].removesuffix("<|endoftext|>") for text in about)
+        assert set(shown) == set(TEAMS) and len(about) > 200
+        assert abs(shown[team] / len(about) - 0.25) < 4 * (0.25 * 0.75 / len(about)) ** 0.5
 
 
 def test_an_unknown_split_is_refused_by_name(tmp_path):
@@ -104,44 +108,49 @@ def test_every_answer_is_one_token_after_the_prompt(tokenizer):
 
 def test_tickets_are_short_enough_for_the_recipe(tokenizer, texts):
     longest = max(map(len, tokenizer(texts)["input_ids"]))
-    assert longest <= load_recipe(demo.RECIPE).task.max_length
+    assert longest <= yaml.safe_load(demo.RECIPE.read_text(encoding="utf-8"))["task"]["max_length"]
 
 
-def test_models_are_built_in_seconds_saved_and_the_same_for_the_same_seed(tmp_path):
+def test_models_are_saved_whole_and_are_the_same_for_the_same_seed(tmp_path):
     tiny = {name: replace(base, steps=2) for name, base in BASES.items()}
-    for folder in ("a", "b"):
-        write_models(tmp_path / folder, seed=5, seen=set(), bases=tiny)
+    for folder, seed in (("a", 5), ("b", 5), ("c", 6)):
+        write_models(tmp_path / folder, seed, seen=set(), bases=tiny)
     parameters = {}
     for name in BASES:
-        a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / folder / name) for folder in ("a", "b"))
-        assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-        assert a.config.hidden_size % 64 == 0  # the block of NF4
-        parameters[name] = a.num_parameters()
+        a, b, c = (path_fingerprint(tmp_path / folder / name) for folder in "abc")
+        assert a == b != c
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / name)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / name)
-        assert len(tokenizer) == a.config.vocab_size
-        assert a.config.pad_token_id == tokenizer.pad_token_id
-    assert 2 * parameters["student"] < parameters["teacher"] < 1_000_000
+        assert model.config.hidden_size % 64 == 0  # the block of NF4
+        assert len(tokenizer) == model.config.vocab_size
+        assert (model.config.eos_token_id, model.config.pad_token_id) == (
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+        )
+        parameters[name] = model.num_parameters()
+    assert parameters["student"] < parameters["teacher"] < 1_000_000
 
 
 def test_pre_training_lowers_the_loss_well_below_that_of_guessing_words(tokenizer, texts):
     base = replace(BASES["student"], steps=40, learning_rate=1e-2)
     loss = pretrain(build_model(base, tokenizer, seed=0), base, tokenizer(texts)["input_ids"], seed=0)
-    assert loss < 2.5 < torch.log(torch.tensor(float(len(tokenizer)))).item() / 2
+    assert loss < 2.5 < math.log(len(tokenizer)) / 2
 
 
-def test_the_recipe_reads_its_prompt_and_answers_from_the_same_page_as_the_models(monkeypatch):
-    monkeypatch.setenv("FIRST_DEMO", "somewhere")
-    recipe = load_recipe(demo.RECIPE)
+def test_the_recipe_is_whole_and_asks_what_the_models_were_prepared_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("FIRST_DEMO", "")
+    tiny = {name: replace(base, steps=1) for name, base in BASES.items()}
+    write_few = partial(write_models, bases=tiny)
+    monkeypatch.setattr("first_trl.demo.models.write_models", write_few)
+    recipe = load_recipe(demo.prepare_demo(tmp_path))
     assert recipe.task.prompt == PROMPT and tuple(recipe.task.choices) == TEAMS
-    assert recipe.output_dir == "somewhere"
+    assert recipe.run_folder == tmp_path / "demo"
     assert list(recipe.arms) == ["fine_tuned", "distilled", "first"]
-    files = [
-        recipe.datasets.train,
-        recipe.datasets.transfer,
-        recipe.datasets.validation,
-        *recipe.datasets.test.values(),
-    ]
-    assert [Path(config.data_files).stem for config in files] == list(SPLITS)
+    data = recipe.datasets
+    splits = [data.train, data.transfer, data.validation, *data.test.values()]
+    assert [Path(split.data_files).stem for split in splits] == list(SPLITS)
+    assert [test.out_of_domain for test in data.test.values()] == [False, True]
+    assert recipe.distill["load_in_4bit"] and recipe.distill["use_peft"]
 
 
 def test_preparing_the_demo_twice_makes_it_once_and_again_for_another_seed(tmp_path, monkeypatch):
