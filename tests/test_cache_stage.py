@@ -1,0 +1,498 @@
+"""The cache stage as a user runs it: under several processes, killed, restarted, and read by the stages after it."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import count
+from pathlib import Path
+
+import datasets
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from first_trl.cache import parquet_files
+from first_trl.cache_format import CacheError, shard_name
+from first_trl.cache_identity import open_recipe_cache, teacher_identity
+from first_trl.cache_run import write_shards
+from first_trl.recipe import load_recipe
+from first_trl.stages import cache as stage
+from first_trl.stages import calibrate, distill
+from tests.cache_recipe import run_stage, write_recipe
+from tests.cache_samples import contents, make_row, make_rows, small_job, whole_job
+from tests.tiny import build_model, build_tokenizer
+
+ROOT = Path(__file__).parent.parent
+ROLES = ("train", "validation")
+
+
+@pytest.fixture(autouse=True)
+def arrow_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+
+
+def launch(recipe, processes, *overrides):
+    """Start the stage under accelerate, as `first-trl cache` does."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}", "--num_machines=1"]
+    launcher += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    launcher += ["--multi_gpu"] if processes > 1 else []  # accelerate's name for torchrun; gloo where there is no GPU
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "-m", "first_trl.stages.cache", str(recipe), *overrides]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(job):
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == 0, said[-3000:]
+    return said
+
+
+def caches(folder):
+    return [contents(folder / "tiny" / "cache" / role) for role in ROLES]
+
+
+def ranks_of(job):
+    """Process ids of the workers that a launch has started, by rank."""
+    ranks = {}
+    for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
+        variables = dict(
+            entry.partition(b"=")[::2] for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        )
+        if b"RANK" in variables:
+            ranks[int(variables[b"RANK"])] = int(child)
+    return ranks
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
+def num_shards(folder, role="*"):
+    return len(list(folder.glob(f"tiny/cache/{role}/train-*.parquet")))
+
+
+# Processes and kills
+
+
+@pytest.mark.slow
+def test_one_two_and_three_processes_and_a_restart_after_a_kill_write_the_same_bytes(tmp_path):
+    recipe, runs = write_recipe(tmp_path, rows=600), tmp_path / "processes"
+    for processes in (1, 2, 3):
+        finish(launch(recipe, processes, f"--output_dir={runs / str(processes)}"))
+    assert caches(runs / "1") == caches(runs / "2") == caches(runs / "3")
+    job = launch(recipe, 3, f"--output_dir={runs / 'killed'}")
+    wait_until(lambda: num_shards(runs / "killed") >= 20)
+    os.kill(ranks_of(job)[1], signal.SIGKILL)
+    said = job.communicate(timeout=300)[1]
+    assert job.returncode != 0 and "SIGKILL" in said
+    left = num_shards(runs / "killed", "train")
+    assert 20 <= left < 150 and not list((runs / "killed").glob("tiny/cache/*/manifest.json"))
+    finish(launch(recipe, 2, f"--output_dir={runs / 'killed'}"))
+    assert caches(runs / "killed") == caches(runs / "1")
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start quickly: forked off a server that has the libraries imported and no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["first_trl.trainer", "first_trl.scoring", "first_trl.data", "first_trl.cache_run"])
+    started = []
+
+    def start(target, *arguments):
+        started.append(context.Process(target=target, args=arguments))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.slow
+def test_a_caching_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, processes):
+    kills, dice = 30, random.Random(0)
+    recipe, log = write_recipe(tmp_path, rows=40 * kills), tmp_path / "log"
+    for name in ("undisturbed", "killed"):
+        text = recipe.read_text().replace(str(tmp_path / "runs"), str(tmp_path / name))
+        (tmp_path / f"{name}.yaml").write_text(text)
+    undisturbed = processes(run_stage, tmp_path / "undisturbed.yaml", tmp_path / "unused")
+    undisturbed.join()
+    shards, lost = num_shards(tmp_path / "undisturbed"), 0
+    for kill in range(kills):
+        job, before = processes(run_stage, tmp_path / "killed.yaml", log, 0.02), num_shards(tmp_path / "killed")
+        goal = dice.randint(before + 1, max(before + 1, shards * 3 // 4 * (kill + 1) // kills))
+        wait_until(lambda goal=goal: num_shards(tmp_path / "killed") >= goal)
+        time.sleep(dice.random() * 0.05)
+        job.kill()
+        job.join()
+        assert job.exitcode == -signal.SIGKILL
+        lost, lost_before = len(log.read_text().splitlines()) - num_shards(tmp_path / "killed"), lost
+        assert lost - lost_before <= 1, "more than one shard of work was lost"
+    last = processes(run_stage, tmp_path / "killed.yaml", log)
+    last.join()
+    assert last.exitcode == 0 and caches(tmp_path / "killed") == caches(tmp_path / "undisturbed")
+    assert shards <= len(log.read_text().splitlines()) <= shards + kills
+    print(f"{kills} kills over {shards} shards: {lost} shards computed in vain")
+    assert not list(tmp_path.glob("killed/tiny/cache/*/.tmp-*"))
+
+
+# One process's shards
+
+
+def encode_same(row, index):
+    assert row["number"] == index
+    return {name: make_row(index)[name] for name in ("input_ids", "labels")}
+
+
+def teacher_of(made=None):
+    """Rows that look like a teacher's; the tokens of each shard's first row go to `made`."""
+
+    def run_teacher(examples, progress):
+        by_tokens = {tuple(row["input_ids"]): row for row in make_rows(60)}
+        rows = [by_tokens[tuple(example["input_ids"])] for example in examples]
+        if made is not None:
+            made.append(tuple(rows[0]["input_ids"]))
+        progress(sum(len(row["input_ids"]) for row in rows))
+        return rows
+
+    return run_teacher
+
+
+def numbers(count):
+    return datasets.Dataset.from_dict({"number": list(range(count))})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_stream_and_a_table_make_the_same_shards_under_any_number_of_processes(tmp_path, streaming):
+    dataset = numbers(39).to_iterable_dataset() if streaming else numbers(39)
+    for processes in (1, 2, 3, 40):
+        with small_job(tmp_path / str(processes)) as writer:
+            counts = [
+                write_shards(writer, dataset, encode_same, teacher_of(), rank=rank, processes=processes)
+                for rank in range(processes)
+            ]
+            assert set(counts) == {39}
+            writer.finish(39)
+    whole_job(tmp_path / "plain", tmp_path / "log", 39)
+    assert all(contents(tmp_path / str(n)) == contents(tmp_path / "plain") for n in (1, 2, 3, 40))
+
+
+def test_missing_shards_are_dealt_out_evenly_after_a_restart_on_another_number_of_processes(tmp_path):
+    with small_job(tmp_path / "cache") as writer:
+        for rank in (0, 2):  # of three processes the second did nothing
+            write_shards(writer, numbers(60), encode_same, teacher_of(), rank=rank, processes=3)
+        present, made = parquet_files(tmp_path / "cache"), [[], []]
+        for rank in range(2):
+            write_shards(
+                writer, numbers(60), encode_same, teacher_of(made[rank]), present=present, rank=rank, processes=2
+            )
+        assert [len(rank) for rank in made] == [5, 5] and not set(made[0]) & set(made[1])
+        assert writer.finish(60)["totals"]["rows"] == 60
+
+
+def test_a_shard_of_rows_that_have_changed_is_made_again(tmp_path):
+    with small_job(tmp_path / "cache") as writer:
+        write_shards(writer, numbers(10), encode_same, teacher_of())
+        made = []
+        write_shards(writer, numbers(10), encode_same, teacher_of(made))
+        assert made == []
+        shifted = datasets.Dataset.from_dict({"number": [0, 1, 2, 9]})
+
+        def encode(row, index):
+            return encode_same(row, row["number"])
+
+        write_shards(writer, shifted, encode, teacher_of(made))
+        assert made == [tuple(make_row(2)["input_ids"])]
+
+
+def test_a_shard_is_written_while_the_teacher_runs_over_the_next(tmp_path, monkeypatch):
+    with small_job(tmp_path / "cache") as writer:
+        write, next_is_running, runs = writer.write_shard, threading.Event(), count()
+
+        def slow_write(index, rows):
+            assert index == 2 or next_is_running.wait(30), "the teacher waited for the disk"
+            write(index, rows)
+
+        def run_teacher(examples, progress):
+            if next(runs) > 0:
+                next_is_running.set()
+            return teacher_of()(examples, progress)
+
+        monkeypatch.setattr(writer, "write_shard", slow_write)
+        write_shards(writer, numbers(6), encode_same, run_teacher)
+        writer.finish(6)
+
+
+@pytest.mark.parametrize("failing", [0, 3, 4])
+def test_a_shard_that_cannot_be_written_ends_the_run_with_its_error(tmp_path, monkeypatch, failing):
+    made = []
+    with small_job(tmp_path / "cache") as writer:
+        write = writer.write_shard
+
+        def full_disk(index, rows):
+            if index == failing:
+                raise CacheError("No space left on device")
+            write(index, rows)
+
+        monkeypatch.setattr(writer, "write_shard", full_disk)
+        with pytest.raises(CacheError, match="No space left"):
+            write_shards(writer, numbers(10), encode_same, teacher_of(made))
+        assert len(made) <= failing + 2  # the next was under way
+        assert sorted(parquet_files(tmp_path / "cache")) == [shard_name(i) for i in range(failing)]
+
+
+# What the stages after it refuse
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with its caches made by a folder of weights, and one whose teacher is an adapter."""
+    from peft import LoraConfig, get_peft_model
+
+    folders = {}
+    for kind in ("plain", "adapter"):
+        folder = tmp_path_factory.mktemp(kind)
+        recipe = write_recipe(folder)
+        if kind == "adapter":
+            (folder / "teacher").rename(folder / "base")
+            model = AutoModelForCausalLM.from_pretrained(folder / "base")
+            config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+            get_peft_model(model, config).save_pretrained(folder / "teacher")
+            build_tokenizer().save_pretrained(folder / "teacher")
+            recipe.write_text(recipe.read_text().replace(f"_path: {folder / 'teacher'}", f"_path: {folder / 'base'}"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+            stage.main([str(recipe)])
+        folders[kind] = folder
+    return folders
+
+
+def swap_ids(folder, name="teacher"):
+    """Give two tokens of a tokenizer each other's ids."""
+    file = folder / name / "tokenizer.json"
+    content = json.loads(file.read_text())
+    words = content["model"]["vocab"]
+    words["good"], words["bad"] = words["bad"], words["good"]
+    file.write_text(json.dumps(content))
+
+
+def add_template(folder):
+    (folder / "teacher" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+
+def other_weights(folder, name="teacher"):
+    build_model(27, seed=1).save_pretrained(folder / name)
+
+
+def other_adapter(folder):
+    file = folder / "teacher" / "adapter_model.safetensors"
+    weights = {name: tensor + 1 for name, tensor in load_file(file).items()}
+    save_file(weights, file)
+
+
+def student(folder, vocab_size=27, **tokens):
+    """A student's folder beside the teacher's."""
+    shutil.copytree(folder / "teacher", folder / "student")
+    build_model(vocab_size).save_pretrained(folder / "student")
+
+
+def bigger_student(folder):
+    student(folder, 28)
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["surprise"])
+    tokenizer.save_pretrained(folder / "student")
+
+
+def swapped_student(folder):
+    student(folder)
+    swap_ids(folder, "student")
+
+
+def edit(file, old, new):
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+
+
+def shards(folder, index, role="train"):
+    return folder / "runs" / "tiny" / "cache" / role / shard_name(index)
+
+
+def other_manifest(folder):
+    edit(shards(folder, 0).with_name("manifest.json"), '"top_k": 5', '"top_k": 4')
+
+
+def truncate(folder):
+    shards(folder, 3).write_bytes(shards(folder, 3).read_bytes()[:-100])
+
+
+STUDENT = ["--distill.model_name_or_path={folder}/student"]
+HASHES = "'[0-9a-f]{64}'"
+# name -> (what happens to the run's folder, arguments of the command, both sides in the message)
+MISMATCHES = {
+    "the teacher's tokenizer with two ids swapped": (swap_ids, [], f"tokenizer_sha256 is {HASHES}, expected {HASHES}"),
+    "the student's tokenizer with two ids swapped": (
+        swapped_student,
+        STUDENT,
+        f"tokenizer_sha256 is {HASHES}, expected {HASHES}",
+    ),
+    "a student with one more token": (bigger_student, STUDENT, f"tokenizer_sha256 is {HASHES}, expected {HASHES}"),
+    "a student whose head is too small": (
+        lambda folder: student(folder, 20),
+        STUDENT,
+        r"has token id 2\d .* the student's vocabulary has 20",
+    ),
+    "another chat template": (add_template, [], f"chat_template_sha256 is None, expected {HASHES}"),
+    "another prompt": (
+        None,
+        ["--task.prompt=Film : {{text}}"],
+        "task.prompt is 'Review : {text} Sentiment :', expected 'Film : {text}'",
+    ),
+    "another completion": (
+        None,
+        ["--task.completion= {{label}} ."],
+        "task.completion is ' {label}', expected ' {label} .'",
+    ),
+    "another max_length": (None, ["--task.max_length=50"], "task.max_length is 60, expected 50"),
+    "no end of sequence": (None, ["--task.append_eos=false"], "task.append_eos is True, expected False"),
+    "closed answers": (None, ["--task.choices", "good", "bad"], r"task.choices is None, expected \['good', 'bad'\]"),
+    "another K": (None, ["--cache.top_k=4"], "top_k is 5, expected 4"),
+    "another type": (None, ["--cache.dtype=float32"], "dtype is 'float16', expected 'float32'"),
+    "another revision": (
+        None,
+        ["--cache.teacher_revision=v2"],
+        "teacher.revision is 'main', expected 'v2'",
+    ),
+    "another teacher": (
+        lambda folder: shutil.copytree(folder / "teacher", folder / "professor"),
+        ["--cache.teacher={folder}/professor"],
+        "teacher.id is 'teacher', expected 'professor'",
+    ),
+    "a teacher of the Hub": (
+        None,
+        ["--cache.teacher=org/teacher-7b"],
+        "teacher.id is 'teacher', expected 'org/teacher-7b'",
+    ),
+    "a teacher trained again": (other_weights, [], f"teacher.weights_sha256 is {HASHES}, expected {HASHES}"),
+    "another adapter": (other_adapter, ["adapter"], f"teacher.weights_sha256 is {HASHES}, expected {HASHES}"),
+    "an adapter on another base": (
+        lambda folder: other_weights(folder, "base"),
+        ["adapter"],
+        f"teacher.base_sha256 is {HASHES}, expected {HASHES}",
+    ),
+    "a quantised teacher": (None, ["--cache.load_in_4bit=true"], "teacher.quantization is None, expected 'nf4'"),
+    "a teacher of another type": (
+        None,
+        ["--cache.teacher_dtype=bfloat16"],
+        "teacher.dtype is 'float32', expected 'bfloat16'",
+    ),
+    "other rows": (
+        lambda folder: edit(folder / "train.jsonl", "good", "bad"),
+        [],
+        f"dataset.files_sha256 is {HASHES}, expected {HASHES}",
+    ),
+    "fewer rows": (None, ["--datasets.train.max_rows=9"], "dataset.max_rows is None, expected 9"),
+    "shuffled rows": (None, ["--datasets.train.shuffle_seed=3"], "dataset.shuffle_seed is None, expected 3"),
+    "another split": (
+        None,
+        ["--datasets.train.split=train[:50%]"],
+        r"dataset.split is None, expected 'train\[:50%\]'",
+    ),
+    "a truncated file": (truncate, [], r"000003.parquet is damaged: its size in bytes is \d+, the manifest has \d+"),
+    "a flipped byte": (
+        lambda folder: shards(folder, 2).write_bytes(b"PAR2" + shards(folder, 2).read_bytes()[4:]),
+        [],
+        "000002.parquet is damaged: its sha256 is [0-9a-f]{64}, the manifest has [0-9a-f]{64}",
+    ),
+    "a missing shard": (
+        lambda folder: shards(folder, 4).unlink(),
+        [],
+        "should have 10 shards and lacks 1: train-000004.parquet",
+    ),
+    "an extra shard": (
+        lambda folder: shutil.copy(shards(folder, 0), shards(folder, 10)),
+        [],
+        "has 11 Parquet files where its manifest lists 10; the others are train-000010.parquet",
+    ),
+    "a shard of the other split": (
+        lambda folder: shutil.copy(shards(folder, 0, "validation"), shards(folder, 0)),
+        [],
+        "000000.parquet is damaged: its (sha256|size in bytes) is .*, the manifest has",
+    ),
+    "an edited manifest": (other_manifest, [], f"manifest_sha256 is {HASHES}, its content gives {HASHES}"),
+    "no manifest": (
+        lambda folder: shards(folder, 0).with_name("manifest.json").unlink(),
+        [],
+        "has no finished 'cache' yet|has no manifest.json: the cache was never finished",
+    ),
+}
+
+
+def run_copy(finished, tmp_path, name, command):
+    """Do to a copy of a finished run what MISMATCHES says, and run a stage of it."""
+    change, arguments, message = MISMATCHES[name]
+    original = finished["adapter" if "adapter" in arguments else "plain"]
+    folder = shutil.copytree(original, tmp_path / "run")
+    for file in (folder / "recipe.yaml", folder / "teacher" / "adapter_config.json"):
+        if file.exists():
+            file.write_text(file.read_text().replace(str(original), str(folder)))
+    if change is not None:
+        change(folder)
+    arguments = [argument.format(folder=folder) for argument in arguments if argument != "adapter"]
+    with pytest.raises((CacheError, FileNotFoundError), match=message) as raised:
+        command([str(folder / "recipe.yaml"), *arguments])
+    assert str(raised.value).rstrip().endswith(".")  # the remedy is a sentence of its own
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_a_student_is_not_trained_on_a_cache_of_something_else(finished, tmp_path, on_cpu, name):
+    run_copy(finished, tmp_path, name, distill.main)
+    assert not list(tmp_path.glob("run/runs/tiny/students/*/*.safetensors"))
+
+
+TEACHERS = [name for name in MISMATCHES if "student" not in name]
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_recalibration_is_not_searched_on_a_cache_of_something_else(finished, tmp_path, on_cpu, name):
+    run_copy(finished, tmp_path, name, calibrate.main)
+    assert not (tmp_path / "run" / "runs" / "tiny" / "calibration.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["plain", "adapter"])
+def test_a_cache_of_this_recipe_is_taken_wherever_the_run_lies_and_without_its_teacher(finished, tmp_path, kind):
+    from first_trl.training import teacher_section
+
+    recipe = load_recipe(finished[kind] / "recipe.yaml")
+    assert len(open_recipe_cache(recipe, "train", recipe.cache.teacher, teacher_section(recipe)).dataset) == 40
+    gone = str(tmp_path / "elsewhere" / "teacher")
+    assert len(open_recipe_cache(recipe, "validation", gone, teacher_section(recipe)).dataset) == 43
+
+
+def test_a_teacher_of_the_hub_is_known_by_the_commit_that_was_downloaded(tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--org--teacher"
+    shutil.copytree(write_recipe(tmp_path / "job").parent / "teacher", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    section = {"model_revision": "main", "dtype": "float32", "load_in_4bit": False, "backend": "hf"}
+    teacher = teacher_identity("org/teacher", section)
+    assert (teacher["id"], teacher["revision"], teacher["commit"]) == ("org/teacher", "main", commit)
+    assert teacher["weights_sha256"] is None
