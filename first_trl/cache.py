@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from .cache_format import MAKE_AGAIN, MANIFEST, SEAL, CacheError, cache_schema, read_manifest
+from .cache_format import MAKE_AGAIN, MANIFEST, SEAL, CacheError, manifest_schema, read_manifest
 from .fingerprints import canonical_json, file_sha256, tokenizer_fingerprint
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -111,7 +111,7 @@ def check_shards(path: Path, manifest: dict, verify: bool = True) -> None:
             f"The cache {path} has {len(found)} Parquet files where its manifest lists {len(listed)}; the others "
             f"are {', '.join(extra[:3])}. Move them out of the folder."
         )
-    schema = cache_schema(manifest["top_k"], manifest["dtype"])
+    schema = manifest_schema(manifest)
     for shard in manifest["shards"]:
         file = path / shard["name"]
         _compare(file, "size in bytes", file.stat().st_size, shard["bytes"])
@@ -157,7 +157,7 @@ def _arrow_copy(path: Path, manifest: dict) -> Path:
 
 
 def _write_arrow(target: Path, path: Path, manifest: dict) -> None:
-    schema = cache_schema(manifest["top_k"], manifest["dtype"])
+    schema = manifest_schema(manifest)
     with open(target, "wb") as file:
         with pa.ipc.new_stream(file, schema) as writer:
             for shard in manifest["shards"]:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from .cache import TeacherCache, check_cache, open_cache
+from .cache_format import TAIL_POWERS
 from .cache_writer import library_versions
 from .config import DatasetConfig
 from .fingerprints import (
@@ -79,12 +80,13 @@ def cache_identity(recipe, role: str, tokenizer, teacher: dict, backend: dict) -
             tokens leave of 1.
 
     Returns:
-        Those entries, `eos_token_id`, `backend`, and `tail`: `exact` or `from_top_k`.
+        Those entries, `eos_token_id`, `backend`, `tail` (`exact` or `from_top_k`), and with tail knots `tail_powers`.
     """
     return {
         "teacher": teacher,
         "backend": backend,
         "tail": "exact" if backend["name"] == "hf" else "from_top_k",
+        **({"tail_powers": list(TAIL_POWERS)} if recipe.cache.tail_knots else {}),
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
         "chat_template_sha256": chat_template_fingerprint(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
@@ -134,6 +136,7 @@ def open_recipe_cache(recipe, role: str, teacher_path: str, section: dict) -> Te
         "task": vars(recipe.task),
         "dataset": _dataset_identity(cached_split(recipe, role), role),
         "backend": {"name": recipe.cache.backend},
+        "tail_powers": list(TAIL_POWERS) if recipe.cache.tail_knots else "absent",
     }
     tokenizer, found = None, cache.manifest["teacher"]
     if Path(teacher_path).is_dir():

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .cache_format import CacheError, cache_schema
+from .cache_format import TAIL_POWERS_COLUMN, CacheError
 from .fingerprints import file_sha256, row_key
 
 _IGNORED = -100
@@ -34,25 +34,31 @@ _BYTE_PLANES = {
     "teacher_tail_log_prob.list.element": "BYTE_STREAM_SPLIT",
 }
 _FLOAT32_PLANES = {"teacher_log_probs.list.element.list.element": "BYTE_STREAM_SPLIT"}
+_TAIL_POWER_PLANES = {f"{TAIL_POWERS_COLUMN}.list.element.list.element": "BYTE_STREAM_SPLIT"}
 
 
 def encode_shard(
-    rows: Sequence[dict], *, first_row: int, top_k: int, dtype: str, metadata: dict[str | bytes, str]
+    rows: Sequence[dict], *, first_row: int, schema: pa.Schema, metadata: dict[str | bytes, str]
 ) -> bytes:
     """The Parquet file of some rows.
 
     Args:
         rows: dicts with `input_ids`, `labels`, `teacher_ids` (n, K) most probable first, `teacher_log_probs` (n, K)
-            and `teacher_tail_log_prob` (n,) in nats, for the n supervised positions of each.
+            and `teacher_tail_log_prob` (n,) in nats, for the n supervised positions of each; where `schema` has them,
+            also `teacher_tail_power_log_sums` (n, P), nats.
         first_row: number of the first in the dataset, for messages.
+        schema: the columns, from `first_trl.cache_format`.
         metadata: what else the file says about itself.
 
     Raises:
         CacheError: a row is not what it should be.
     """
-    schema, buffer = cache_schema(top_k, dtype), io.BytesIO()
-    table = _columns(rows, first_row, top_k, schema)
-    encoding = _BYTE_PLANES if dtype == "float16" else _BYTE_PLANES | _FLOAT32_PLANES
+    buffer, table = io.BytesIO(), _columns(rows, first_row, schema)
+    encoding = dict(_BYTE_PLANES)
+    if schema.field("teacher_log_probs").type.value_type.value_type == pa.float32():
+        encoding |= _FLOAT32_PLANES
+    if TAIL_POWERS_COLUMN in schema.names:
+        encoding |= _TAIL_POWER_PLANES
     with pq.ParquetWriter(buffer, schema, column_encoding=encoding, **_SETTINGS) as writer:
         writer.write_table(table, row_group_size=len(table))
         writer.add_key_value_metadata(metadata)
@@ -93,9 +99,13 @@ class Statistics:
         }
 
 
-def _columns(rows: Sequence[dict], first_row: int, top_k: int, schema: pa.Schema) -> pa.Table:
+def _columns(rows: Sequence[dict], first_row: int, schema: pa.Schema) -> pa.Table:
     """Rows as the columns of the cache, every value checked."""
-    counts = [_check_shapes(row, first_row + i, top_k) for i, row in enumerate(rows)]
+    top_k = schema.field("teacher_ids").type.value_type.list_size
+    widths = {"teacher_ids": (top_k,), "teacher_log_probs": (top_k,), "teacher_tail_log_prob": ()}
+    if TAIL_POWERS_COLUMN in schema.names:
+        widths[TAIL_POWERS_COLUMN] = (schema.field(TAIL_POWERS_COLUMN).type.value_type.list_size,)
+    counts = [_check_shapes(row, first_row + i, widths) for i, row in enumerate(rows)]
     offsets = np.concatenate([[0], np.cumsum(counts)])
     ids_NK = np.concatenate([np.asarray(row["teacher_ids"], dtype=np.int64).reshape(-1, top_k) for row in rows])
     log_probs_NK = np.concatenate(
@@ -106,17 +116,19 @@ def _columns(rows: Sequence[dict], first_row: int, top_k: int, schema: pa.Schema
     log_prob_type = schema.field("teacher_log_probs").type.value_type.value_type
     with np.errstate(over="ignore"):  # below -65504 nats float16 has -inf, which is the same probability: none
         stored_NK = log_probs_NK.astype(log_prob_type.to_pandas_dtype())
-    return pa.table(
-        [
-            _lists([row["input_ids"] for row in rows]),
-            _lists([row["labels"] for row in rows]),
-            _nested(offsets, pa.FixedSizeListArray.from_arrays(pa.array(ids_NK.astype(np.int32).ravel()), top_k)),
-            _nested(offsets, pa.FixedSizeListArray.from_arrays(pa.array(stored_NK.ravel()), top_k)),
-            _nested(offsets, pa.array(tail_N)),
-            pa.array([row_key(row["input_ids"], row["labels"]) for row in rows]),
-        ],
-        schema=schema,
-    )
+    columns = [
+        _lists([row["input_ids"] for row in rows]),
+        _lists([row["labels"] for row in rows]),
+        _nested(offsets, pa.FixedSizeListArray.from_arrays(pa.array(ids_NK.astype(np.int32).ravel()), top_k)),
+        _nested(offsets, pa.FixedSizeListArray.from_arrays(pa.array(stored_NK.ravel()), top_k)),
+        _nested(offsets, pa.array(tail_N)),
+        pa.array([row_key(row["input_ids"], row["labels"]) for row in rows]),
+    ]
+    if TAIL_POWERS_COLUMN in schema.names:
+        (width,) = widths[TAIL_POWERS_COLUMN]
+        sums = [np.asarray(row[TAIL_POWERS_COLUMN], dtype=np.float32).ravel() for row in rows]
+        columns.append(_nested(offsets, pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(sums)), width)))
+    return pa.table(columns, schema=schema)
 
 
 def _lists(rows: Sequence) -> pa.Array:
@@ -128,7 +140,7 @@ def _nested(offsets: np.ndarray, values: pa.Array) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)
 
 
-def _check_shapes(row: dict, number: int, top_k: int) -> int:
+def _check_shapes(row: dict, number: int, widths: dict[str, tuple[int, ...]]) -> int:
     """The number of supervised positions of a row, after checking that all its columns agree on it."""
     tokens, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
     if tokens.shape != labels.shape or tokens.ndim != 1 or len(tokens) == 0:
@@ -137,13 +149,9 @@ def _check_shapes(row: dict, number: int, top_k: int) -> int:
     if (tokens < 0).any() or (tokens[supervised] != labels[supervised]).any():
         raise CacheError(f"Row {number}: labels are {_IGNORED} or the token itself, and tokens are not negative.")
     count = int(supervised[1:].sum())
-    for column, shape in (
-        ("teacher_ids", (count, top_k)),
-        ("teacher_log_probs", (count, top_k)),
-        ("teacher_tail_log_prob", (count,)),
-    ):
-        found = np.shape(row[column])
-        if found != shape and not (count == 0 and np.size(row[column]) == 0):
+    for column, width in widths.items():
+        found, shape = np.shape(row.get(column)), (count, *width)
+        if found != shape and not (count == 0 and np.size(row.get(column)) == 0):
             raise CacheError(f"Row {number}: {column} has shape {found}; {count} supervised positions need {shape}.")
     return count
 

@@ -29,8 +29,8 @@ from .cache_format import (
     RESULT,
     SCHEMA_VERSION,
     CacheError,
-    cache_schema,
     check_types,
+    manifest_schema,
     read_manifest,
     render_manifest,
     shard_name,
@@ -72,7 +72,7 @@ class CacheWriter:
     Args:
         path: the folder; made if absent. On several nodes, one that all of them share.
         manifest: what the cache is made from, the entries of `first_trl.cache_format.IDENTITY` and any others. Two
-            jobs are the same if this and the layout are.
+            jobs are the same if this and the layout are. With `tail_powers`, rows have that many tail power sums.
         top_k: K.
         dtype: `float16` or `float32`, of the K log-probabilities.
         rows_per_shard: examples per file, the work that a crash can lose.
@@ -91,7 +91,7 @@ class CacheWriter:
         layout = {"schema_version": SCHEMA_VERSION, "top_k": top_k, "dtype": dtype, "rows_per_shard": rows_per_shard}
         self.job = json.loads(canonical_json({**manifest, **layout}))
         self.rows_per_shard = rows_per_shard
-        self.schema = cache_schema(top_k, dtype)
+        self.schema = manifest_schema(self.job)
         self._lock = FileLock(self.path / _LOCK)
 
     def __enter__(self) -> "CacheWriter":
@@ -242,8 +242,7 @@ class CacheWriter:
         content = encode_shard(
             rows,
             first_row=index * self.rows_per_shard,
-            top_k=self.job["top_k"],
-            dtype=self.job["dtype"],
+            schema=self.schema,
             metadata=dict(zip((_JOB_KEY, _SHARD_KEY), self._signature(index), strict=True)),
         )
         with _clear_errors(f"writing {self.path / shard_name(index)}"):

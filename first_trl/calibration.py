@@ -108,9 +108,12 @@ def _largest_smoothing(kept_NK: torch.Tensor) -> float:
 def _tail_at_power(
     tail_N1: torch.Tensor, power: float, knots_J: torch.Tensor | None, log_sums_NJ: torch.Tensor | None
 ) -> torch.Tensor:
-    """(N, 1) log sum of t^power outside S: the polynomial through the knots and (1, log tau), in Lagrange's form."""
+    """(N, 1) log sum of t^power outside S: a polynomial in log(power) through the knots and (1, log tau).
+
+    In log(power) the sum bends over a width that the size of the vocabulary bounds, whatever the teacher's confidence.
+    """
     _need_tail_sums(knots_J, log_sums_NJ)
-    knots, log_sums_NJ = [float(knot) for knot in knots_J], log_sums_NJ.to(tail_N1)
+    knots, log_sums_NJ = [float(knot) for knot in knots_J], torch.as_tensor(log_sums_NJ).to(tail_N1)
     if log_sums_NJ.shape != (len(tail_N1), len(knots)):
         raise ValueError(
             f"tail_power_log_sums has shape {tuple(log_sums_NJ.shape)}; {len(tail_N1)} rows and {len(knots)} knots "
@@ -123,8 +126,12 @@ def _tail_at_power(
             f"temperature {1 / power:.4g} is outside [{1 / max(knots):.4g}, {1 / min(knots):.4g}], the range of the "
             "cache's tail power sums; outside it they would be extrapolated."
         )
-    weights = [math.prod((power - other) / (knot - other) for other in knots if other != knot) for knot in knots]
-    return log_sums_NJ @ log_sums_NJ.new_tensor(weights)[:, None]
+    weights = [  # Lagrange's
+        math.prod(math.log(power / other) / math.log(knot / other) for other in knots if other != knot)
+        for knot in knots
+    ]
+    at_power_N1 = log_sums_NJ @ log_sums_NJ.new_tensor(weights)[:, None]
+    return at_power_N1.where(tail_N1 > -math.inf, tail_N1)  # without a tail there is none at any power
 
 
 def _need_tail_sums(knots_J: torch.Tensor | None, log_sums_NJ: torch.Tensor | None) -> None:

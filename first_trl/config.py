@@ -23,9 +23,10 @@ _ONLY_WITH = {
     "server_url": ("server",),
     "server_requests": ("server",),
     "vllm_options": ("vllm",),
+    "tail_knots": ("hf",),  # the others never show the tail
 }
 # One list for calibration and for recalibrated training: the value found is the value used.
-RECALIBRATION_METHODS = ("temperature", "probability", "label_smoothing", "none")
+RECALIBRATION_METHODS = ("temperature", "probability", "label_smoothing", "vocabulary_temperature", "none")
 
 
 def setting(default, help: str, **limits):
@@ -145,6 +146,9 @@ class CacheConfig(Settings):
     )
     server_url: str | None = setting(None, "The server, e.g. http://127.0.0.1:8000; any that gives prompt_logprobs.")
     server_requests: int = setting(16, "Requests under way to the server at one time.", minimum=1)
+    tail_knots: bool = setting(
+        False, "Keep what vocabulary_temperature needs of the tail: some 70 bytes more at each position."
+    )
     vllm_options: dict | None = setting(None, "Further arguments of vllm.LLM, e.g. {tensor_parallel_size: 2}.")
 
     def broken_rules(self) -> list[Problem]:

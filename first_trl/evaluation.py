@@ -15,14 +15,27 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 
+from .cache_format import TAIL_POWERS
 from .calibration import recalibrate
 from .config import TaskConfig
 from .data import choice_token_ids, encode_example
 from .scoring import answer_scores
 
 
-def answer_set(model, dataset: Dataset, task: TaskConfig, tokenizer, *, top_k: int, tokens_per_batch: int) -> Dataset:
-    """A model's answers to a labelled set: one row per example, in order, with the columns named above."""
+def answer_set(
+    model,
+    dataset: Dataset,
+    task: TaskConfig,
+    tokenizer,
+    *,
+    top_k: int,
+    tokens_per_batch: int,
+    tail_knots: bool = False,
+) -> Dataset:
+    """A model's answers to a labelled set: one row per example, in order, with the columns named above.
+
+    With `tail_knots` also `tail_power_log_sums`, without which a `vocabulary_temperature` cannot be laid over them.
+    """
     examples = [encode_example(task, tokenizer, row) for row in dataset]
     prompts = [example["input_ids"][: example["num_prompt_tokens"]] for example in examples]
     label_ids = [example["input_ids"][example["num_prompt_tokens"]] for example in examples]
@@ -37,6 +50,7 @@ def answer_set(model, dataset: Dataset, task: TaskConfig, tokenizer, *, top_k: i
         top_k=min(top_k, len(tokenizer) - 1),
         tokens_per_batch=tokens_per_batch,
         vocab_limit=len(tokenizer),
+        tail_powers=TAIL_POWERS if tail_knots else (),
     )
     columns = {name: list(values) for name, values in scores.items()} | {"label_id": label_ids}
     if choices is not None:
@@ -51,15 +65,17 @@ def read_answers(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def recalibrated_answers(answers: dict[str, np.ndarray], method: str, value: float | None) -> dict[str, np.ndarray]:
-    """The same answers after a recalibration: tokens in the row take their new value, others move with the tail."""
+    """The same answers after a recalibration: tokens in the row take their new value, others move along."""
     rows = torch.from_numpy(answers["log_probs"].astype(np.float32))
-    mended = recalibrate(rows, method, value).numpy()
+    mended = recalibrate(rows, method, value, **tail_of(answers)).numpy()
+    # Over the whole vocabulary a token moves as the first one does, else as the tail
+    power, like = (1 / value, 0) if method == "vocabulary_temperature" else (1.0, -1)
 
     def moved(ids: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
         is_token = answers["token_ids"][:, None, :] == ids[:, :, None]  # (N, C, K)
         in_row = np.take_along_axis(mended[:, None, :-1].repeat(ids.shape[1], 1), is_token.argmax(-1)[..., None], -1)
         with np.errstate(invalid="ignore"):  # -inf - -inf where neither tail has any mass
-            outside = log_probs + (mended[:, -1:] - answers["log_probs"][:, -1:])
+            outside = power * log_probs + mended[:, [like]] - power * answers["log_probs"][:, [like]]
         return np.where(is_token.any(-1), in_row[..., 0], outside)
 
     result = answers | {"log_probs": mended}
@@ -67,6 +83,12 @@ def recalibrated_answers(answers: dict[str, np.ndarray], method: str, value: flo
     if "choice_log_probs" in answers:
         result["choice_log_probs"] = moved(answers["choice_ids"], answers["choice_log_probs"])
     return result
+
+
+def tail_of(answers: dict[str, np.ndarray]) -> dict:
+    """What `recalibrate` and `search` may need of the tail, where the answers have it."""
+    sums = answers.get("tail_power_log_sums")
+    return {"tail_power_knots": TAIL_POWERS, "tail_power_log_sums": sums} if sums is not None else {}
 
 
 def predictions(answers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from typing import Any
 
-from .config import CacheConfig, DatasetConfig, Datasets, TaskConfig
+from .config import CacheConfig, CalibrateConfig, DatasetConfig, Datasets, TaskConfig
 from .dataset_rules import broken_source, share_rows
 from .field_types import MisfitError, Settings, SettingsError, fit_value
 from .recipe_file import MISSING, Findings, is_secret
@@ -40,6 +40,7 @@ def check_recipe(tree: dict, findings: Findings) -> dict[str, Any]:
     distill = _training(_mapping(tree, ("distill",), findings), ("distill",), findings)
     datasets = _datasets(_mapping(tree, ("datasets",), findings), settings["task"], findings)
     _check_models(sft, distill, arms, settings["cache"], findings)
+    _check_tail_knots(settings["calibrate"], distill, arms, settings["cache"], findings)
     if "push" in tree and settings["push"] and arms and settings["push"].arm not in arms:
         remedy = f"choose one of {', '.join(arms)}"
         findings.add(("push", "arm"), settings["push"].arm, "there is no such arm", remedy)
@@ -164,6 +165,19 @@ def _check_models(sft: dict, distill: dict, arms: dict, cache: CacheConfig | Non
     ):
         if needed and models[path].get("model_name_or_path") is None:
             findings.add(path, MISSING, f"there is no {whose}", f"write the {whose}'s Hub id or folder")
+
+
+def _check_tail_knots(calibrate: CalibrateConfig | None, distill: dict, arms: dict, cache, findings: Findings) -> None:
+    """A temperature over the whole vocabulary needs to know the tail at that temperature."""
+    if cache is None or cache.tail_knots:
+        return
+    methods = {("calibrate", "method"): calibrate.method if calibrate else None}
+    methods[("distill", "recalibration_method")] = distill.get("recalibration_method")
+    methods |= {("arms", arm, "recalibration_method"): own.get("recalibration_method") for arm, own in arms.items()}
+    for path, method in methods.items():
+        if method == "vocabulary_temperature":
+            what = "the cache does not keep what it needs of the tail"
+            findings.add(path, method, what, "write cache.tail_knots: true, or choose temperature")
 
 
 def _datasets(section: dict, task: TaskConfig | None, findings: Findings) -> Datasets | None:

@@ -16,10 +16,14 @@ POSITIONS = ("answer", "all")
 
 
 class Rows(NamedTuple):
-    """Rows of a cache: `log_probs` (N, K+1) float32 nats with the tail last, `target` (N,) int64 in 0..K."""
+    """Rows of a cache: `log_probs` (N, K+1) float32 nats with the tail last, `target` (N,) int64 in 0..K.
+
+    `tail_power_log_sums` (N, P) float32 nats, in a cache with tail knots.
+    """
 
     log_probs: np.ndarray
     target: np.ndarray
+    tail_power_log_sums: np.ndarray | None = None
 
     def summary(self) -> dict[str, float]:
         """Accuracy of the first token, and its mean probability: the two numbers whose gap is the miscalibration."""
@@ -65,7 +69,10 @@ def calibration_rows(dataset, positions: str = "answer", eos_token_id: int | Non
         )
     is_label_NK = ids_NK[kept_N] == target_ids_N[kept_N, None]
     target_N = np.where(is_label_NK.any(axis=1), is_label_NK.argmax(axis=1), ids_NK.shape[1])
-    return Rows(log_probs_NK1[kept_N], target_N.astype(np.int64))
+    tail_sums = None
+    if "teacher_tail_power_log_sums" in table.column_names:
+        tail_sums = _flat(table["teacher_tail_power_log_sums"])[kept_N]
+    return Rows(log_probs_NK1[kept_N], target_N.astype(np.int64), tail_sums)
 
 
 def _flat(column: pa.ChunkedArray) -> np.ndarray:

@@ -102,6 +102,7 @@ def teacher_rows(
     top_k: int,
     tokens_per_batch: int,
     vocab_limit: int | None = None,
+    tail_powers: tuple[float, ...] = (),
     progress: Callable[[int], None] | None = None,
 ) -> list[dict]:
     """The teacher's columns of the cache for tokenised examples, in the order given.
@@ -109,23 +110,25 @@ def teacher_rows(
     Args:
         examples: dicts with `input_ids` and `labels` (-100 outside the loss).
         vocab_limit: size of the tokenizer; rows of the head beyond it are padding and never among the K.
+        tail_powers: the P powers b at which the tail's log sum of t^b is wanted.
         progress: called with the number of tokens of each finished batch.
 
     Returns:
         One dict per example with `input_ids`, `labels`, `teacher_ids` (n, K) int32, `teacher_log_probs` (n, K) float32
-        and `teacher_tail_log_prob` (n,) float32, for its n supervised positions in order; nats.
+        and `teacher_tail_log_prob` (n,) float32, for its n supervised positions in order; nats. With `tail_powers`
+        also `teacher_tail_power_log_sums` (n, P) float32.
     """
     positions = [np.flatnonzero(np.asarray(example["labels"][1:]) != IGNORED) for example in examples]
     rows: list[dict] = [{}] * len(examples)
     batches = hidden_states_at(model, [example["input_ids"] for example in examples], positions, tokens_per_batch)
     head = language_model_head(innermost(model))
     for indices, hidden_ND in batches:
-        token_ids_NK, log_probs_NK1 = top_k_log_probs(
-            hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit
-        )[:2]
-        counts = [len(positions[i]) for i in indices]
-        ids_parts = np.split(token_ids_NK.cpu().numpy().astype(np.int32), np.cumsum(counts)[:-1])
-        log_parts = np.split(log_probs_NK1.cpu().numpy(), np.cumsum(counts)[:-1])
+        token_ids_NK, log_probs_NK1, *power_sums = top_k_log_probs(
+            hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit, tail_powers=tail_powers
+        )
+        ends = np.cumsum([len(positions[i]) for i in indices])[:-1]
+        ids_parts = np.split(token_ids_NK.cpu().numpy().astype(np.int32), ends)
+        log_parts = np.split(log_probs_NK1.cpu().numpy(), ends)
         for i, ids, log_probs in zip(indices, ids_parts, log_parts, strict=True):
             rows[i] = {
                 "input_ids": examples[i]["input_ids"],
@@ -134,6 +137,9 @@ def teacher_rows(
                 "teacher_log_probs": log_probs[:, :-1],
                 "teacher_tail_log_prob": log_probs[:, -1],
             }
+        for sums_NP in power_sums:
+            for i, sums in zip(indices, np.split(sums_NP.cpu().numpy(), ends), strict=True):
+                rows[i]["teacher_tail_power_log_sums"] = sums
         if progress is not None:
             progress(sum(len(examples[i]["input_ids"]) for i in indices))
     return rows
@@ -149,6 +155,7 @@ def answer_scores(
     top_k: int,
     tokens_per_batch: int,
     vocab_limit: int | None = None,
+    tail_powers: tuple[float, ...] = (),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """What a model answers after each prompt, under its full-vocabulary softmax.
@@ -156,7 +163,8 @@ def answer_scores(
     Returns:
         Arrays over the N prompts: `token_ids` (N, K) most probable first, `log_probs` (N, K+1) with the tail last,
         `target` (N,) the column that holds the label (K = the tail), `label_log_prob` (N,) nats, and, with choices,
-        `choice_log_probs` (N, C) nats, not normalised over the choices.
+        `choice_log_probs` (N, C) nats, not normalised over the choices; with P `tail_powers`, `tail_power_log_sums`
+        (N, P).
     """
     columns: dict[str, list] = {name: [None] * len(prompts) for name in ("token_ids", "log_probs", "label_log_prob")}
     if choice_ids is not None:
@@ -164,7 +172,9 @@ def answer_scores(
     last = [[len(prompt) - 1] for prompt in prompts]
     head = language_model_head(innermost(model))
     for indices, hidden_ND in hidden_states_at(model, prompts, last, tokens_per_batch):
-        ids_NK, log_probs_NK1 = top_k_log_probs(hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit)[:2]
+        ids_NK, log_probs_NK1, *power_sums = top_k_log_probs(
+            hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit, tail_powers=tail_powers
+        )
         extra = [[label_ids[i], *(choice_ids or [])] for i in indices]
         wanted = torch.cat([ids_NK[:, :1], torch.as_tensor(extra, device=ids_NK.device)], dim=1)
         logits = selected_logits(hidden_ND, head.weight, wanted, *head[1:])
@@ -176,6 +186,8 @@ def answer_scores(
             columns["label_log_prob"][i] = log_probs[slot, 0]
             if choice_ids is not None:
                 columns["choice_log_probs"][i] = log_probs[slot, 1:]
+            for sums_NP in power_sums:
+                columns.setdefault("tail_power_log_sums", [None] * len(prompts))[i] = sums_NP[slot].cpu().numpy()
         if progress is not None:
             progress(sum(len(prompts[i]) for i in indices))
     scores = {name: np.stack(values) for name, values in columns.items()}

@@ -67,10 +67,12 @@ def teacher_runner(recipe, path: str, section: dict, vocab_limit: int) -> tuple[
         options = {"max_length": recipe.task.max_length, "top_k": settings.top_k, "options": settings.vllm_options}
         engine, version = load_vllm(path, revision=revision, dtype=section["dtype"], **options)
         return partial(vllm_teacher_rows, engine, **wanted), {"name": "vllm", "model": None, "version": version}
+    from first_trl.cache_format import TAIL_POWERS
     from first_trl.scoring import load_model, teacher_rows
     from first_trl.training import load_arguments
 
     model = load_model(path, revision=revision, device=state.device, **load_arguments(section))
+    wanted |= {"tail_powers": TAIL_POWERS} if settings.tail_knots else {}
     run_teacher = partial(teacher_rows, model, tokens_per_batch=settings.tokens_per_batch, **wanted)
     return run_teacher, {"name": "hf", "model": None, "version": None}  # the library versions have it
 

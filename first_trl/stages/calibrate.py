@@ -30,7 +30,7 @@ def calibrate(recipe) -> list[str]:
     for role in ("train", "validation"):
         cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe))
         rows[role] = calibration_rows(cache.dataset, settings.positions, cache.manifest["eos_token_id"])
-    log_probs, target = rows["validation"]
+    log_probs, target, tail_sums = rows["validation"]
     families = {}
     for method in calibration_methods(recipe):
         result = search(
@@ -41,6 +41,8 @@ def calibrate(recipe) -> list[str]:
             num_bins=settings.num_bins,
             bootstrap=settings.bootstrap,
             seed=settings.seed,
+            tail_power_knots=cache.manifest.get("tail_powers"),
+            tail_power_log_sums=tail_sums,
         )
         families[method] = result.to_dict()
         say(

@@ -109,6 +109,7 @@ def answer_all_sets(recipe, arm: str) -> None:
             tokenizer,
             top_k=recipe.cache.top_k,
             tokens_per_batch=recipe.evaluate.tokens_per_batch,
+            tail_knots=recipe.calibrate.method == "vocabulary_temperature",
         )
         answers.to_parquet(folder / f"{name}.parquet")
         say(f"evaluate: {arm} answered {len(answers)} rows of {name}")
@@ -117,7 +118,7 @@ def answer_all_sets(recipe, arm: str) -> None:
 def collect(recipe, arms: list[str], calibration: dict) -> dict:
     """{arm: {set: predictions}} for every arm and every recalibrated control."""
     from first_trl.calibration import search
-    from first_trl.evaluation import predictions, read_answers, recalibrated_answers
+    from first_trl.evaluation import predictions, read_answers, recalibrated_answers, tail_of
 
     folder, method = recipe.run_folder / "report" / "answers", calibration["method"]
     answers = {
@@ -134,6 +135,7 @@ def collect(recipe, arms: list[str], calibration: dict) -> dict:
                 method=method,
                 criterion=recipe.calibrate.criterion,
                 num_bins=recipe.calibrate.num_bins,
+                **tail_of(rows),
             )
             fitted[f"{arm}_post_hoc"] = (arm, result.value)
             say(f"evaluate: {arm}_post_hoc is {arm} with {method} {result.value:.3g}, fitted on validation")
