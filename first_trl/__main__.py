@@ -17,8 +17,10 @@ import time
 from pathlib import Path
 
 from . import cache_commands
-from .pipeline import is_current, say, works_of
-from .recipe import STAGES
+from .failures import memory_advice
+from .pipeline import is_current, works_of
+from .recipe import STAGES, Recipe
+from .run_log import recording, say
 
 SINGLE_PROCESS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 
@@ -37,9 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         from .demo import prepare_demo
 
         recipe = prepare_demo(Path(options.output_dir))
-        return run_pipeline(str(recipe), None, None, overrides)
+        return run_pipeline(str(recipe), None, None, overrides, options.quiet)
     if options.command == "run":
-        return run_pipeline(options.recipe, options.config_file, options.stages, overrides)
+        return run_pipeline(options.recipe, options.config_file, options.stages, overrides, options.quiet)
     parser.print_help()
     return 2
 
@@ -58,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--stages", help="only these, such as calibrate,distill,evaluate")
     demo = commands.add_parser("demo", help="the whole method on a generated task, on a CPU", allow_abbrev=False)
     demo.add_argument("--output_dir", default="runs", help="where the run folder goes (default: runs)")
+    for command in (run, demo):
+        command.add_argument("--quiet", action="store_true", help="print errors alone; the run's log.txt has the rest")
     for stage in STAGES:
         commands.add_parser(stage, help=f"the stage {stage}: `first-trl {stage} RECIPE --help`", add_help=False)
     return parser
@@ -76,17 +80,20 @@ def _take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
 def launch(stage: str, arguments: list[str], config_file: str | None) -> int:
     """Run one stage under `accelerate launch`; one process unless a configuration says otherwise."""
     launcher = [f"--config_file={config_file}"] if config_file else list(SINGLE_PROCESS)
+    launcher += ["--quiet"]  # the stage has said what is wrong: no traceback of the launcher on top
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", f"first_trl.stages.{stage}"]
     return subprocess.run([*command, *arguments], env=_environment()).returncode
 
 
 def _environment() -> dict[str, str]:
-    """Quieter third parties, and a Python path that finds this package from any folder."""
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
+    """Quieter third parties. A stage sends their warnings to the run's log; here it is the launcher that is meant."""
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     return {**quiet, **os.environ}
 
 
-def run_pipeline(recipe_path: str, config_file: str | None, stages: str | None, overrides: list[str]) -> int:
+def run_pipeline(
+    recipe_path: str, config_file: str | None, stages: str | None, overrides: list[str], quiet: bool = False
+) -> int:
     """Every stage of a recipe in order, each in its own process, skipping what is current."""
     from .recipe import RecipeError, load_recipe
 
@@ -100,22 +107,41 @@ def run_pipeline(recipe_path: str, config_file: str | None, stages: str | None, 
     if unknown:
         print(f"Unknown stage {unknown[0]!r} in --stages; choose from {', '.join(STAGES)}.", file=sys.stderr)
         return 2
+    arguments = [recipe_path, *["--quiet"] * quiet, *overrides]
     started = time.monotonic()
     for stage in (stage for stage in STAGES if stage in wanted):
         for work in works_of(recipe, stage) or [stage] * (stage == "push"):
-            if work != "push" and is_current(recipe, work):
-                say(f"{work}: up to date, nothing to do")
-                continue
-            arm = ["--arm", work.removeprefix("distill.")] if stage == "distill" else []
-            status = launch(stage, [recipe_path, *arm, *overrides], config_file)
+            status = _run_work(recipe, stage, work, arguments, config_file, quiet)
             if status != 0:
-                say(f"{work} failed (exit status {status}); run the same command again to continue from here")
                 return status
-    _print_result(recipe, time.monotonic() - started)
+    with recording(recipe.run_folder / "log.txt", quiet=quiet):
+        _print_result(recipe, time.monotonic() - started)
     return 0
 
 
-def _print_result(recipe, seconds: float) -> None:
+def _run_work(
+    recipe: Recipe, stage: str, work: str, arguments: list[str], config_file: str | None, quiet: bool
+) -> int:
+    """One piece of work in a process of its own; returns its exit status."""
+    path = recipe.run_folder / "log.txt"
+    if work != "push" and is_current(recipe, work):
+        with recording(path, quiet=quiet):
+            say(f"{work}: up to date, nothing to do")
+        return 0
+    size = path.stat().st_size if path.is_file() else 0
+    arm = ["--arm", work.removeprefix("distill.")] if stage == "distill" else []
+    status = launch(stage, [*arguments[:1], *arm, *arguments[1:]], config_file)
+    if status == 0:
+        return 0
+    said = path.read_bytes()[size:] if path.is_file() else b""
+    with recording(path):
+        if said and f"{stage} failed".encode() not in said:
+            say(f"{work} ended without a word, as a system ends what takes too much memory: {memory_advice(stage)}")
+        say(f"{work} failed (exit status {status}); run the same command again to continue from here")
+    return status
+
+
+def _print_result(recipe: Recipe, seconds: float) -> None:
     report = recipe.run_folder / "report"
     for name in ("table.md", "summary.md"):
         if (report / name).is_file():

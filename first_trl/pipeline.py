@@ -6,14 +6,14 @@ what a piece is made from, `run_work` makes it if that has changed. Nothing here
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from .recipe import Recipe, RecipeError, load_recipe
+from .recipe import STAGES, Recipe, RecipeError, load_recipe
 from .run_folder import RunFolder, path_fingerprint
+from .run_log import say
 
 METHODS_WITHOUT_VALUE = ("none",)
 
@@ -30,11 +30,12 @@ def parse_stage(stage: str, argv: list[str] | None = None) -> tuple[Recipe, argp
         parser.add_argument("--arm", help="train this arm only")
     if stage == "push":
         parser.add_argument("--dry_run", action="store_true", help="write the folder to upload, and upload nothing")
+    parser.add_argument("--quiet", action="store_true", help="print errors alone; the run's log.txt has the rest")
     options, overrides = parser.parse_known_args(argv)
     try:
         recipe = load_recipe(options.recipe, overrides, stage=stage)
     except RecipeError as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(str(error) if os.environ.get("RANK", "0") == "0" else 1) from None
     if getattr(options, "arm", None) and options.arm not in recipe.arms:
         parser.error(f"unknown arm {options.arm!r}; the recipe has {', '.join(recipe.arms)}")
     return recipe, options
@@ -135,6 +136,29 @@ def inputs_of(recipe: Recipe, work: str) -> dict:
     }
 
 
+def reads_of(recipe: Recipe, work: str) -> list[str]:
+    """What a piece of work reads, as people name it: models, files and folders."""
+    run, data = recipe.run_folder, recipe.datasets
+    if work == "sft":
+        return [recipe.sft["model_name_or_path"], *_files(data.train)]
+    if work == "cache":
+        return [teacher_path(recipe), *_files(data.transfer or data.train), *_files(data.validation)]
+    if work == "calibrate":
+        return [str(run / "cache" / "validation")]
+    if work == "evaluate":
+        students = [str(run / "students" / arm) for arm in recipe.arms]
+        return [teacher_path(recipe), *students, f"{len(data.test)} test sets"]
+    arm = work.removeprefix("distill.")
+    rows = _files(data.train) if recipe.arm_trainer(arm) == "sft" else [str(run / "cache" / "train")]
+    calibration = [str(run / "calibration.json")] if needs_calibration(recipe, arm) else []
+    return [recipe.arm_section(arm)["model_name_or_path"], *rows, *calibration]
+
+
+def _files(config) -> list[str]:
+    files = config.data_files or config.path
+    return [files] if isinstance(files, str) else files
+
+
 def is_current(recipe: Recipe, work: str) -> bool:
     """Whether a piece of work is finished and what it was made from has not changed."""
     return RunFolder(recipe.run_folder).is_current(work, inputs_of(recipe, work))
@@ -196,11 +220,10 @@ def run_work(recipe: Recipe, work: str, make: Callable[[bool], list[str]], patie
     state.wait_for_everyone()
     if state.is_main_process:
         run.finish(work, inputs, outputs, time.monotonic() - started)
-    written = ", ".join(str(recipe.run_folder / name) for name in outputs)
-    say(f"{work}: wrote {written} in {time.monotonic() - started:.0f} s")
+    read, written = ", ".join(reads_of(recipe, work)), ", ".join(str(recipe.run_folder / name) for name in outputs)
+    say(f"{work}: read {read}; wrote {written} in {time.monotonic() - started:.0f} s; next: {_next(recipe, work)}")
 
 
-def say(line: str) -> None:
-    """One line for the user, from the main process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"[first-trl] {line}", file=sys.stderr, flush=True)
+def _next(recipe: Recipe, work: str) -> str:
+    works = [each for stage in STAGES for each in works_of(recipe, stage)]
+    return [*works, "push, or the report in a browser"][works.index(work) + 1]

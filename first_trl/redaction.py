@@ -1,7 +1,8 @@
 """Keep what belongs to one machine out of what is published: local paths, the user's name, tokens.
 
 Paths are reduced to their last part, which is all that a reader elsewhere can use. What cannot be reduced safely is
-refused, never cut out: a file with a hole in it helps nobody. Escaping for Markdown is not here.
+refused, never cut out: a file with a hole in it helps nobody. A log is the exception: it must go on, so secrets are
+cut out of its lines. Escaping for Markdown is not here.
 """
 
 import os
@@ -17,6 +18,8 @@ MODEL_PATH_KEYS = frozenset(
 )
 _PATH_START = re.compile(r"[/~]|\.\.?/|[A-Za-z]:[\\/]|\\\\|file://")
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+_BEARER = re.compile(r"(\b[Bb]earer )[\w.~+/-]{8,}=*")
+_IN_ADDRESS = re.compile(r"(://[^\s/:@]*:)[^\s/@]+@")
 _SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|key|credentials?)(_|$)", re.IGNORECASE)
 
 
@@ -48,6 +51,19 @@ def without_local_paths(value: Any, keys: frozenset[str] | None = None, key: str
     return path_name(value) if looked_at and is_local_path(value) else value
 
 
+def redacted(text: str) -> str:
+    """A line for a log, without access tokens, passwords in addresses, and values of secret environment variables."""
+    text = _IN_ADDRESS.sub(r"\1(not shown)@", _BEARER.sub(r"\1(not shown)", _HUB_TOKEN.sub("(not shown)", text)))
+    for secret in _secret_values():
+        text = text.replace(secret, "(not shown)")
+    return text
+
+
+def _secret_values() -> dict[str, str]:
+    """Value -> name of the environment variables that are named like secrets; short values are words."""
+    return {value: name for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8}
+
+
 def refuse_leaks(name: str, text: str) -> None:
     """Check a file that is about to be published.
 
@@ -57,8 +73,8 @@ def refuse_leaks(name: str, text: str) -> None:
     """
     if _HUB_TOKEN.search(text):
         raise ValueError(f"{name} holds a Hub access token; remove it from the recipe or the data, and revoke it")
-    for variable, secret in os.environ.items():
-        if _SECRET_NAME.search(variable) and len(secret) >= 8 and secret in text:
+    for secret, variable in _secret_values().items():
+        if secret in text:
             raise ValueError(
                 f"{name} holds the value of the environment variable {variable}; remove it from the recipe"
             )

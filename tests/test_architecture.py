@@ -22,7 +22,8 @@ FLOORS = (
         ("encoding",),
         ("load_errors",),
         ("run_folder",),
-        ("redaction",),
+        ("redaction", "run_log"),
+        ("failures",),
     ),
     (  # 1: one idea each
         ("recipe_rules", "dataset_rules", "recipe_keys", "recipe_sections", "recipe"),
@@ -41,7 +42,7 @@ FLOORS = (
         ("evaluation",),
         ("cache_inspection",),
         ("cache_hub",),
-        ("pipeline",),
+        ("pipeline", "stage_command"),
     ),
     (  # 3: commands
         ("stages.sft",),

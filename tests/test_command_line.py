@@ -54,11 +54,13 @@ def test_a_stage_is_launched_under_accelerate_with_its_configuration(monkeypatch
     command.main(["cache", "--config_file", "configs/multi_gpu.yaml", "recipe.yaml", "--top_k", "7"])
     command.main(["sft", "recipe.yaml"])
     assert commands[0][2:] == [
-        *("accelerate.commands.launch", "--config_file=configs/multi_gpu.yaml", "-m", "first_trl.stages.cache"),
+        *("accelerate.commands.launch", "--config_file=configs/multi_gpu.yaml", "--quiet"),
+        *("-m", "first_trl.stages.cache"),
         *("recipe.yaml", "--top_k", "7"),
     ]
     assert commands[1][2:] == [
-        *("accelerate.commands.launch", *command.SINGLE_PROCESS, "-m", "first_trl.stages.sft", "recipe.yaml")
+        *("accelerate.commands.launch", *command.SINGLE_PROCESS, "--quiet", "-m", "first_trl.stages.sft"),
+        "recipe.yaml",
     ]
 
 

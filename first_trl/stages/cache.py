@@ -11,13 +11,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import PurePath
 
-from first_trl.pipeline import parse_stage, require, run_work, say, teacher_path
+from first_trl.pipeline import require, run_work, say, teacher_path
+from first_trl.stage_command import stage_command
 
 ROLES = ("train", "validation")
 
 
-def main(argv: list[str] | None = None) -> None:
-    recipe, _ = parse_stage("cache", argv)
+@stage_command("cache")
+def main(recipe, options) -> None:
     require(recipe, "sft")
     run_work(recipe, "cache", lambda continues: cache_splits(recipe), patient=True)
 

@@ -8,11 +8,12 @@ whole search curve and the errors before and after, for every family that an arm
 
 import json
 
-from first_trl.pipeline import calibration_methods, parse_stage, require, run_work, say, teacher_path
+from first_trl.pipeline import calibration_methods, require, run_work, say, teacher_path
+from first_trl.stage_command import stage_command
 
 
-def main(argv: list[str] | None = None) -> None:
-    recipe, _ = parse_stage("calibrate", argv)
+@stage_command("calibrate")
+def main(recipe, options) -> None:
     require(recipe, "cache")
     run_work(recipe, "calibrate", lambda continues: calibrate(recipe))
 

@@ -8,11 +8,12 @@ Reads `runs/<name>/cache/train` and `calibration.json`; writes `runs/<name>/stud
 
 import json
 
-from first_trl.pipeline import needs_calibration, parse_stage, recalibration_of, require, run_work, teacher_path
+from first_trl.pipeline import needs_calibration, recalibration_of, require, run_work, teacher_path
+from first_trl.stage_command import stage_command
 
 
-def main(argv: list[str] | None = None) -> None:
-    recipe, options = parse_stage("distill", argv)
+@stage_command("distill")
+def main(recipe, options) -> None:
     for arm in [options.arm] if options.arm else recipe.arms:
         require(recipe, "cache", *(["calibrate"] if needs_calibration(recipe, arm) else []))
         run_work(recipe, f"distill.{arm}", lambda continues, arm=arm: train_arm(recipe, arm, continues))

@@ -9,11 +9,12 @@ over them; the control's is searched on validation by the same family and criter
 
 import json
 
-from first_trl.pipeline import parse_stage, require, run_work, say, teacher_path, works_of
+from first_trl.pipeline import require, run_work, say, teacher_path, works_of
+from first_trl.stage_command import stage_command
 
 
-def main(argv: list[str] | None = None) -> None:
-    recipe, _ = parse_stage("evaluate", argv)
+@stage_command("evaluate")
+def main(recipe, options) -> None:
     require(recipe, "sft", "calibrate", *works_of(recipe, "distill"))
     run_work(recipe, "evaluate", lambda continues: evaluate(recipe), patient=True)
 

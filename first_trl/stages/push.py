@@ -5,11 +5,12 @@
 Reads `runs/<name>/students/<arm>` and `report/`; writes `runs/<name>/push/`, exactly what is uploaded.
 """
 
-from first_trl.pipeline import parse_stage, require, say
+from first_trl.pipeline import require, say
+from first_trl.stage_command import stage_command
 
 
-def main(argv: list[str] | None = None) -> None:
-    recipe, options = parse_stage("push", argv)
+@stage_command("push")
+def main(recipe, options) -> None:
     require(recipe, f"distill.{recipe.push.arm}", "evaluate")
     from accelerate import PartialState
 
@@ -19,26 +20,24 @@ def main(argv: list[str] | None = None) -> None:
 
 def push(recipe, dry_run: bool) -> None:
     """Prepare the folder and upload it, unless this is a rehearsal."""
-    from first_trl.card import PushError, prepare_upload_folder, push_folder
+    from first_trl.card import prepare_upload_folder, push_folder
 
     settings = recipe.push
     if settings.hub_model_id is None and not dry_run:
-        raise SystemExit("push.hub_model_id is missing; set it to 'your-name/your-model', or rehearse with --dry_run.")
-    try:
-        folder = prepare_upload_folder(recipe.run_folder, settings.arm, recipe, recipe.run_folder / "push")
-        say(f"push: wrote {folder}")
-        if not dry_run:
-            url = push_folder(
-                folder,
-                settings.hub_model_id,
-                private=settings.private,
-                revision=settings.revision,
-                create_pr=settings.create_pr,
-                commit_message=settings.commit_message,
-            )
-            say(f"push: uploaded to {url}")
-    except (PushError, ValueError) as error:
-        raise SystemExit(f"push: {error}") from None
+        raise ValueError("push.hub_model_id is missing; set it to 'your-name/your-model', or rehearse with --dry_run.")
+    folder = prepare_upload_folder(recipe.run_folder, settings.arm, recipe, recipe.run_folder / "push")
+    next_step = "; next: the same command without --dry_run" * dry_run
+    say(f"push: wrote {folder}, exactly what is uploaded{next_step}")
+    if not dry_run:
+        url = push_folder(
+            folder,
+            settings.hub_model_id,
+            private=settings.private,
+            revision=settings.revision,
+            create_pr=settings.create_pr,
+            commit_message=settings.commit_message,
+        )
+        say(f"push: uploaded to {url}")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@
 Reads the recipe's `task`, `datasets.train` and `sft`; writes `runs/<name>/teacher/`, an adapter or a whole model.
 """
 
-from first_trl.pipeline import parse_stage, run_work
+from first_trl.pipeline import run_work
+from first_trl.stage_command import stage_command
 
 
-def main(argv: list[str] | None = None) -> None:
-    recipe, _ = parse_stage("sft", argv)
+@stage_command("sft")
+def main(recipe, options) -> None:
     if recipe.cache.teacher is not None:
-        raise SystemExit(f"The recipe gives a teacher ({recipe.cache.teacher}); there is nothing to fine-tune.")
+        raise ValueError(f"cache.teacher gives a teacher ({recipe.cache.teacher}); run `first-trl cache` instead.")
     run_work(recipe, "sft", lambda continues: fine_tune(recipe, continues))
 
 
