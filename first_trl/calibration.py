@@ -305,7 +305,14 @@ def search(
 
 
 def error_curve(
-    log_probs: torch.Tensor, target: torch.Tensor, method: str, values: list[float], num_bins: int = 10
+    log_probs: torch.Tensor,
+    target: torch.Tensor,
+    method: str,
+    values: list[float],
+    num_bins: int = 10,
+    *,
+    tail_power_knots: torch.Tensor | None = None,
+    tail_power_log_sums: torch.Tensor | None = None,
 ) -> list[dict[str, float | None]]:
     """[{"value", "ece", "nll"}] of rows at given values: how a search's curve looks on other rows, such as a test set.
 
@@ -314,7 +321,8 @@ def error_curve(
     log_probs_NK1, target_N = _check_rows(log_probs, target)
     if method == "label_smoothing":
         values = [value for value in values if value <= _largest_smoothing(log_probs_NK1[:, :-1])]
-    evaluation = _Evaluation(log_probs_NK1, target_N, method, "ece", num_bins, {})
+    tail = {"tail_power_knots": tail_power_knots, "tail_power_log_sums": tail_power_log_sums}
+    evaluation = _Evaluation(log_probs_NK1, target_N, method, "ece", num_bins, tail)
     points = [evaluation.measure(value) for value in values]
     return [{name: _finite(point[name]) for name in ("value", "ece", "nll")} for point in points]
 

@@ -80,6 +80,12 @@ class FIRSTConfig(SFTConfig):
                 f"recalibration_method is {self.recalibration_method!r} but recalibration_value is missing; take the "
                 "value from calibration.json, or from first_trl.calibration.search on a validation cache."
             )
+        if (self.divergence, self.tail, self.recalibration_method) == ("reverse_kl", "bucket", "probability"):
+            raise ValueError(
+                "divergence='reverse_kl' with recalibration_method='probability' makes every loss infinite: that map "
+                "leaves the teacher's tail no probability, and the student always has some there. Use "
+                "divergence='forward_kl' or 'jsd', or recalibration_method='temperature'."
+            )
         self._refuse_what_this_trainer_cannot_honour()
 
     def _refuse_what_this_trainer_cannot_honour(self):

@@ -71,6 +71,12 @@ def calibration_methods(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(wanted))
 
 
+def cached_roles(recipe: Recipe) -> tuple[str, ...]:
+    """The splits that the teacher is run over: without rows for students to learn from, validation alone."""
+    learnt = recipe.datasets.transfer or recipe.datasets.train
+    return ("train", "validation") if learnt else ("validation",)
+
+
 def teacher_path(recipe: Recipe) -> str:
     """The teacher's model id or folder: the one given, or the one that `sft` makes."""
     return recipe.cache.teacher or str(recipe.run_folder / "teacher")
@@ -81,7 +87,9 @@ def _local(path) -> str | None:
     return path_fingerprint(path) if path and Path(path).exists() else None
 
 
-def _dataset(config) -> dict:
+def _dataset(config) -> dict | None:
+    if config is None:
+        return None
     files = config.data_files or []
     files = [files] if isinstance(files, str) else files
     return {"config": vars(config), "files": [_local(file) for file in files] or _local(config.path)}
@@ -155,6 +163,8 @@ def reads_of(recipe: Recipe, work: str) -> list[str]:
 
 
 def _files(config) -> list[str]:
+    if config is None:
+        return []
     files = config.data_files or config.path
     return [files] if isinstance(files, str) else files
 

@@ -41,6 +41,7 @@ def check_recipe(tree: dict, findings: Findings) -> dict[str, Any]:
     datasets = _datasets(_mapping(tree, ("datasets",), findings), settings["task"], findings)
     _check_models(sft, distill, arms, settings["cache"], findings)
     _check_tail_knots(settings["calibrate"], distill, arms, settings["cache"], findings)
+    _check_divergence(settings["calibrate"], distill, arms, findings)
     if "push" in tree and settings["push"] and arms and settings["push"].arm not in arms:
         remedy = f"choose one of {', '.join(arms)}"
         findings.add(("push", "arm"), settings["push"].arm, "there is no such arm", remedy)
@@ -180,6 +181,18 @@ def _check_tail_knots(calibrate: CalibrateConfig | None, distill: dict, arms: di
             findings.add(path, method, what, "write cache.tail_knots: true, or choose temperature")
 
 
+def _check_divergence(calibrate: CalibrateConfig | None, distill: dict, arms: dict, findings: Findings) -> None:
+    """A reverse divergence from a teacher without a tail is infinite."""
+    for arm, own in arms.items():
+        section = distill | own
+        method = section.get("recalibration_method", calibrate.method if calibrate else None)
+        losses = section.get("divergence", "forward_kl"), section.get("tail", "bucket")
+        if own.get("trainer") != "sft" and (*losses, method) == ("reverse_kl", "bucket", "probability"):
+            what = "the recalibration `probability` leaves the teacher no tail, so that every loss would be infinite"
+            path = ("arms", arm, "divergence") if "divergence" in own else ("distill", "divergence")
+            findings.add(path, "reverse_kl", what, "write forward_kl or jsd, or recalibrate by temperature")
+
+
 def _datasets(section: dict, task: TaskConfig | None, findings: Findings) -> Datasets | None:
     for key in section:
         if key not in ("train", "transfer", "validation", "test"):
@@ -229,6 +242,9 @@ def _tests(section: dict, task: TaskConfig | None, findings: Findings) -> dict[s
         if not _FOLDER_NAME.fullmatch(name):
             remedy = "use letters, digits, '-' and '_', starting with a letter or digit"
             findings.add((*path, name), MISSING, "a test set's name is the name of a file", remedy)
+        if name == "validation":
+            what = "the report keeps the answers to the validation split under this name"
+            findings.add((*path, name), MISSING, what, "choose another name")
         dataset = _dataset(sets, (*path, name), findings)
         if dataset is not None:
             tests[name] = dataset

@@ -155,8 +155,8 @@ def _missing(arms: dict) -> list[dict]:
 def _teacher_gap(calibration: dict | None) -> list[dict]:
     """The warning sign of a teacher that labels rows it was trained on."""
     teacher = (calibration or {}).get("teacher")
-    if not teacher:
-        return []
+    if not teacher or "cached_rows" not in teacher:
+        return []  # nothing was cached for students to learn from
     cached, validation = teacher["cached_rows"], teacher["validation"]
     text = (
         f"The teacher is {percent(cached['accuracy'])} right at a mean confidence of {percent(cached['confidence'])} "

@@ -39,7 +39,7 @@ FLOORS = (
     (  # 2: parts joined
         ("first_config", "trainer"),
         ("training",),
-        ("evaluation",),
+        ("evaluation", "controls"),
         ("cache_inspection",),
         ("cache_hub",),
         ("pipeline", "stage_command"),

@@ -346,6 +346,11 @@ BROKEN = [
     ("a tab", "  top_k: 5", "\ttop_k: 5", ["line 19: this is not YAML"]),
     ("nested aliases", "top_k: 5", "top_k: " + "[" * 40 + "]" * 40, ["too many values"]),
     ("a merge key", "cache:\n", "cache:\n  <<: {dtype: float32}\n", ["merge keys", "write the keys out"]),
+    ("a reverse divergence from a teacher without a tail", "divergence: jsd",
+     "divergence: reverse_kl\n  recalibration_method: probability",
+     ["divergence = 'reverse_kl'", "every loss would be infinite", "forward_kl or jsd"]),
+    ("a test set that takes the name of the validation split", "test:\n", "test:\n    validation: {path: a/b}\n",
+     ["datasets.test.validation", "choose another name"]),
 ]  # fmt: skip
 
 

@@ -11,10 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import PurePath
 
-from first_trl.pipeline import require, run_work, say, teacher_path
+from first_trl.pipeline import cached_roles, require, run_work, say, teacher_path
 from first_trl.stage_command import stage_command
-
-ROLES = ("train", "validation")
 
 
 @stage_command("cache")
@@ -35,14 +33,15 @@ def cache_splits(recipe) -> list[str]:
     state, path, section = PartialState(), teacher_path(recipe), teacher_section(recipe)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=recipe.cache.teacher_revision)
     run_teacher, backend = teacher_runner(recipe, path, section, len(tokenizer))
-    identities = [None, None]
+    roles = cached_roles(recipe)
+    identities = [None] * len(roles)
     if state.is_main_process:  # hashing a large teacher takes its time: once is enough
         teacher = teacher_identity(path, section)
-        identities = [cache_identity(recipe, role, tokenizer, teacher, backend) for role in ROLES]
+        identities = [cache_identity(recipe, role, tokenizer, teacher, backend) for role in roles]
     broadcast_object_list(identities)
-    for role, identity in zip(ROLES, identities, strict=True):
+    for role, identity in zip(roles, identities, strict=True):
         cache_split(recipe, role, run_teacher, tokenizer, identity)
-    return [f"cache/{role}/manifest.json" for role in ROLES]
+    return [f"cache/{role}/manifest.json" for role in roles]
 
 
 def teacher_runner(recipe, path: str, section: dict, vocab_limit: int) -> tuple[Callable, dict]:

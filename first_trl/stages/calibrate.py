@@ -8,7 +8,7 @@ whole search curve and the errors before and after, for every family that an arm
 
 import json
 
-from first_trl.pipeline import calibration_methods, require, run_work, say, teacher_path
+from first_trl.pipeline import cached_roles, calibration_methods, require, run_work, say, teacher_path
 from first_trl.stage_command import stage_command
 
 
@@ -28,7 +28,7 @@ def calibrate(recipe) -> list[str]:
 
     settings = recipe.calibrate
     rows = {}
-    for role in ("train", "validation"):
+    for role in cached_roles(recipe):
         cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe))
         rows[role] = calibration_rows(cache.dataset, settings.positions, cache.manifest["eos_token_id"])
     log_probs, target, tail_sums = rows["validation"]
@@ -46,15 +46,15 @@ def calibrate(recipe) -> list[str]:
             tail_power_log_sums=tail_sums,
         )
         families[method] = result.to_dict()
+        say(f"calibrate: {search_line(result)}")
+    teacher = {"validation": rows["validation"].summary()}
+    if "train" in rows:
+        seen, unseen = rows["train"].summary(), teacher["validation"]
+        teacher = {"cached_rows": seen, **teacher}
         say(
-            f"calibrate: {method} {result.value:.3g} takes the teacher's ECE on {len(target)} validation positions "
-            f"from {100 * result.ece_before:.1f} % to {100 * result.ece_after:.1f} %"
+            f"calibrate: on the rows it labels the teacher is {100 * seen['accuracy']:.1f} % right at confidence "
+            f"{seen['confidence']:.2f}, on validation {100 * unseen['accuracy']:.1f} % at {unseen['confidence']:.2f}"
         )
-    seen, unseen = rows["train"].summary(), rows["validation"].summary()
-    say(
-        f"calibrate: on the rows it labels the teacher is {100 * seen['accuracy']:.1f} % right at confidence "
-        f"{seen['confidence']:.2f}, on validation {100 * unseen['accuracy']:.1f} % at {unseen['confidence']:.2f}"
-    )
     calibration = {
         "schema_version": 1,
         "method": settings.method,
@@ -63,11 +63,20 @@ def calibrate(recipe) -> list[str]:
         "positions": settings.positions,
         "num_bins": settings.num_bins,
         "num_positions": len(target),
-        "teacher": {"cached_rows": seen, "validation": unseen},
+        "teacher": teacher,
         "families": families,
     }
     write_atomically(recipe.run_folder / "calibration.json", json.dumps(calibration, indent=1))
     return ["calibration.json"]
+
+
+def search_line(result) -> str:
+    """What a search found, in a line."""
+    before, positions = f"{100 * result.ece_before:.1f} %", f"{result.num_positions} validation positions"
+    if result.value is None:
+        return f"{result.method} leaves the teacher's ECE on {positions} at {before}"
+    after = f"{100 * result.ece_after:.1f} %"
+    return f"{result.method} {result.value:.3g} takes the teacher's ECE on {positions} from {before} to {after}"
 
 
 if __name__ == "__main__":

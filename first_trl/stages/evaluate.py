@@ -4,7 +4,7 @@
 
 Reads the teacher, the students and the test sets; writes `runs/<name>/report/`. The arms are shared out over the
 processes of the job. `teacher_recalibrated` and `fine_tuned_post_hoc` are the same answers with a recalibration laid
-over them; the control's is searched on validation by the same family and criterion as the teacher's.
+over them (`first_trl.controls`).
 """
 
 import json
@@ -23,28 +23,43 @@ def evaluate(recipe) -> list[str]:
     """Score all arms, add the recalibrated controls and write the report; returns what was written."""
     from accelerate import PartialState
 
-    from first_trl.report import write_report
-
     state = PartialState()
     if state.is_main_process and not recipe.evaluate.allow_overlap:
         refuse_overlap(recipe)
-    sources = {"teacher": None, "base": None, **recipe.arms}
-    for arm in list(sources)[state.process_index :: state.num_processes]:
+    arms = ["teacher", *(["base"] if "model_name_or_path" in recipe.distill else []), *recipe.arms]
+    for arm in arms[state.process_index :: state.num_processes]:
         answer_all_sets(recipe, arm)
     state.wait_for_everyone()
     if state.is_main_process:
-        calibration = json.loads((recipe.run_folder / "calibration.json").read_text(encoding="utf-8"))
-        write_report(
-            recipe.run_folder / "report",
-            collect(recipe, list(sources), calibration),
-            calibration,
-            provenance={"recipe": recipe.to_dict()},
-            out_of_domain={name for name, config in recipe.datasets.test.items() if config.out_of_domain},
-            num_bins=recipe.evaluate.num_bins,
-            bootstrap=recipe.evaluate.bootstrap,
-            seed=recipe.evaluate.seed,
-        )
+        report(recipe, arms)
     return ["report/metrics.json", "report/table.md", "report/index.html"]
+
+
+def report(recipe, arms: list[str]) -> None:
+    """Measure what was answered and write the report."""
+    from first_trl.controls import VALIDATION, collect, teacher_curves
+    from first_trl.report import write_report
+
+    folder, tests = recipe.run_folder / "report", list(recipe.datasets.test)
+    calibration = json.loads((recipe.run_folder / "calibration.json").read_text(encoding="utf-8"))
+    labelled = [arm for arm in recipe.arms if recipe.arm_trainer(arm) == "sft"]
+    predictions, fitted = collect(folder / "answers", arms, labelled, tests, calibration)
+    for name, (method, value) in fitted.items():
+        say(f"evaluate: {name} is measured with {method} {value:.3g}, fitted on validation")
+    validation = {arm: sets.pop(VALIDATION) for arm, sets in predictions.items()}
+    write_report(
+        folder,
+        predictions,
+        calibration,
+        provenance={"recipe": recipe.to_dict()},
+        out_of_domain={name for name, config in recipe.datasets.test.items() if config.out_of_domain},
+        num_bins=recipe.evaluate.num_bins,
+        bootstrap=recipe.evaluate.bootstrap,
+        seed=recipe.evaluate.seed,
+        validation=validation,
+        test_curves=teacher_curves(folder / "answers", tests, calibration),
+        training={arm: training_log(recipe, arm) for arm in recipe.arms},
+    )
 
 
 def refuse_overlap(recipe) -> None:
@@ -116,35 +131,10 @@ def answer_all_sets(recipe, arm: str) -> None:
         say(f"evaluate: {arm} answered {len(answers)} rows of {name}")
 
 
-def collect(recipe, arms: list[str], calibration: dict) -> dict:
-    """{arm: {set: predictions}} for every arm and every recalibrated control."""
-    from first_trl.calibration import search
-    from first_trl.evaluation import predictions, read_answers, recalibrated_answers, tail_of
-
-    folder, method = recipe.run_folder / "report" / "answers", calibration["method"]
-    answers = {
-        arm: {name: read_answers(folder / arm / f"{name}.parquet") for name in recipe.datasets.test} for arm in arms
-    }
-    collected = {arm: {name: predictions(rows) for name, rows in sets.items()} for arm, sets in answers.items()}
-    fitted = {"teacher_recalibrated": ("teacher", calibration["value"])}
-    for arm in arms:
-        if arm in recipe.arms and recipe.arm_trainer(arm) == "sft":
-            rows = read_answers(folder / arm / "validation.parquet")
-            result = search(
-                rows["log_probs"],
-                rows["target"],
-                method=method,
-                criterion=recipe.calibrate.criterion,
-                num_bins=recipe.calibrate.num_bins,
-                **tail_of(rows),
-            )
-            fitted[f"{arm}_post_hoc"] = (arm, result.value)
-            say(f"evaluate: {arm}_post_hoc is {arm} with {method} {result.value:.3g}, fitted on validation")
-    for name, (arm, value) in fitted.items():
-        collected[name] = {
-            test: predictions(recalibrated_answers(rows, method, value)) for test, rows in answers[arm].items()
-        }
-    return collected
+def training_log(recipe, arm: str) -> list[dict]:
+    """What the trainer of a student logged, step by step."""
+    file = recipe.run_folder / "students" / arm / "trainer_state.json"
+    return json.loads(file.read_text(encoding="utf-8"))["log_history"]
 
 
 if __name__ == "__main__":

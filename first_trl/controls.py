@@ -1,0 +1,75 @@
+"""From the answers of the models to what the report measures: every arm, and the controls that are laid over them.
+
+`teacher_recalibrated` and `<arm>_post_hoc` are answers that were already given, under a recalibration: the teacher's
+is the one in `calibration.json`, the control's is searched on its own validation answers, by the same family and
+criterion. Reads answers files (`first_trl.evaluation`); runs no model and measures nothing.
+"""
+
+from pathlib import Path
+
+from .calibration import error_curve, search
+from .evaluation import predictions, read_answers, recalibrated_answers, tail_of
+
+VALIDATION = "validation"
+
+
+def collect(
+    folder: Path, models: list[str], labelled: list[str], tests: list[str], calibration: dict
+) -> tuple[dict[str, dict], dict[str, tuple[str, float]]]:
+    """What every arm and every recalibrated control predicts.
+
+    Args:
+        folder: holds `<model>/<set>.parquet` for validation and every test set.
+        models: those that answered.
+        labelled: which of them are controls trained on labels, each of which gets a `<arm>_post_hoc`.
+        calibration: the content of `calibration.json`.
+
+    Returns:
+        ({arm: {set: predictions}}, validation among the sets, and {recalibrated arm: (method, value)}).
+    """
+    answers = {
+        model: {name: read_answers(folder / model / f"{name}.parquet") for name in (VALIDATION, *tests)}
+        for model in models
+    }
+    collected = {model: {name: predictions(rows) for name, rows in sets.items()} for model, sets in answers.items()}
+    method, fitted = calibration["method"], {}
+    if method != "none":
+        fitted["teacher_recalibrated"] = method, calibration["value"]
+        collected["teacher_recalibrated"] = _recalibrated(answers["teacher"], method, calibration["value"])
+        for model in labelled:
+            value = _fit(answers[model][VALIDATION], method, calibration)
+            fitted[f"{model}_post_hoc"] = method, value
+            collected[f"{model}_post_hoc"] = _recalibrated(answers[model], method, value)
+    return collected, fitted
+
+
+def _fit(rows: dict, method: str, calibration: dict) -> float:
+    settings = {"criterion": calibration["criterion"], "num_bins": calibration["num_bins"]}
+    return search(rows["log_probs"], rows["target"], method=method, **settings, **tail_of(rows)).value
+
+
+def _recalibrated(sets: dict[str, dict], method: str, value: float) -> dict[str, dict]:
+    return {name: predictions(recalibrated_answers(rows, method, value)) for name, rows in sets.items()}
+
+
+def teacher_curves(folder: Path, tests: list[str], calibration: dict) -> dict[str, dict[str, list[dict]]]:
+    """{method: {set: curve}}: the teacher's error on the test sets at the values that the search tried on validation.
+
+    For the eye alone: no value is ever chosen by it.
+    """
+    answers = {name: read_answers(folder / "teacher" / f"{name}.parquet") for name in tests}
+    return {
+        method: {
+            name: error_curve(
+                rows["log_probs"],
+                rows["target"],
+                method,
+                [point["value"] for point in family["curve"]],
+                calibration["num_bins"],
+                **tail_of(rows),
+            )
+            for name, rows in answers.items()
+        }
+        for method, family in calibration["families"].items()
+        if family["value"] is not None
+    }

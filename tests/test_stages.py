@@ -1,0 +1,105 @@
+"""The stages one after another on tiny models: what a recipe asks for is made, what it leaves out is not missed."""
+
+import json
+
+import pytest
+import yaml
+
+from first_trl.pipeline import calibration_methods, works_of
+from first_trl.recipe import load_recipe
+from first_trl.stages import cache, calibrate, distill, evaluate
+from tests.cache_recipe import write_recipe, write_rows
+
+TASK = {
+    "prompt": "Review : {text} Sentiment :",
+    "completion": " {label}",
+    "choices": ["good", "bad"],
+    "append_eos": False,
+    "max_length": 60,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        yield
+
+
+def tiny_recipe(folder, **sections):
+    """A recipe with a given teacher, all four stages cheap; returns its path."""
+    defaults = {"task": TASK, "evaluate": {"bootstrap": 20}, "calibrate": {"bootstrap": 10}}
+    path = write_recipe(folder, rows=24, **{**defaults, **sections})
+    content = yaml.safe_load(path.read_text())
+    content["distill"] |= {"max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4}
+    path.write_text(yaml.safe_dump(content))
+    for seed, role in enumerate(("train", "validation", "test")):
+        write_rows(folder / f"{role}.jsonl", 24, 10 + seed)
+    return path
+
+
+def without(path, *keys):
+    """The recipe without some of its entries, each a dotted path."""
+    content = yaml.safe_load(path.read_text())
+    for key in keys:
+        *sections, last = key.split(".")
+        place = content
+        for section in sections:
+            place = place[section]
+        place.pop(last)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def run_stages(path, *stages):
+    for stage in stages or (cache, calibrate, distill, evaluate):
+        stage.main([str(path)])
+    recipe = load_recipe(path)
+    return recipe, json.loads((recipe.run_folder / "report" / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(recipe, metrics) of a run with a control and the method."""
+    arms = {"fine_tuned": {"trainer": "sft"}, "first": {}}
+    return run_stages(tiny_recipe(tmp_path_factory.mktemp("whole"), arms=arms))
+
+
+def test_the_report_of_a_run_has_thresholds_fitted_on_validation_for_every_arm_and_control(whole):
+    recipe, metrics = whole
+    arms = {"teacher", "teacher_recalibrated", "base", "fine_tuned", "fine_tuned_post_hoc", "first"}
+    assert set(metrics["arms"]) == arms
+    for arm in arms:
+        assert set(metrics["arms"][arm]) == {"test"}, "validation is for fitting, and no column of the report"
+        assert metrics["arms"][arm]["test"]["selective"]["target_accuracy"] == 0.9
+
+
+def test_the_report_of_a_run_draws_the_curve_on_validation_and_test_and_the_training(whole):
+    from first_trl.controls import teacher_curves
+
+    recipe, metrics = whole
+    report = recipe.run_folder / "report"
+    assert (report / "calibration.png").is_file() and (report / "training.png").is_file()
+    curves = teacher_curves(report / "answers", ["test"], metrics["calibration"])
+    values = [point["value"] for point in metrics["calibration"]["families"]["temperature"]["curve"]]
+    assert [point["value"] for point in curves["temperature"]["test"]] == values
+    nearest = min(curves["temperature"]["test"], key=lambda point: abs(point["value"] - 1))
+    assert nearest["ece"] == pytest.approx(metrics["arms"]["teacher"]["test"]["ece"], abs=0.05)
+
+
+def test_an_existing_model_can_be_calibrated_and_measured_without_a_student(tmp_path):
+    path = without(tiny_recipe(tmp_path, arms={}), "datasets.train", "distill")
+    recipe, metrics = run_stages(path)
+    assert set(metrics["arms"]) == {"teacher", "teacher_recalibrated"}
+    assert not (recipe.run_folder / "cache" / "train").exists() and works_of(recipe, "distill") == []
+    teacher = metrics["calibration"]["teacher"]
+    assert "cached_rows" not in teacher and teacher["validation"]["num_positions"] == 24
+    assert metrics["arms"]["teacher_recalibrated"]["test"]["num_examples"] == 24
+
+
+def test_a_run_without_recalibration_ends_with_a_report_and_a_line_that_says_so(tmp_path, capsys):
+    path = tiny_recipe(tmp_path, calibrate={"method": "none"}, arms={"fine_tuned": {"trainer": "sft"}})
+    recipe, metrics = run_stages(path)
+    assert calibration_methods(recipe) == ["none"] and metrics["calibration"]["value"] is None
+    assert set(metrics["arms"]) == {"teacher", "base", "fine_tuned"}
+    assert "calibrate: none leaves the teacher's ECE" in capsys.readouterr().err
