@@ -19,7 +19,7 @@ from .redaction import redacted
 
 PACKAGE = Path(__file__).parent
 # Each hangs a handler of its own on its own logger when it is imported.
-LIBRARIES = ("transformers", "datasets", "huggingface_hub")
+LIBRARIES = ("transformers", "datasets", "huggingface_hub", "torch")
 
 
 def say(line: str) -> None:
