@@ -293,12 +293,19 @@ def _class_names(batch: dict[str, list], names: dict[str, list[str]]) -> dict[st
 
 
 def tokenize_dataset(
-    dataset: "Dataset", task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", num_proc: int | None = None
+    dataset: "Dataset",
+    task: TaskConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    num_proc: int | None = None,
+    place: str = "",
 ) -> "Dataset":
     """Encode every row, in order, into exactly `input_ids` and `labels` (lists of int32); no row is dropped.
 
+    Args:
+        place: where the rows come from, such as `datasets.train`, for the messages of errors.
+
     Raises:
-        ValueError: as `encode_example`, beginning with the number of the row.
+        ValueError: as `encode_example`, beginning with the place and the number of the row.
     """
     import datasets
 
@@ -306,7 +313,7 @@ def tokenize_dataset(
     # Named here, because a tokenizer's own hash changes when it is used, and the cache would never be found again.
     parts = [dataset._fingerprint, asdict(task), _tokenizer_state(tokenizer), Path(__file__).read_bytes()]
     return dataset.map(
-        partial(encode_row, task=task, tokenizer=tokenizer),
+        partial(encode_row, task=task, tokenizer=tokenizer, place=place),
         with_indices=True,
         remove_columns=dataset.column_names,
         features=lists,
@@ -316,12 +323,14 @@ def tokenize_dataset(
     )
 
 
-def encode_row(row: Mapping[str, Any], index: int, task: TaskConfig, tokenizer) -> dict[str, list[int]]:
+def encode_row(
+    row: Mapping[str, Any], index: int, task: TaskConfig, tokenizer, place: str = ""
+) -> dict[str, list[int]]:
     """`input_ids` and `labels` of row `index` of a dataset, as `encode_example` makes them; errors name the row."""
     try:
         example = encode_example(task, tokenizer, row)
     except ValueError as error:
-        raise ValueError(f"row {index}: {error}") from error
+        raise ValueError(f"{place}{', ' if place else ''}row {index}: {error}") from error
     return {"input_ids": example["input_ids"], "labels": example["labels"]}
 
 

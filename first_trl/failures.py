@@ -31,14 +31,14 @@ _OTHER_ADVICE = "close other programs, or use a machine with more"
 
 def explain(error: BaseException, stage: str) -> str | None:
     """What went wrong in `stage` and the remedy, on one line; None for an error that nobody foresaw."""
+    if raised_here(error):
+        return str(error)
     chain = causes(error)
     text = " ".join(str(error).split())
     if any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain) or "os error 28" in text:
         return f"no space is left on the disk ({text}); free some, or set output_dir to another disk, {AGAIN}"
     if any(_is_no_memory(link) for link in chain):
         return f"out of memory ({text[:200]}); {memory_advice(stage)}; {AGAIN}"
-    if raised_here(error):
-        return str(error)
     return _explain_model(chain, text)
 
 

@@ -112,13 +112,17 @@ def _take_index(template: str, piece: Piece, value: Any, index: str) -> Any:
     if type(value) is dict:
         if index in value:
             return value[index]
-        raise ValueError(f"{where}: there is no key {index!r}; the keys are {', '.join(map(str, value)) or 'none'}")
+        raise ValueError(
+            f"{where}: there is no key {index!r}; choose among {', '.join(map(str, value)) or 'none'}, or drop the row"
+        )
     if type(value) is list:
         if re.fullmatch(r"[0-9]{1,9}", index) is None:
             raise ValueError(f"{where}: a list is indexed by a whole number, got {index!r}")
         if int(index) < len(value):
             return value[int(index)]
-        raise ValueError(f"{where}: index {index} is past the end of a list of {len(value)}")
+        raise ValueError(
+            f"{where}: index {index} is past the end of a list of {len(value)}; correct it or drop the row"
+        )
     raise ValueError(f"{where}: [{index}] needs a list or a dictionary, found {type(value).__name__}; drop the index")
 
 

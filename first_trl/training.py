@@ -57,7 +57,9 @@ def tokenized_splits(recipe, roles: tuple[str, ...], tokenizer) -> dict:
     """{role: tokenised rows} of the recipe's splits; the main process makes them, the others read its files."""
     with PartialState().main_process_first():
         return {
-            role: tokenize_dataset(load_split(getattr(recipe.datasets, role), role), recipe.task, tokenizer)
+            role: tokenize_dataset(
+                load_split(getattr(recipe.datasets, role), role), recipe.task, tokenizer, place=f"datasets.{role}"
+            )
             for role in roles
         }
 

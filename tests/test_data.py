@@ -120,7 +120,7 @@ def test_a_missing_column_names_the_nearest_one_and_all_of_them():
         ("{a[0]}", {"a": "text"}, "needs a list"),
         ("{a[3]}", {"a": [1]}, "past the end"),
         ("{a[-1]}", {"a": [1]}, "whole number"),
-        ("{a[b]}", {"a": {"c": 1}}, "the keys are c"),
+        ("{a[b]}", {"a": {"c": 1}}, "choose among c"),
         ("{a}", {"a": 10**5000}, "store it as text"),
     ],
 )

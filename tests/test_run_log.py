@@ -188,7 +188,8 @@ def test_a_mistake_in_the_data_is_one_clear_message_through_the_whole_command(tm
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     *_, told, last = [line for line in done.stderr.splitlines() if line.startswith("[first-trl]")]
     assert told == (
-        "[first-trl] cache failed: row 8: template ' {label}': {label} is missing (None) in this row; fill it or drop "
+        "[first-trl] cache failed: datasets.train, row 8: "
+        "template ' {label}': {label} is missing (None) in this row; fill it or drop "
         "the row from the dataset"
     )
     assert last == "[first-trl] cache failed (exit status 1); run the same command again to continue from here"

@@ -90,6 +90,7 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
 
     state, settings, folder = PartialState(), recipe.cache, recipe.run_folder / "cache" / role
     layout = {"top_k": settings.top_k, "dtype": settings.dtype, "rows_per_shard": settings.rows_per_shard}
+    place = "datasets.transfer" if role == "train" and recipe.datasets.transfer else f"datasets.{role}"
     writer, present = CacheWriter(folder, identity, **layout), [None]
     if state.is_main_process:
         writer.acquire(overwrite=True)  # the run folder's record says that what is there is out of date
@@ -100,7 +101,7 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
     num_rows = write_shards(
         writer,
         dataset,
-        partial(encode_row, task=recipe.task, tokenizer=tokenizer),
+        partial(encode_row, task=recipe.task, tokenizer=tokenizer, place=place),
         lambda examples, progress: run_teacher(examples, progress=progress),
         present=frozenset(present[0]),
         rank=state.process_index,

@@ -79,7 +79,9 @@ def refuse_overlap(recipe) -> None:
     splits = {role: (config, role, recipe.task) for role, config in learnt.items() if config is not None}
     splits |= {name: (config, "test", test_task(recipe.task, config.task)) for name, config in data.test.items()}
     tokenized = {
-        name: tokenize_dataset(load_split(config, role), task, tokenizer)
+        name: tokenize_dataset(
+            load_split(config, role), task, tokenizer, place=f"datasets.{'test.' * (role == 'test')}{name}"
+        )
         for name, (config, role, task) in splits.items()
     }
     shared = [found for found in check_disjoint(tokenized) if found.first in learnt and found.second in data.test]
