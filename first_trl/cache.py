@@ -27,6 +27,7 @@ _REMEDIES = {
     "tokenizer_sha256": "train a student with the teacher's tokenizer, or make the cache with a teacher that has the "
     "student's",
     "top_k": "set cache.top_k to what the cache holds, or make the cache again",
+    "support": "set cache.support to what the cache holds, or make the cache again",
     "teacher": "point to the teacher that the cache was made with, or make the cache again",
     "dataset": "use the data that the cache was made from, or make the cache again",
     "dataset_fingerprint": "use the rows that the cache was made from, in their order, or make the cache again",

@@ -20,8 +20,8 @@ _CARD = """\
 
 # Teacher cache: {title}
 
-What a teacher says at every supervised position of {rows:,} examples: its {top_k} most probable tokens, their
-log-probabilities, and the log-probability of all other tokens together. A student is distilled from it without the
+What a teacher says at every supervised position of {rows:,} examples: the log-probabilities of
+{kept} tokens, and of all others together. A student is distilled from it without the
 teacher; it fits every student with the teacher's tokenizer.
 
 ```python
@@ -76,6 +76,9 @@ def build_card(cache: TeacherCache, repo_id: str) -> str:
         title=_plain(str(teacher["id"])),
         rows=totals["rows"],
         top_k=manifest["top_k"],
+        kept=f"{manifest['top_k']} answers'"
+        if manifest.get("support") == "choices"
+        else f"its {manifest['top_k']} likeliest",
         dtype=manifest["dtype"],
         repo_id=repo_id,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),

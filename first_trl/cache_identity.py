@@ -26,6 +26,11 @@ def cached_split(recipe, role: str) -> DatasetConfig:
     return (recipe.datasets.transfer if role == "train" else None) or getattr(recipe.datasets, role)
 
 
+def kept_tokens(recipe) -> int:
+    """K: how many tokens the recipe's cache keeps at each supervised position."""
+    return len(recipe.task.choices) if recipe.cache.support == "choices" else recipe.cache.top_k
+
+
 def teacher_identity(path: str, section: dict) -> dict:
     """The teacher of a manifest.
 
@@ -80,10 +85,12 @@ def cache_identity(recipe, role: str, tokenizer, teacher: dict, backend: dict) -
             tokens leave of 1.
 
     Returns:
-        Those entries, `eos_token_id`, `backend`, `tail` (`exact` or `from_top_k`), and with tail knots `tail_powers`.
+        Those entries, `support`, `eos_token_id`, `backend`, `tail` (`exact` or `from_top_k`), and with tail knots
+        `tail_powers`.
     """
     return {
         "teacher": teacher,
+        "support": recipe.cache.support,
         "backend": backend,
         "tail": "exact" if backend["name"] == "hf" else "from_top_k",
         **({"tail_powers": list(TAIL_POWERS)} if recipe.cache.tail_knots else {}),
@@ -117,9 +124,9 @@ def _dataset_identity(config: DatasetConfig, role: str) -> dict:
 def open_recipe_cache(recipe, role: str, teacher_path: str, section: dict) -> TeacherCache:
     """Open `cache/train` or `cache/validation` of a recipe's run, and refuse it if it is not what the recipe says.
 
-    K, the type, the templates, the rows' files, the teacher's weights, tokenizer and chat template are compared. A
-    teacher of the Hub is known by its id and revision, without a network; a folder that is no longer here is not
-    compared, for nothing can be made from it.
+    K, which tokens those are, the type, the templates, the rows' files, the teacher's weights, tokenizer and chat
+    template are compared. A teacher of the Hub is known by its id and revision, without a network; a folder that is no
+    longer here is not compared, for nothing can be made from it.
 
     Args:
         teacher_path, section: as for `teacher_identity`.
@@ -131,7 +138,8 @@ def open_recipe_cache(recipe, role: str, teacher_path: str, section: dict) -> Te
 
     cache = open_cache(recipe.run_folder / "cache" / role)
     expected = {
-        "top_k": recipe.cache.top_k,
+        "top_k": kept_tokens(recipe),
+        "support": recipe.cache.support,
         "dtype": recipe.cache.dtype,
         "task": vars(recipe.task),
         "dataset": _dataset_identity(cached_split(recipe, role), role),

@@ -56,12 +56,13 @@ def describe(cache: TeacherCache, tokenizer=None) -> str:
     positions = max(totals["supervised_positions"], 1)
     whole, ours = sum(shard["bytes"] for shard in manifest["shards"]), teacher_bytes(cache)
     teacher, task = manifest["teacher"], manifest["task"]
+    kept = "those of the choices" if manifest.get("support") == "choices" else "the most probable"
     facts = {
         "teacher": ", ".join(f"{name} {value}" for name, value in teacher.items() if value is not None),
         "task": ", ".join(f"{name} {value!r}" for name, value in task.items() if value is not None),
         "rows": f"{totals['rows']:,} in {len(manifest['shards'])} shards",
         "supervised positions": f"{totals['supervised_positions']:,}",
-        "kept": f"{manifest['top_k']} tokens each, log-probabilities in {manifest['dtype']}",
+        "kept": f"{manifest['top_k']} tokens each ({kept}), log-probabilities in {manifest['dtype']}",
         "on disk": f"{whole:,} bytes, {whole / positions:.1f} per supervised position",
         "of these, the teacher": f"{ours:,} bytes, {ours / positions:.1f} per supervised position",
         "teacher's mass on them": f"mean {totals['teacher_mass_mean']:.4f}, p10 {totals['teacher_mass_p10']:.4f}",
@@ -178,7 +179,7 @@ def compare_with_teacher(
     """Run the teacher again over rows spread evenly over a cache, one at a time and in batches.
 
     Both the log-probabilities of the cached tokens and the K largest are compared: tokens of the right probability are
-    not enough, nor are tokens that were once among the largest.
+    not enough, nor are tokens that were once among the largest. A cache of the choices holds them whatever their rank.
 
     Args:
         vocab_limit: size of the tokenizer, as for `first_trl.scoring.teacher_rows`.
@@ -201,7 +202,8 @@ def compare_with_teacher(
     live = float(_difference(singly, together, np.float32).max())
     stored = np.dtype(cache.manifest["dtype"])
     difference_NK1 = _difference(cached_NK1, singly, stored)
-    difference_NK1[:, :-1] = np.maximum(difference_NK1[:, :-1], _difference(cached_NK1[:, :-1], best_NK, stored))
+    if cache.manifest.get("support") != "choices":
+        difference_NK1[:, :-1] = np.maximum(difference_NK1[:, :-1], _difference(cached_NK1[:, :-1], best_NK, stored))
     allowed_NK1 = np.full_like(difference_NK1, max(_NOISE_FACTOR * live, _LEAST_NOISE))
     allowed_NK1[:, :-1] += _rounding(cached_NK1[:, :-1], stored)
     worst, column = np.unravel_index(np.argmax(difference_NK1 - allowed_NK1), difference_NK1.shape)

@@ -24,6 +24,7 @@ _ONLY_WITH = {
     "server_requests": ("server",),
     "vllm_options": ("vllm",),
     "tail_knots": ("hf",),  # the others never show the tail
+    "support": ("hf",),  # nor tokens of one's choice
 }
 # One list for calibration and for recalibrated training: the value found is the value used.
 RECALIBRATION_METHODS = ("temperature", "probability", "label_smoothing", "vocabulary_temperature", "none")
@@ -126,6 +127,11 @@ class CacheConfig(Settings):
     """What is kept of the teacher, and how it is run."""
 
     top_k: int = setting(5, "Most probable tokens kept at each supervised position (the paper keeps 5).", minimum=1)
+    support: str = setting(
+        "top_k",
+        "Tokens kept: the top_k most probable, or those of task.choices, so that recalibration moves mass among them.",
+        choices=("top_k", "choices"),
+    )
     dtype: str = setting("float16", "Type of the stored log-probabilities.", choices=("float16", "float32"))
     rows_per_shard: int = setting(
         1024, "Examples in one file of the cache: the work that a crash can lose.", minimum=1
@@ -159,6 +165,11 @@ class CacheConfig(Settings):
         if self.backend == "server" and not _SERVER_URL.fullmatch(self.server_url or ""):
             remedy = "write the address that the server was started at, e.g. http://127.0.0.1:8000"
             problems.append(Problem("server_url", self.server_url, "it is not the address of a server", remedy))
+        if self.support == "choices" and self.tail_knots:
+            what = (
+                "it is for mass that moves over the whole vocabulary, and support: choices keeps it among the answers"
+            )
+            problems.append(Problem("tail_knots", True, what, "remove it, or write support: top_k"))
         for key, backends in _ONLY_WITH.items():
             default = next(f.default for f in fields(self) if f.name == key)
             if getattr(self, key) != default and self.backend not in backends:
@@ -176,6 +187,7 @@ class CalibrateConfig(Settings):
     criterion: str = setting("ece", "What the search makes small.", choices=("ece", "nll"))
     num_bins: int = setting(10, "Bins of the calibration error.", minimum=1)
     positions: str = setting("answer", "First completion token, or every one.", choices=("answer", "all"))
+    include_eos: bool = setting(False, "With positions: all, count the end of sequence, which is forced, as well.")
     bootstrap: int = setting(200, "Resamples for the interval of the value; 0 for none.", minimum=0)
     seed: int = setting(0, "Seed of the resamples.", minimum=0)
 

@@ -59,15 +59,15 @@ def encode_example(task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", row: 
             within `task.max_length`; or the prompt's tokens are not a prefix of the whole example's.
     """
     prompt_ids = encode_prompt(task, tokenizer, row, check_length=False)
-    if _is_conversational(task, row):
-        prompt, completion = _split_messages(row)
+    if is_conversational(task, row):
+        prompt, completion = split_messages(row)
         _check_answer(task, completion[-1]["content"], "the assistant's message")
         input_ids = chat_ids(tokenizer, prompt + completion, task.chat_template_kwargs)
     else:
         prompt, completion = _render_pair(task, row)
         input_ids = text_ids(tokenizer, prompt + completion)
     check_prefix(tokenizer, prompt_ids, input_ids)
-    if not _is_conversational(task, row) and task.append_eos and input_ids[-1] != eos_token_id(tokenizer):
+    if not is_conversational(task, row) and task.append_eos and input_ids[-1] != eos_token_id(tokenizer):
         input_ids.append(eos_token_id(tokenizer))
     # Nothing stands before the first token of all, so nothing can predict it.
     num_prompt_tokens = max(len(prompt_ids), 1)
@@ -87,82 +87,23 @@ def encode_prompt(
     Raises:
         ValueError: as `encode_example`; the prompt leaves no room for an answer (unless `check_length` is False).
     """
-    if _is_conversational(task, row):
-        prompt, _ = _split_messages(row, labelled=False)
+    if is_conversational(task, row):
+        prompt, _ = split_messages(row, labelled=False)
         ids = chat_ids(tokenizer, prompt, task.chat_template_kwargs, add_generation_prompt=True)
     else:
-        ids = text_ids(tokenizer, render_template(_templates(task, row)[0], row))
+        ids = text_ids(tokenizer, render_template(templates_of(task, row)[0], row))
     if check_length and len(ids) >= task.max_length:
         raise ValueError(_too_long(task, len(ids), len(ids)))
     return ids
 
 
-def choice_token_ids(
-    task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", prompt_row: Mapping[str, Any] | None = None
-) -> list[list[int]]:
-    """The tokens of each choice after the prompt of `prompt_row`, in the order of `task.choices`.
-
-    Without a row, the context is the text that ends the prompt template. Every list has one token today: choices are
-    told apart by the first token of the answer.
-
-    Raises:
-        ValueError: a choice is several tokens or unknown to the tokenizer, or two choices share their token.
-    """
-    if not task.choices:
-        raise ValueError("task.choices is not set; list the closed answers, such as choices: [good, bad]")
-    answers = [_answer_ids(task, tokenizer, prompt_row, choice) for choice in task.choices]
-    for choice, ids in zip(task.choices, answers, strict=True):
-        names = tokenizer.convert_ids_to_tokens(ids)
-        if len(ids) != 1:
-            raise ValueError(
-                f"task.choices: {choice!r} is {len(ids)} tokens after the prompt ({names}); choose answers that are "
-                "one token each, such as letters or short words, and keep any text before the answer in the prompt"
-            )
-        if ids[0] == tokenizer.unk_token_id:
-            raise ValueError(
-                f"task.choices: the tokenizer has no token for {choice!r} (it reads {names[0]!r}); choose another word"
-            )
-    taken: dict[int, str] = {}
-    for choice, (token,) in zip(task.choices, answers, strict=True):
-        if token in taken:
-            raise ValueError(
-                f"task.choices: {taken[token]!r} and {choice!r} are the same token "
-                f"{tokenizer.convert_ids_to_tokens(token)!r}; choose answers whose first tokens differ"
-            )
-        taken[token] = choice
-    return answers
-
-
-def _answer_ids(task: TaskConfig, tokenizer, row: Mapping[str, Any] | None, choice: str) -> list[int]:
-    """The tokens of one choice between its prompt and whatever is written after it."""
-    if row is not None and _is_conversational(task, row):
-        prompt_ids = encode_prompt(task, tokenizer, row, check_length=False)
-        messages = _split_messages(row, labelled=False)[0] + [{"role": "assistant", "content": choice}]
-        answered = chat_ids(tokenizer, messages, task.chat_template_kwargs, continue_final_message=True)
-        ended = chat_ids(tokenizer, messages, task.chat_template_kwargs)
-    else:
-        prompt_template, completion_template = _templates(task, row)
-        before, after = text_around_field(completion_template)
-        prompt = text_around_field(prompt_template)[1] if row is None else render_template(prompt_template, row)
-        prompt_ids = text_ids(tokenizer, prompt)
-        answered = text_ids(tokenizer, prompt + before + choice)
-        ended = text_ids(tokenizer, prompt + before + choice + after)
-    check_prefix(tokenizer, prompt_ids, answered)
-    if ended[: len(answered)] != answered:
-        raise ValueError(
-            f"task.choices: {choice!r} melts into the text after it ({tokenizer.convert_ids_to_tokens(ended[-3:])}); "
-            "end the completion template with the answer"
-        )
-    return answered[len(prompt_ids) :]
-
-
-def _is_conversational(task: TaskConfig, row: Mapping[str, Any]) -> bool:
+def is_conversational(task: TaskConfig, row: Mapping[str, Any]) -> bool:
     if task.prompt is not None or task.completion is not None:
         return False
     return "messages" in row or ("prompt" in row and isinstance(row["prompt"], list))
 
 
-def _templates(task: TaskConfig, row: Mapping[str, Any] | None) -> tuple[str, str]:
+def templates_of(task: TaskConfig, row: Mapping[str, Any] | None) -> tuple[str, str]:
     if task.prompt is not None and task.completion is not None:
         return task.prompt, task.completion
     if row is not None and "prompt" not in row:
@@ -174,7 +115,7 @@ def _templates(task: TaskConfig, row: Mapping[str, Any] | None) -> tuple[str, st
 
 
 def _render_pair(task: TaskConfig, row: Mapping[str, Any]) -> tuple[str, str]:
-    prompt_template, completion_template = _templates(task, row)
+    prompt_template, completion_template = templates_of(task, row)
     prompt, completion = render_template(prompt_template, row), render_template(completion_template, row)
     if task.choices:
         before, after = text_around_field(completion_template)
@@ -192,7 +133,7 @@ def _check_answer(task: TaskConfig, answer: str, place: str) -> None:
     raise ValueError(f"{place} holds {answer!r}, which is not one of task.choices {task.choices}; {hint}")
 
 
-def _split_messages(row: Mapping[str, Any], labelled: bool = True) -> tuple[list[dict], list[dict]]:
+def split_messages(row: Mapping[str, Any], labelled: bool = True) -> tuple[list[dict], list[dict]]:
     """(messages of the prompt, messages of the completion, empty if the row has no answer and needs none)."""
     if "messages" in row:
         messages = clean_messages(row["messages"], "messages")

@@ -17,8 +17,9 @@ from datasets import Dataset
 
 from .cache_format import TAIL_POWERS
 from .calibration import recalibrate
+from .choices import choice_token_ids
 from .config import TaskConfig
-from .data import choice_token_ids, encode_example
+from .data import encode_example
 from .scoring import answer_scores
 
 
@@ -30,11 +31,14 @@ def answer_set(
     *,
     top_k: int,
     tokens_per_batch: int,
+    support: str = "top_k",
     tail_knots: bool = False,
 ) -> Dataset:
     """A model's answers to a labelled set: one row per example, in order, with the columns named above.
 
-    With `tail_knots` also `tail_power_log_sums`, without which a `vocabulary_temperature` cannot be laid over them.
+    With `support` "choices" the K tokens are those of the choices, as in such a cache, and `tail_max_log_prob` is the
+    likeliest token of the tail. With `tail_knots` also `tail_power_log_sums`, without which a
+    `vocabulary_temperature` cannot be laid over them.
     """
     examples = [encode_example(task, tokenizer, row) for row in dataset]
     prompts = [example["input_ids"][: example["num_prompt_tokens"]] for example in examples]
@@ -49,6 +53,7 @@ def answer_set(
         choices,
         top_k=min(top_k, len(tokenizer) - 1),
         tokens_per_batch=tokens_per_batch,
+        keep_choices=support == "choices",
         vocab_limit=len(tokenizer),
         tail_powers=TAIL_POWERS if tail_knots else (),
     )
@@ -82,6 +87,10 @@ def recalibrated_answers(answers: dict[str, np.ndarray], method: str, value: flo
     result["label_log_prob"] = moved(answers["label_id"][:, None], answers["label_log_prob"][:, None])[:, 0]
     if "choice_log_probs" in answers:
         result["choice_log_probs"] = moved(answers["choice_ids"], answers["choice_log_probs"])
+    if "tail_max_log_prob" in answers:
+        with np.errstate(invalid="ignore"):
+            share = answers["tail_max_log_prob"] - answers["log_probs"][:, -1]
+        result["tail_max_log_prob"] = mended[:, -1] + np.where(np.isnan(share), 0, share)
     return result
 
 
@@ -99,9 +108,11 @@ def predictions(answers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         `choice_confidence`, `choice_correct` (N,) for the most probable choice, normalised over the choices.
     """
     rows = answers["log_probs"][:, :-1]
+    # Where the K tokens are the choices, another one may be likelier than all of them: an answer, and a wrong one
+    other = answers.get("tail_max_log_prob", np.full(len(rows), -np.inf))
     result = {
-        "confidence": np.exp(rows.max(axis=1)).clip(0, 1),
-        "correct": answers["target"] == rows.argmax(axis=1),
+        "confidence": np.exp(np.maximum(rows.max(axis=1), other)).clip(0, 1),
+        "correct": (answers["target"] == rows.argmax(axis=1)) & (rows.max(axis=1) >= other),
         "label_log_prob": answers["label_log_prob"],
     }
     if "choice_log_probs" in answers:

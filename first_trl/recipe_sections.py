@@ -42,6 +42,7 @@ def check_recipe(tree: dict, findings: Findings) -> dict[str, Any]:
     _check_models(sft, distill, arms, settings["cache"], findings)
     _check_tail_knots(settings["calibrate"], distill, arms, settings["cache"], findings)
     _check_divergence(settings["calibrate"], distill, arms, findings)
+    _check_support(settings["task"], settings["cache"], datasets, findings)
     if "push" in tree and settings["push"] and arms and settings["push"].arm not in arms:
         remedy = f"choose one of {', '.join(arms)}"
         findings.add(("push", "arm"), settings["push"].arm, "there is no such arm", remedy)
@@ -191,6 +192,23 @@ def _check_divergence(calibrate: CalibrateConfig | None, distill: dict, arms: di
             what = "the recalibration `probability` leaves the teacher no tail, so that every loss would be infinite"
             path = ("arms", arm, "divergence") if "divergence" in own else ("distill", "divergence")
             findings.add(path, "reverse_kl", what, "write forward_kl or jsd, or recalibrate by temperature")
+
+
+def _check_support(task: TaskConfig | None, cache: CacheConfig | None, data: Datasets | None, findings) -> None:
+    """Keeping the probabilities of the choices needs choices, and an answer that is all of the completion."""
+    if task is None or cache is None or cache.support == "top_k":
+        return
+    if not task.choices:
+        remedy = "list the closed answers as task.choices, or write support: top_k"
+        findings.add(("cache", "support"), cache.support, "the task has no choices", remedy)
+    elif task.append_eos and task.completion is not None:
+        what = "cache.support: choices keeps the choices' tokens, and the end of sequence is none of them"
+        findings.add(("task", "append_eos"), True, what, "write append_eos: false, or cache.support: top_k")
+    for name, test in (data.test if data else {}).items():
+        if test.task and "choices" in test.task and not test.task["choices"]:
+            remedy = "give it choices, or write cache.support: top_k"
+            what = "cache.support: choices recalibrates among choices, and this set has none"
+            findings.add(("datasets", "test", name, "task", "choices"), test.task["choices"], what, remedy)
 
 
 def _datasets(section: dict, task: TaskConfig | None, findings: Findings) -> Datasets | None:

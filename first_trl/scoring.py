@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .head import selected_logits, top_k_log_probs
-from .modeling import IGNORED, backbone_hidden_states, language_model_head
+from .head import partition_log_probs_and_tail_max, selected_logits, top_k_log_probs
+from .modeling import IGNORED, Head, backbone_hidden_states, language_model_head
 
 
 def load_model(
@@ -101,6 +101,7 @@ def teacher_rows(
     *,
     top_k: int,
     tokens_per_batch: int,
+    kept_ids: list[int] | None = None,
     vocab_limit: int | None = None,
     tail_powers: tuple[float, ...] = (),
     progress: Callable[[int], None] | None = None,
@@ -109,6 +110,7 @@ def teacher_rows(
 
     Args:
         examples: dicts with `input_ids` and `labels` (-100 outside the loss).
+        kept_ids: the K tokens to keep at every position, instead of the most probable ones.
         vocab_limit: size of the tokenizer; rows of the head beyond it are padding and never among the K.
         tail_powers: the P powers b at which the tail's log sum of t^b is wanted.
         progress: called with the number of tokens of each finished batch.
@@ -123,9 +125,13 @@ def teacher_rows(
     batches = hidden_states_at(model, [example["input_ids"] for example in examples], positions, tokens_per_batch)
     head = language_model_head(innermost(model))
     for indices, hidden_ND in batches:
-        token_ids_NK, log_probs_NK1, *power_sums = top_k_log_probs(
-            hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit, tail_powers=tail_powers
-        )
+        if kept_ids is None:
+            token_ids_NK, log_probs_NK1, *power_sums = top_k_log_probs(
+                hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit, tail_powers=tail_powers
+            )
+        else:
+            token_ids_NK, log_probs_NK1, _ = _kept_log_probs(hidden_ND, head, kept_ids)
+            power_sums = []
         ends = np.cumsum([len(positions[i]) for i in indices])[:-1]
         ids_parts = np.split(token_ids_NK.cpu().numpy().astype(np.int32), ends)
         log_parts = np.split(log_probs_NK1.cpu().numpy(), ends)
@@ -145,6 +151,17 @@ def teacher_rows(
     return rows
 
 
+def _kept_log_probs(
+    hidden_ND: torch.Tensor, head: Head, kept_ids: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Given tokens, most probable first and the lower id first among equals: ids (N, K), log-probabilities (N, K+1)
+    with the tail last, and the log-probability of the tail's likeliest token (N,)."""
+    ids_NK = torch.tensor(sorted(kept_ids), device=hidden_ND.device).expand(len(hidden_ND), -1)
+    log_probs_NK1, tail_max_N = partition_log_probs_and_tail_max(hidden_ND, head.weight, ids_NK, *head[1:])
+    ordered = log_probs_NK1[:, :-1].sort(dim=1, descending=True, stable=True)
+    return ids_NK.gather(1, ordered.indices), torch.cat([ordered.values, log_probs_NK1[:, -1:]], dim=1), tail_max_N
+
+
 @torch.inference_mode()
 def answer_scores(
     model: torch.nn.Module,
@@ -154,17 +171,21 @@ def answer_scores(
     *,
     top_k: int,
     tokens_per_batch: int,
+    keep_choices: bool = False,
     vocab_limit: int | None = None,
     tail_powers: tuple[float, ...] = (),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """What a model answers after each prompt, under its full-vocabulary softmax.
 
+    Args:
+        keep_choices: the K tokens are those of the choices, and not the most probable ones.
+
     Returns:
         Arrays over the N prompts: `token_ids` (N, K) most probable first, `log_probs` (N, K+1) with the tail last,
         `target` (N,) the column that holds the label (K = the tail), `label_log_prob` (N,) nats, and, with choices,
-        `choice_log_probs` (N, C) nats, not normalised over the choices; with P `tail_powers`, `tail_power_log_sums`
-        (N, P).
+        `choice_log_probs` (N, C) nats, not normalised over the choices; with `keep_choices`, `tail_max_log_prob` (N,),
+        the likeliest token of the tail; with P `tail_powers`, `tail_power_log_sums` (N, P).
     """
     columns: dict[str, list] = {name: [None] * len(prompts) for name in ("token_ids", "log_probs", "label_log_prob")}
     if choice_ids is not None:
@@ -172,9 +193,15 @@ def answer_scores(
     last = [[len(prompt) - 1] for prompt in prompts]
     head = language_model_head(innermost(model))
     for indices, hidden_ND in hidden_states_at(model, prompts, last, tokens_per_batch):
-        ids_NK, log_probs_NK1, *power_sums = top_k_log_probs(
-            hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit, tail_powers=tail_powers
-        )
+        extras: dict[str, torch.Tensor] = {}
+        if keep_choices:
+            ids_NK, log_probs_NK1, extras["tail_max_log_prob"] = _kept_log_probs(hidden_ND, head, choice_ids)
+        else:
+            ids_NK, log_probs_NK1, *power_sums = top_k_log_probs(
+                hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit, tail_powers=tail_powers
+            )
+            if power_sums:
+                extras["tail_power_log_sums"] = power_sums[0]
         extra = [[label_ids[i], *(choice_ids or [])] for i in indices]
         wanted = torch.cat([ids_NK[:, :1], torch.as_tensor(extra, device=ids_NK.device)], dim=1)
         logits = selected_logits(hidden_ND, head.weight, wanted, *head[1:])
@@ -186,11 +213,11 @@ def answer_scores(
             columns["label_log_prob"][i] = log_probs[slot, 0]
             if choice_ids is not None:
                 columns["choice_log_probs"][i] = log_probs[slot, 1:]
-            for sums_NP in power_sums:
-                columns.setdefault("tail_power_log_sums", [None] * len(prompts))[i] = sums_NP[slot].cpu().numpy()
+            for name, values in extras.items():
+                columns.setdefault(name, [None] * len(prompts))[i] = values[slot].cpu().numpy()
         if progress is not None:
             progress(sum(len(prompts[i]) for i in indices))
     scores = {name: np.stack(values) for name, values in columns.items()}
     is_label = scores["token_ids"] == np.asarray(label_ids)[:, None]
-    scores["target"] = np.where(is_label.any(axis=1), is_label.argmax(axis=1), top_k).astype(np.int64)
+    scores["target"] = np.where(is_label.any(axis=1), is_label.argmax(axis=1), is_label.shape[1]).astype(np.int64)
     return scores

@@ -27,7 +27,7 @@ FLOORS = (
     ),
     (  # 1: one idea each
         ("recipe_rules", "dataset_rules", "recipe_keys", "recipe_sections", "recipe"),
-        ("data",),
+        ("data", "choices"),
         ("scoring",),
         ("server_scoring",),
         ("calibration",),

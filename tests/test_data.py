@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from first_trl.choices import choice_token_ids
 from first_trl.config import DatasetConfig, TaskConfig
 from first_trl.data import (
     check_disjoint,
-    choice_token_ids,
     encode_example,
     encode_prompt,
     load_split,

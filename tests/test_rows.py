@@ -1,10 +1,14 @@
 """Calibration rows pair each teacher row with the column of its own label."""
 
+import json
+
 import numpy as np
 import pytest
 from datasets import Dataset
 
 from first_trl.rows import calibration_rows
+from first_trl.stages import cache, calibrate
+from tests.cache_recipe import write_recipe
 
 CACHE = Dataset.from_dict(
     {
@@ -25,6 +29,17 @@ def test_answer_positions_are_the_first_supervised_token_of_each_example():
 def test_all_positions_leave_out_the_end_of_sequence_unless_asked():
     assert calibration_rows(CACHE, "all", eos_token_id=0).target.tolist() == [0, 1, 2, 2]
     assert calibration_rows(CACHE, "all").target.tolist() == [0, 0, 1, 2, 0, 2]
+
+
+@pytest.mark.parametrize(("include_eos", "num_positions"), [("false", 43), ("true", 86)])
+def test_the_stage_leaves_out_the_end_of_sequence_unless_it_is_asked_for(
+    tmp_path, monkeypatch, include_eos, num_positions
+):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    path = str(write_recipe(tmp_path))  # 43 validation rows of one answer token and the end of sequence
+    cache.main([path])
+    calibrate.main([path, "--positions=all", f"--include_eos={include_eos}", "--bootstrap=0"])
+    assert json.loads((tmp_path / "runs/tiny/calibration.json").read_text())["num_positions"] == num_positions
 
 
 def test_a_selection_of_rows_reads_its_own_teacher():

@@ -1,4 +1,4 @@
-"""Run the teacher once over train and validation and keep its top-K log-probabilities.
+"""Run the teacher once over train and validation and keep its log-probabilities: of the top K, or of the choices.
 
     accelerate launch -m first_trl.stages.cache RECIPE [--key value ...]
 
@@ -83,14 +83,13 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
     from accelerate.utils import broadcast_object_list
 
     from first_trl.cache import parquet_files
-    from first_trl.cache_identity import cached_split
+    from first_trl.cache_identity import cached_split, kept_tokens
     from first_trl.cache_run import write_shards
     from first_trl.cache_writer import CacheWriter
-    from first_trl.data import encode_row, load_split
+    from first_trl.data import load_split
 
     state, settings, folder = PartialState(), recipe.cache, recipe.run_folder / "cache" / role
-    layout = {"top_k": settings.top_k, "dtype": settings.dtype, "rows_per_shard": settings.rows_per_shard}
-    place = "datasets.transfer" if role == "train" and recipe.datasets.transfer else f"datasets.{role}"
+    layout = {"top_k": kept_tokens(recipe), "dtype": settings.dtype, "rows_per_shard": settings.rows_per_shard}
     writer, present = CacheWriter(folder, identity, **layout), [None]
     if state.is_main_process:
         writer.acquire(overwrite=True)  # the run folder's record says that what is there is out of date
@@ -98,11 +97,12 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
     broadcast_object_list(present)
     with state.local_main_process_first():
         dataset = load_split(cached_split(recipe, role), role, streaming=settings.streaming)
+    encode, kept = row_encoder(recipe, role, tokenizer, next(iter(dataset), {}))
     num_rows = write_shards(
         writer,
         dataset,
-        partial(encode_row, task=recipe.task, tokenizer=tokenizer, place=place),
-        lambda examples, progress: run_teacher(examples, progress=progress),
+        encode,
+        lambda examples, progress: run_teacher(examples, progress=progress, **kept),
         present=frozenset(present[0]),
         rank=state.process_index,
         processes=state.num_processes,
@@ -114,10 +114,23 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
         writer.release()
         say(
             f"cache: {role} has {totals['rows']} rows, {totals['supervised_positions']} supervised positions; the "
-            f"teacher puts {totals['teacher_mass_mean']:.3f} of its mass on {settings.top_k} tokens (p10 "
+            f"teacher puts {totals['teacher_mass_mean']:.3f} of its mass on {kept_tokens(recipe)} tokens (p10 "
             f"{totals['teacher_mass_p10']:.3f})"
         )
     state.wait_for_everyone()
+
+
+def row_encoder(recipe, role: str, tokenizer, first_row: dict) -> tuple[Callable, dict]:
+    """How a row becomes an example, and what the teacher is asked besides: the tokens to keep, if they are given."""
+    from first_trl.choices import encode_answer_row, single_token_ids
+    from first_trl.data import encode_row
+
+    place = "datasets.transfer" if role == "train" and recipe.datasets.transfer else f"datasets.{role}"
+    wanted = {"task": recipe.task, "tokenizer": tokenizer, "place": place}
+    if recipe.cache.support == "top_k":
+        return partial(encode_row, **wanted), {}
+    choice_ids = single_token_ids(recipe.task, tokenizer, first_row)
+    return partial(encode_answer_row, choice_ids=choice_ids, **wanted), {"kept_ids": choice_ids}
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ def calibrate(recipe) -> list[str]:
     rows = {}
     for role in cached_roles(recipe):
         cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe))
-        rows[role] = calibration_rows(cache.dataset, settings.positions, cache.manifest["eos_token_id"])
+        left_out = None if settings.include_eos else cache.manifest["eos_token_id"]
+        rows[role] = calibration_rows(cache.dataset, settings.positions, left_out)
     log_probs, target, tail_sums = rows["validation"]
     families = {}
     for method in calibration_methods(recipe):

@@ -127,6 +127,7 @@ def answer_all_sets(recipe, arm: str) -> None:
             tokenizer,
             top_k=recipe.cache.top_k,
             tokens_per_batch=recipe.evaluate.tokens_per_batch,
+            support=recipe.cache.support,
             tail_knots=recipe.calibrate.method == "vocabulary_temperature",
         )
         answers.to_parquet(folder / f"{name}.parquet")
