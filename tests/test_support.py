@@ -128,5 +128,5 @@ def test_what_the_choices_cannot_have_is_refused(tmp_path, extra):
 
 def test_a_row_with_more_than_its_answer_supervised_is_refused_with_the_remedy(tmp_path):
     path = write_recipe(tmp_path, rows=4, task=TASK | {"completion": " {label} ."}, cache={"support": "choices"})
-    with pytest.raises(ValueError, match="datasets.train, row 0: 2 tokens are supervised .*set cache.support: top_k"):
+    with pytest.raises(SystemExit, match="datasets.train, row 0: 2 tokens are supervised .*set cache.support: top_k"):
         cache.main([str(path)])
