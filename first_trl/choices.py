@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import TaskConfig
-from .data import IGNORED, encode_prompt, encode_row, is_conversational, split_messages, templates_of
+from .data import IGNORED, encode_prompt, encode_row, is_conversational, split_messages, templates_of, with_end
 from .encoding import chat_ids, check_prefix, text_ids
 from .rendering import render_template, text_around_field
 
@@ -15,39 +15,52 @@ from .rendering import render_template, text_around_field
 def choice_token_ids(task: TaskConfig, tokenizer, prompt_row: Mapping[str, Any] | None = None) -> list[list[int]]:
     """The tokens of each choice after the prompt of `prompt_row`, in the order of `task.choices`.
 
-    Without a row, the context is the text that ends the prompt template. Every list has one token today: choices are
-    told apart by the first token of the answer.
+    Without a row, the context is the text that ends the prompt template. Where every choice is one token, that token
+    is the answer. Otherwise an answer is the whole completion, as training supervises it: what the template writes
+    after the choice and the end of sequence too, so that no answer is the beginning of another.
 
     Raises:
-        ValueError: a choice is several tokens or unknown to the tokenizer, or two choices share their token.
+        ValueError: a choice is unknown to the tokenizer, or the tokens of one choice begin or are another's.
     """
     if not task.choices:
         raise ValueError("task.choices is not set; list the closed answers, such as choices: [good, bad]")
-    answers = [_answer_ids(task, tokenizer, prompt_row, choice) for choice in task.choices]
-    for choice, ids in zip(task.choices, answers, strict=True):
-        names = tokenizer.convert_ids_to_tokens(ids)
-        if len(ids) != 1:
+    both = [_answer_ids(task, tokenizer, prompt_row, choice) for choice in task.choices]
+    one_token_each = all(len(answer) == 1 for answer, _ in both)
+    answers = [answer if one_token_each else whole for answer, whole in both]
+    for choice, (answer, _) in zip(task.choices, both, strict=True):
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in answer:
             raise ValueError(
-                f"task.choices: {choice!r} is {len(ids)} tokens after the prompt ({names}); choose answers that are "
-                "one token each, such as letters or short words, and keep any text before the answer in the prompt"
+                f"task.choices: the tokenizer has no token for {choice!r} (it reads "
+                f"{tokenizer.convert_ids_to_tokens(answer)}); choose another word"
             )
-        if ids[0] == tokenizer.unk_token_id:
-            raise ValueError(
-                f"task.choices: the tokenizer has no token for {choice!r} (it reads {names[0]!r}); choose another word"
-            )
-    taken: dict[int, str] = {}
-    for choice, (token,) in zip(task.choices, answers, strict=True):
-        if token in taken:
-            raise ValueError(
-                f"task.choices: {taken[token]!r} and {choice!r} are the same token "
-                f"{tokenizer.convert_ids_to_tokens(token)!r}; choose answers whose first tokens differ"
-            )
-        taken[token] = choice
+    _refuse_beginnings(task, tokenizer, answers)
     return answers
 
 
-def _answer_ids(task: TaskConfig, tokenizer, row: Mapping[str, Any] | None, choice: str) -> list[int]:
-    """The tokens of one choice between its prompt and whatever is written after it."""
+def _refuse_beginnings(task: TaskConfig, tokenizer, answers: list[list[int]]) -> None:
+    """Probabilities of whole answers sum to at most 1 only where no answer is the beginning of another."""
+    taken: dict[tuple[int, ...], str] = {}
+    for choice, ids in sorted(zip(task.choices, answers, strict=True), key=lambda pair: len(pair[1])):
+        for length in range(1, len(ids) + 1):
+            if (earlier := taken.get(tuple(ids[:length]))) is None:
+                continue
+            names = tokenizer.convert_ids_to_tokens(ids[:length])
+            if length == len(ids):
+                raise ValueError(
+                    f"task.choices: {earlier!r} and {choice!r} are the same token{'s' * (length > 1)} "
+                    f"{names[0] if length == 1 else names!r}; choose answers that differ for this tokenizer"
+                )
+            raise ValueError(
+                f"task.choices: {earlier!r} is the beginning of {choice!r} (tokens {names}), so that it would always "
+                "be the likelier one; end both, with task.append_eos: true or a text after the answer"
+            )
+        taken[tuple(ids)] = choice
+
+
+def _answer_ids(
+    task: TaskConfig, tokenizer, row: Mapping[str, Any] | None, choice: str
+) -> tuple[list[int], list[int]]:
+    """The tokens of one choice after its prompt, alone and with all that is written after it."""
     if row is not None and is_conversational(task, row):
         prompt_ids = encode_prompt(task, tokenizer, row, check_length=False)
         messages = split_messages(row, labelled=False)[0] + [{"role": "assistant", "content": choice}]
@@ -66,12 +79,22 @@ def _answer_ids(task: TaskConfig, tokenizer, row: Mapping[str, Any] | None, choi
             f"task.choices: {choice!r} melts into the text after it ({tokenizer.convert_ids_to_tokens(ended[-3:])}); "
             "end the completion template with the answer"
         )
-    return answered[len(prompt_ids) :]
+    if not (row is not None and is_conversational(task, row)):
+        ended = with_end(task, tokenizer, ended)
+    return answered[len(prompt_ids) :], ended[len(prompt_ids) :]
 
 
 def single_token_ids(task: TaskConfig, tokenizer, prompt_row: Mapping[str, Any]) -> list[int]:
-    """The token of each choice; ValueError, with the remedy, where one has several."""
-    return [token for (token,) in choice_token_ids(task, tokenizer, prompt_row)]
+    """The token of each choice, where a cache keeps the choices alone; ValueError where one has several."""
+    answers = choice_token_ids(task, tokenizer, prompt_row)
+    longest = max(range(len(answers)), key=lambda i: len(answers[i]))
+    if len(answers[longest]) > 1:
+        raise ValueError(
+            f"task.choices: {task.choices[longest]!r} is {len(answers[longest])} tokens after the prompt "
+            f"({tokenizer.convert_ids_to_tokens(answers[longest])}), and cache.support: choices keeps one token for "
+            "each. Choose answers of one token, such as letters, or set cache.support: top_k"
+        )
+    return [token for (token,) in answers]
 
 
 def encode_answer_row(

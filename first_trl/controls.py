@@ -2,7 +2,8 @@
 
 `teacher_recalibrated` and `<arm>_post_hoc` are answers that were already given, under a recalibration: the teacher's
 is the one in `calibration.json`, the control's is searched on its own validation answers, by the same family and
-criterion. Reads answers files (`first_trl.evaluation`); runs no model and measures nothing.
+criterion. So is the teacher's where answers have several tokens: the one in `calibration.json` is for single tokens.
+Reads answers files (`first_trl.evaluation`); runs no model and measures nothing.
 """
 
 from pathlib import Path
@@ -34,13 +35,20 @@ def collect(
     collected = {model: {name: predictions(rows) for name, rows in sets.items()} for model, sets in answers.items()}
     method, fitted = calibration["method"], {}
     if method != "none":
-        fitted["teacher_recalibrated"] = method, calibration["value"]
-        collected["teacher_recalibrated"] = _recalibrated(answers["teacher"], method, calibration["value"])
+        own = answers["teacher"]
+        value = _fit(own[VALIDATION], method, calibration) if _are_whole(own[VALIDATION]) else calibration["value"]
+        fitted["teacher_recalibrated"] = method, value
+        collected["teacher_recalibrated"] = _recalibrated(own, method, value)
         for model in labelled:
             value = _fit(answers[model][VALIDATION], method, calibration)
             fitted[f"{model}_post_hoc"] = method, value
             collected[f"{model}_post_hoc"] = _recalibrated(answers[model], method, value)
     return collected, fitted
+
+
+def _are_whole(rows: dict) -> bool:
+    """Whether these answers are whole texts of several tokens, and not single tokens."""
+    return "answer_tokens" in rows
 
 
 def _fit(rows: dict, method: str, calibration: dict) -> float:
@@ -55,7 +63,7 @@ def _recalibrated(sets: dict[str, dict], method: str, value: float) -> dict[str,
 def teacher_curves(folder: Path, tests: list[str], calibration: dict) -> dict[str, dict[str, list[dict]]]:
     """{method: {set: curve}}: the teacher's error on the test sets at the values that the search tried on validation.
 
-    For the eye alone: no value is ever chosen by it.
+    For the eye alone: no value is ever chosen by it. None where answers have several tokens and the search had one.
     """
     answers = {name: read_answers(folder / "teacher" / f"{name}.parquet") for name in tests}
     return {
@@ -69,6 +77,7 @@ def teacher_curves(folder: Path, tests: list[str], calibration: dict) -> dict[st
                 **tail_of(rows),
             )
             for name, rows in answers.items()
+            if not _are_whole(rows)
         }
         for method, family in calibration["families"].items()
         if family["value"] is not None

@@ -67,8 +67,8 @@ def encode_example(task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", row: 
         prompt, completion = _render_pair(task, row)
         input_ids = text_ids(tokenizer, prompt + completion)
     check_prefix(tokenizer, prompt_ids, input_ids)
-    if not is_conversational(task, row) and task.append_eos and input_ids[-1] != eos_token_id(tokenizer):
-        input_ids.append(eos_token_id(tokenizer))
+    if not is_conversational(task, row):
+        input_ids = with_end(task, tokenizer, input_ids)
     # Nothing stands before the first token of all, so nothing can predict it.
     num_prompt_tokens = max(len(prompt_ids), 1)
     if num_prompt_tokens >= min(len(input_ids), task.max_length):
@@ -77,6 +77,13 @@ def encode_example(task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", row: 
     return Example(
         input_ids=input_ids[: task.max_length], labels=labels[: task.max_length], num_prompt_tokens=len(prompt_ids)
     )
+
+
+def with_end(task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", input_ids: list[int]) -> list[int]:
+    """The tokens of a completion, ended by the end of sequence where the task asks for it and it is not there."""
+    if task.append_eos and input_ids[-1] != eos_token_id(tokenizer):
+        return [*input_ids, eos_token_id(tokenizer)]
+    return input_ids
 
 
 def encode_prompt(

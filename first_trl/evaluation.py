@@ -4,6 +4,11 @@ An arm's answers to a set are kept as a file, one line per example: the K most p
 log-probabilities and the tail, which of them is the label, and the log-probabilities of the declared choices. Every
 measurement is made from those files, so a report can be redrawn without a model.
 
+Where a choice is several tokens, an answer is the whole completion, and its probability the product of its tokens'.
+Then the C choices stand where the K tokens stand elsewhere, known by their numbers, and the tail is every other text:
+the prediction is the most probable choice, its confidence the probability that the model writes exactly that, not
+normalised over the choices. An undeclared answer is never predicted; its probability lowers the confidence.
+
 Shapes: N examples, K kept tokens, C choices.
 """
 
@@ -20,7 +25,9 @@ from .calibration import recalibrate
 from .choices import choice_token_ids
 from .config import TaskConfig
 from .data import encode_example
-from .scoring import answer_scores
+from .scoring import answer_scores, sequence_log_probs
+
+SMALLEST_TAIL = 2.0**-24  # what float32 probabilities of the choices cannot tell from a sum of 1
 
 
 def answer_set(
@@ -38,14 +45,24 @@ def answer_set(
 
     With `support` "choices" the K tokens are those of the choices, as in such a cache, and `tail_max_log_prob` is the
     likeliest token of the tail. With `tail_knots` also `tail_power_log_sums`, without which a
-    `vocabulary_temperature` cannot be laid over them.
+    `vocabulary_temperature` cannot be laid over them. Choices of several tokens have `answer_tokens` (N,), the length
+    of the label.
+
+    Raises:
+        ValueError: as `encode_example` and `choice_token_ids`; or a choice of several tokens stands against `support`,
+            `tail_knots` or a row.
     """
     examples = [encode_example(task, tokenizer, row) for row in dataset]
     prompts = [example["input_ids"][: example["num_prompt_tokens"]] for example in examples]
+    answers = choice_token_ids(task, tokenizer, dataset[0]) if task.choices else []
+    if any(len(ids) > 1 for ids in answers):
+        if support == "choices" or tail_knots:
+            setting = "cache.support: choices" if support == "choices" else "vocabulary_temperature"
+            remedy = "cache.support: top_k" if support == "choices" else "calibrate.method: temperature"
+            raise ValueError(f"{setting} needs answers of one token, and task.choices has longer ones; set {remedy}.")
+        return _whole_answers(model, examples, prompts, answers, tokens_per_batch)
     label_ids = [example["input_ids"][example["num_prompt_tokens"]] for example in examples]
-    choices = None
-    if task.choices:
-        choices = [ids[0] for ids in choice_token_ids(task, tokenizer, dataset[0])]
+    choices = [ids[0] for ids in answers] if task.choices else None
     scores = answer_scores(
         model,
         prompts,
@@ -61,6 +78,34 @@ def answer_set(
     if choices is not None:
         columns["choice_ids"] = [choices] * len(prompts)
     return Dataset.from_dict(columns)
+
+
+def _whole_answers(model, examples, prompts, answers: list[list[int]], tokens_per_batch: int) -> Dataset:
+    """The columns of `answer_set` where a choice is several tokens: ids are numbers of choices."""
+    number = {tuple(ids): c for c, ids in enumerate(answers)}
+    written = [tuple(example["input_ids"][example["num_prompt_tokens"] :]) for example in examples]
+    strange = [i for i, ids in enumerate(written) if ids not in number]
+    if strange:
+        raise ValueError(
+            f"row {strange[0]}: the tokens of its answer, {list(written[strange[0]])}, are those of no choice after "
+            "the first row's prompt. Raise task.max_length if it was cut, or let every prompt end in the same text."
+        )
+    labels = np.array([number[ids] for ids in written])
+    choice_log_probs = sequence_log_probs(model, prompts, answers, tokens_per_batch=tokens_per_batch)
+    order = np.argsort(-choice_log_probs, axis=1, kind="stable")
+    tail = np.log(np.maximum(1 - np.exp(choice_log_probs.astype(np.float64)).sum(axis=1), SMALLEST_TAIL))
+    sorted_log_probs = np.take_along_axis(choice_log_probs, order, axis=1)
+    columns = {
+        "token_ids": order,
+        "log_probs": np.column_stack([sorted_log_probs, tail]).astype(np.float32),
+        "target": (order == labels[:, None]).argmax(axis=1),
+        "label_id": labels,
+        "label_log_prob": choice_log_probs[np.arange(len(labels)), labels],
+        "choice_ids": np.tile(np.arange(len(answers)), (len(labels), 1)),
+        "choice_log_probs": choice_log_probs,
+        "answer_tokens": np.array([len(ids) for ids in written]),
+    }
+    return Dataset.from_dict({name: list(values) for name, values in columns.items()})
 
 
 def read_answers(path: str | Path) -> dict[str, np.ndarray]:

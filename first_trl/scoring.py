@@ -6,13 +6,14 @@ are cut by a token budget from examples sorted by length; the head is applied on
 Shapes: N positions, D hidden, V vocabulary, K kept tokens, C choices.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .head import partition_log_probs_and_tail_max, selected_logits, top_k_log_probs
+from .head import partition_log_probs, partition_log_probs_and_tail_max, selected_logits, top_k_log_probs
 from .modeling import IGNORED, Head, backbone_hidden_states, language_model_head
 
 
@@ -221,3 +222,59 @@ def answer_scores(
     is_label = scores["token_ids"] == np.asarray(label_ids)[:, None]
     scores["target"] = np.where(is_label.any(axis=1), is_label.argmax(axis=1), is_label.shape[1]).astype(np.int64)
     return scores
+
+
+@torch.inference_mode()
+def sequence_log_probs(
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    sequences: list[list[int]],
+    *,
+    tokens_per_batch: int,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """(N, C) nats: how likely each of C token sequences is after each of N prompts, the sum over its tokens.
+
+    A batch of prompts is read once; every sequence goes on from a copy of what the model keeps of it.
+    """
+    model, longest = innermost(model), max(len(sequence) for sequence in sequences)
+    weight, *rest = language_model_head(model)
+    log_probs_NC = np.empty((len(prompts), len(sequences)), dtype=np.float32)
+    first_ids = sorted({sequence[0] for sequence in sequences})
+    for indices in length_batches([len(prompt) + longest for prompt in prompts], tokens_per_batch):
+        tokens_BT, mask_BT = _left_padded([prompts[i] for i in indices], model.get_input_embeddings().weight.device)
+        lengths_B1 = mask_BT.sum(dim=1, keepdim=True)
+        read = model.base_model(
+            input_ids=tokens_BT,
+            attention_mask=mask_BT,
+            position_ids=(mask_BT.cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=True,
+        )
+        ids_BF = torch.tensor(first_ids, device=weight.device).expand(len(indices), -1)
+        first_BF = partition_log_probs(read.last_hidden_state[:, -1].to(weight.device), weight, ids_BF, *rest)
+        for c, sequence in enumerate(sequences):
+            total_B = first_BF[:, first_ids.index(sequence[0])]
+            if len(sequence) > 1:
+                begun_BL = torch.tensor(sequence[:-1], device=mask_BT.device).expand(len(indices), -1)
+                hidden_BLD = model.base_model(
+                    input_ids=begun_BL,
+                    attention_mask=torch.cat([mask_BT, torch.ones_like(begun_BL)], dim=1),
+                    position_ids=lengths_B1 + torch.arange(begun_BL.shape[1], device=mask_BT.device),
+                    past_key_values=copy.deepcopy(read.past_key_values),
+                    use_cache=True,
+                ).last_hidden_state.to(weight.device)
+                next_ids_N1 = torch.tensor(sequence[1:], device=weight.device).repeat(len(indices))[:, None]
+                next_N2 = partition_log_probs(hidden_BLD.flatten(0, 1), weight, next_ids_N1, *rest)
+                total_B = total_B + next_N2[:, 0].view(len(indices), -1).sum(dim=1)
+            log_probs_NC[indices, c] = total_B.float().cpu().numpy()
+        if progress is not None:
+            progress(sum(len(prompts[i]) for i in indices))
+    return log_probs_NC
+
+
+def _left_padded(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) tokens that end together, and the mask of those that are there."""
+    length = max(len(row) for row in rows)
+    tokens_BT = torch.tensor([[0] * (length - len(row)) + list(row) for row in rows], device=device)
+    mask_BT = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    return tokens_BT, mask_BT

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from first_trl.choices import choice_token_ids
+from first_trl.choices import choice_token_ids, single_token_ids
 from first_trl.config import DatasetConfig, TaskConfig
 from first_trl.data import (
     check_disjoint,
@@ -367,8 +367,8 @@ def test_choices_stand_between_braces_and_text_of_the_templates(tok):
         assert [pieces(tok, ids) for ids in choice_token_ids(task, tok, row)] == [[" good"], [" bad"]]
     braces = reviews(completion=" {{ {label} }}", choices=["good", "bad"])
     assert tok.decode(encode_example(braces, tok, ROWS[0])["input_ids"]).endswith("Sentiment: { good }</s>")
-    with pytest.raises(ValueError, match="one token each"):  # the brace before the answer comes first
-        choice_token_ids(braces, tok, ROWS[0])
+    for ids, choice in zip(choice_token_ids(braces, tok, ROWS[0]), braces.choices, strict=True):
+        assert tok.decode(ids) == f" {{ {choice} }}</s>"  # the brace before the answer comes first
     with pytest.raises(ValueError, match="which is not one of"):
         encode_example(braces, tok, {"text": "a film", "label": "great"})
 
@@ -386,10 +386,31 @@ def test_plain_columns_carry_choices_with_their_space(tok):
     assert [pieces(tok, ids) for ids in choice_token_ids(task, tok, row)] == [[" good"], [" bad"]]
 
 
-def test_a_choice_of_several_tokens_is_refused_with_its_tokens(tok):
-    with pytest.raises(ValueError, match="one token each") as refusal:
-        choice_token_ids(reviews(choices=["good", "excellent"]), tok)
-    assert "'excellent' is" in str(refusal.value) and "Ġ" in str(refusal.value)
+def test_choices_of_several_tokens_are_whole_completions_as_training_supervises_them(tok):
+    task = reviews(choices=["good", "good film", "excellent"])
+    answers = choice_token_ids(task, tok, ROWS[0])
+    assert [tok.decode(ids) for ids in answers] == [" good</s>", " good film</s>", " excellent</s>"]
+    for choice, ids in zip(task.choices, answers, strict=True):
+        example = encode_example(task, tok, {"text": "a good film", "label": choice})
+        assert example["input_ids"][example["num_prompt_tokens"] :] == ids
+
+
+def test_choices_of_several_tokens_end_with_the_turn_in_a_conversation(chat_tok):
+    task, ending = TaskConfig(choices=["excellent", "good"]), {"role": "assistant", "content": "excellent"}
+    ids = choice_token_ids(task, chat_tok, {"messages": CHAT})[0]
+    example = encode_example(task, chat_tok, {"messages": [*CHAT[:-1], ending]})
+    assert chat_tok.decode(ids) == "excellent</s>" and example["input_ids"][-len(ids) :] == ids
+
+
+def test_a_choice_that_begins_another_is_refused_where_nothing_ends_them(tok):
+    with pytest.raises(ValueError, match="'good' is the beginning of 'good film' .*append_eos: true"):
+        choice_token_ids(reviews(choices=["good film", "good"], append_eos=False), tok, ROWS[0])
+
+
+def test_a_cache_of_the_choices_refuses_one_of_several_tokens_with_its_tokens(tok):
+    with pytest.raises(ValueError, match="'excellent' is .*cache.support: top_k") as refusal:
+        single_token_ids(reviews(choices=["good", "excellent"], append_eos=False), tok, ROWS[0])
+    assert "Ġ" in str(refusal.value)
 
 
 def test_two_choices_with_one_token_and_a_choice_without_one_are_refused(tokenizer):
