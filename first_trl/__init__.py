@@ -11,10 +11,12 @@ __version__ = "0.1.0"
 _HOME = {
     "FIRSTConfig": "first_trl.first_config",
     "FIRSTTrainer": "first_trl.trainer",
+    "Predictor": "first_trl.prediction",
     "open_cache": "first_trl.cache",
+    "predict": "first_trl.prediction",
 }
 
-__all__ = ["FIRSTConfig", "FIRSTTrainer", "open_cache", "__version__"]
+__all__ = ["FIRSTConfig", "FIRSTTrainer", "Predictor", "open_cache", "predict", "__version__"]
 
 
 def __getattr__(name: str):

@@ -3,6 +3,7 @@
     first-trl demo                      the whole method on a generated task, in minutes on a CPU
     first-trl run RECIPE                every stage in order; finished ones are skipped
     first-trl STAGE RECIPE              one of sft, cache, calibrate, distill, evaluate, push
+    first-trl predict ADAPTER           answers with their confidence, abstaining below the fitted threshold
     first-trl cache COMMAND PATH        inspect, verify or push a finished cache
 
 Each stage is its own process under `accelerate launch`, so memory is given back between stages and the same recipe
@@ -31,6 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     if argv[:1] == ["cache"] and argv[1:2] and argv[1] in cache_commands.COMMANDS:
         return cache_commands.main(argv[1:])
+    if argv[:1] == ["predict"]:
+        from .prediction import main as predict
+
+        return predict(argv[1:])
     if argv and argv[0] in STAGES:
         config_file, rest = _take_option(argv[1:], "--config_file")
         return launch(argv[0], rest, config_file)
@@ -62,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output_dir", default="runs", help="where the run folder goes (default: runs)")
     for command in (run, demo):
         command.add_argument("--quiet", action="store_true", help="print errors alone; the run's log.txt has the rest")
+    commands.add_parser("predict", help="answers of a student: `first-trl predict --help`", add_help=False)
     for stage in STAGES:
         commands.add_parser(stage, help=f"the stage {stage}: `first-trl {stage} RECIPE --help`", add_help=False)
     return parser

@@ -72,6 +72,7 @@ def collect_facts(run_folder: Path, arm: str, recipe, recipe_plain: dict) -> Car
         diagrams=[file.name for file in sorted((Path(run_folder) / "report").glob("reliability*.png"))],
         repo_id=recipe.push.hub_model_id,
         prompt_example=_prompt_example(recipe.task.prompt),
+        thresholds=_read_json(run_folder, f"students/{arm}/predict.json", "evaluate")["thresholds"],
         dtype=None if section.get("dtype") == "auto" else section.get("dtype", "float32"),
         quantization=_quantization(section),
     )
@@ -114,9 +115,9 @@ def _quantization(section: dict) -> dict | None:
 def prepare_upload_folder(run_folder: str | Path, arm: str, recipe, destination: str | Path) -> Path:
     """Write exactly what an upload would publish, and return the folder.
 
-    The student's weights and tokenizer, README.md, calibration.json, metrics.json, the reliability diagrams and the
-    resolved recipe. Local paths in them are reduced to names. The folder appears whole or not at all; one that was
-    prepared before is replaced.
+    The student's weights and tokenizer, README.md, predict.json, calibration.json, metrics.json, the reliability
+    diagrams and the resolved recipe. Local paths in them are reduced to names. The folder appears whole or not at all;
+    one that was prepared before is replaced.
 
     Raises:
         ValueError: something is missing in the run folder, a file would leak a path or a secret, or `destination`
@@ -151,9 +152,9 @@ def _write_folder(folder: Path, run_folder: Path, facts: CardFacts) -> None:
             _write_json(folder / file.name, without_local_paths(json.loads(file.read_text("utf-8")), MODEL_PATH_KEYS))
         else:
             shutil.copyfile(file, folder / file.name)
-    for name in ("calibration.json", "report/metrics.json"):
-        content = without_local_paths(json.loads((run_folder / name).read_text("utf-8")))
-        _write_json(folder / Path(name).name, content)
+    made = {f"students/{facts.arm}/predict.json": "evaluate", "calibration.json": "calibrate"}
+    for name, stage in {**made, "report/metrics.json": "evaluate"}.items():
+        _write_json(folder / Path(name).name, without_local_paths(_read_json(run_folder, name, stage)))
     for diagram in facts.diagrams:
         shutil.copyfile(run_folder / "report" / diagram, folder / diagram)
     recipe_text = yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True, width=100)

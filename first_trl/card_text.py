@@ -41,6 +41,7 @@ class CardFacts:
     hub_datasets: list[str] = field(default_factory=list)
     diagrams: list[str] = field(default_factory=list)  # file names in the repository
     repo_id: str | None = None
+    thresholds: list[dict] = field(default_factory=list)  # those of predict.json
     prompt_example: str | None = None  # the prompt template with "..." for its fields; None for conversations
     dtype: str | None = None  # the type the student was measured in; None leaves it to the checkpoint
     quantization: dict | None = None  # arguments of BitsAndBytesConfig; strings, True, or None
@@ -63,6 +64,8 @@ def build_card(facts: CardFacts) -> str:
         usage_fence=_fence(usage),
         quantization="4-bit " + str(facts.quantization["bnb_4bit_quant_type"]).upper() if facts.quantization else None,
         choices=facts.recipe.get("task", {}).get("choices"),
+        predict=f"first-trl predict {facts.repo_id or '.'} < questions.jsonl > answers.jsonl",
+        thresholds=_thresholds(facts),
         num_bins=facts.recipe.get("evaluate", {}).get("num_bins", 10),
         tables=[_table(facts, name) for name in facts.test_sets],
         diagrams=[quote(name) for name in facts.diagrams],
@@ -165,6 +168,19 @@ def usage_code(facts: CardFacts) -> str:
         'print(tokenizer.decode(answer), f"{confidence:.1%}")',
     ]
     return "\n".join(lines)
+
+
+def _thresholds(facts: CardFacts) -> list[dict]:
+    """Target accuracy, threshold, and what it did on validation, as text; only targets that were reached."""
+    return [
+        {
+            "target": f"{100 * fitted['target_accuracy']:.0f} %",
+            "threshold": f"{fitted['threshold']:.3f}",
+            "coverage": f"{100 * fitted['coverage']:.1f} %",
+        }
+        for fitted in facts.thresholds
+        if fitted["threshold"] is not None
+    ]
 
 
 def _literal(text: str) -> str:

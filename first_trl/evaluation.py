@@ -161,12 +161,17 @@ def predictions(answers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "label_log_prob": answers["label_log_prob"],
     }
     if "choice_log_probs" in answers:
-        shifted = answers["choice_log_probs"] - answers["choice_log_probs"].max(axis=1, keepdims=True)
-        shares = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+        shares = choice_shares(answers["choice_log_probs"])
         chosen = shares.argmax(axis=1)
         result["choice_confidence"] = shares.max(axis=1)
         result["choice_correct"] = answers["choice_ids"][np.arange(len(chosen)), chosen] == answers["label_id"]
     return result
+
+
+def choice_shares(log_probs_NC: np.ndarray) -> np.ndarray:
+    """(N, C) probabilities of the choices, normalised over them."""
+    shares_NC = np.exp(log_probs_NC - log_probs_NC.max(axis=1, keepdims=True))
+    return shares_NC / shares_NC.sum(axis=1, keepdims=True)
 
 
 def test_task(task: TaskConfig, overrides: dict | None) -> TaskConfig:

@@ -18,6 +18,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from .abstention import DEFAULT_TARGET, selective
 from .figures import calibration_figure, reliability_figure, risk_coverage_figure, to_png, training_figure
 from .metrics import compare, reliability_bins, risk_coverage_curve, threshold_for_accuracy
 from .verdict import FOCUS, order_arms, percent, verdict
@@ -25,7 +26,7 @@ from .verdict import FOCUS, order_arms, percent, verdict
 SCHEMA_VERSION = 1
 # The risk of fewer answered examples is too noisy to draw.
 MIN_ANSWERED = 20
-COLUMNS = ("Accuracy", "ECE (95 % interval)", "Trust score", "NLL", "Brier", "AUROC")
+COLUMNS = ("Accuracy", "ECE (95 % interval)", "Trust score", "NLL", "Brier", "AUROC", "Sure: right (answered)")
 
 
 def write_report(
@@ -39,7 +40,7 @@ def write_report(
     seed: int = 0,
     *,
     validation: dict[str, dict[str, np.ndarray]] | None = None,
-    target_accuracy: float = 0.9,
+    target_accuracy: float = DEFAULT_TARGET,
     test_curves: dict[str, dict[str, list[dict]]] | None = None,
     training: dict[str, list[dict]] | None = None,
 ) -> dict:
@@ -129,20 +130,20 @@ def measure(
 
 
 def add_selective(sets: dict[str, dict], validation: dict, predictions: dict, target_accuracy: float) -> None:
-    """Add "selective" to an arm's sets: the threshold fitted on validation, and what it does on each test set.
+    """Add "selective" to an arm's sets, and to their view restricted to the choices.
 
-    "coverage" is the share answered, "accuracy" that of the answered (None if nothing is answered); the threshold is
-    None where no confidence reaches the target.
+    "threshold" is the lowest confidence that reached the target on validation (None if none did), "coverage" the share
+    of a test set that it answers, "accuracy" that of the answered (None if nothing is answered).
     """
-    threshold = threshold_for_accuracy(validation["confidence"], validation["correct"], target_accuracy)
-    for name, summary in sets.items():
-        result = {"target_accuracy": target_accuracy, "threshold": threshold, "coverage": 0.0, "accuracy": None}
-        if threshold is not None:
-            answered = np.asarray(predictions[name]["confidence"]) >= threshold
-            result["coverage"] = float(answered.mean())
-            if answered.any():
-                result["accuracy"] = float(np.asarray(predictions[name]["correct"])[answered].mean())
-        summary["selective"] = result
+    for view in ("", "choice_"):
+        if f"{view}confidence" not in validation:
+            continue
+        fitted = [validation[f"{view}{name}"] for name in ("confidence", "correct")]
+        threshold = threshold_for_accuracy(*fitted, target_accuracy)
+        for name, summary in sets.items():
+            seen = [predictions[name][f"{view}{column}"] for column in ("confidence", "correct")]
+            result = {"target_accuracy": target_accuracy, "threshold": threshold, **selective(*seen, threshold)}
+            (summary["choices"] if view else summary)["selective"] = result
 
 
 def _label(arm: str) -> str:
@@ -216,8 +217,19 @@ def rows(metrics: dict, name: str, view: str | None = None) -> list[dict]:
             ece += f" ({100 * low:.1f} to {100 * high:.1f})"
         nll = "infinite" if values["num_impossible_labels"] else _number(values["nll"])
         cells = [percent(values["accuracy"]), ece, f"{100 * values['trust_score']:.1f} %", nll]
-        result.append({"arm": arm, "cells": [*cells, _number(values["brier"]), _number(values["auroc"])]})
+        cells += [_number(values["brier"]), _number(values["auroc"]), _sure(values.get("selective"))]
+        result.append({"arm": arm, "cells": cells})
     return result
+
+
+def _sure(selective: dict | None) -> str:
+    """Accuracy above the threshold that was fitted on validation, and the share of the examples that lies there."""
+    if selective is None:
+        return "-"
+    if selective["threshold"] is None:
+        return "never sure"
+    right = "-" if selective["accuracy"] is None else percent(selective["accuracy"])
+    return f"{right} ({percent(selective['coverage'])})"
 
 
 def _number(value: float | None) -> str:
@@ -297,6 +309,7 @@ def page(metrics: dict, pictures: dict, provenance: dict) -> str:
         headline=[s["text"] for s in metrics["summary"] if s["kind"] == "headline"],
         general=[s for s in metrics["summary"] if s["set"] is None and s["kind"] != "headline"],
         columns=COLUMNS,
+        target=DEFAULT_TARGET,
         focus=FOCUS,
         label=_label,
         plain={key: value for key, value in provenance.items() if not isinstance(value, dict | list)},

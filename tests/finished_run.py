@@ -99,6 +99,11 @@ def make_run(folder, base, base_name=None, **sections):
     model.peft_config["default"].base_model_name_or_path = base_name
     model.save_pretrained(student)
     AutoTokenizer.from_pretrained(base).save_pretrained(student)
+    from first_trl.abstention import describe_student
+
+    validation = {"choice_confidence": [0.5, 0.7, 0.9, 0.95], "choice_correct": [False, True, True, True]}
+    described = describe_student("first", recipe.task, recipe.arm_section("first"), validation)
+    (student / "predict.json").write_text(json.dumps(described))
     (student / "checkpoint-3").mkdir()
     for unwanted in ("checkpoint-3/optimizer.pt", "training_args.bin", "trainer_state.json", "rng_state.pth"):
         (student / unwanted).write_bytes(b"not to be published")

@@ -160,6 +160,7 @@ def finished(tmp_path_factory):
 
 EXPECTED = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "calibration.json", "metrics.json",
+    "predict.json",
     "recipe.resolved.yaml", "reliability_reviews.png", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 

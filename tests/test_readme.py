@@ -26,7 +26,7 @@ def test_the_readme_has_the_commands_that_these_tests_read():
 
 @pytest.mark.parametrize("line", OURS)
 def test_a_command_names_a_stage_a_recipe_and_a_configuration_that_exist(line, monkeypatch):
-    words = shlex.split(line)
+    words = shlex.split(line.partition(" < ")[0])
     files = [word for word in words if word.endswith(".yaml")]
     assert all((ROOT / file).is_file() for file in files), files
     if words[0] == "accelerate":
@@ -38,6 +38,7 @@ def test_a_command_names_a_stage_a_recipe_and_a_configuration_that_exist(line, m
     started = []
     monkeypatch.setattr(command, "launch", lambda stage, *_: started.append(stage) or 0)
     monkeypatch.setattr(command, "run_pipeline", lambda recipe, *_: started.append(recipe) or 0)
+    monkeypatch.setattr("first_trl.prediction.main", lambda argv: started.append(argv[0]) or 0)
     monkeypatch.setattr("first_trl.demo.prepare_demo", lambda *_: ROOT / "first_trl/demo/demo.yaml")
     assert command.main(words[1:]) == 0 and len(started) == 1
 

@@ -121,23 +121,41 @@ def test_a_threshold_is_fitted_on_validation_and_applied_to_test(written):
     assert fitted["accuracy"] == predictions["first"]["reviews"]["correct"][answered].mean() > 0.85
 
 
+def test_the_threshold_of_the_view_restricted_to_choices_is_its_own(written):
+    _, metrics, predictions = written
+    restricted = metrics["arms"]["first"]["reviews"]["choices"]["selective"]
+    answered = predictions["first"]["reviews"]["choice_confidence"] >= restricted["threshold"]
+    assert restricted["coverage"] == answered.mean() > 0.1
+    assert restricted["threshold"] != metrics["arms"]["first"]["reviews"]["selective"]["threshold"]
+
+
+def test_an_arm_that_validation_never_found_sure_says_so(tmp_path):
+    arm = {"first": {"x": answers(50, 1)}}
+    wrong = {"confidence": np.full(50, 0.9), "correct": np.zeros(50, bool)}
+    metrics = write_report(tmp_path, arm, None, {}, bootstrap=0, validation={"first": wrong})
+    assert metrics["arms"]["first"]["x"]["selective"]["coverage"] == 0
+    assert "| never sure |" in (tmp_path / "table.md").read_text()
+
+
 def test_the_table_has_a_row_per_arm_and_every_cell(written):
     folder, metrics, _ = written
     text = (folder / "table.md").read_text()
     assert text.count("| `first` |") == 4 and text.count("### ") == 4  # two sets, two views
     measured = metrics["arms"]["first"]["reviews"]
     low, high = measured["ci"]["ece"]
+    sure = measured["selective"]
     assert (
         f"| `first` | {100 * measured['accuracy']:.1f} % | {100 * measured['ece']:.1f} % "
         f"({100 * low:.1f} to {100 * high:.1f}) | {100 * measured['trust_score']:.1f} % | {measured['nll']:.3f} | "
-        f"{measured['brier']:.3f} | {measured['auroc']:.3f} |"
+        f"{measured['brier']:.3f} | {measured['auroc']:.3f} | {100 * sure['accuracy']:.1f} % "
+        f"({100 * sure['coverage']:.1f} %) |"
     ) in text
 
 
 def test_a_pipe_in_a_name_does_not_break_the_table():
     metrics = {"arms": {"a|b": {"x": summarize([0.5], [1], None, bootstrap=0)}}, "differences": {"x": {}},
                "out_of_domain": []}  # fmt: skip
-    assert "| `a\\|b` | 100.0 % | 50.0 % | 50.0 % | - | 0.250 | - |" in table_markdown(metrics)
+    assert "| `a\\|b` | 100.0 % | 50.0 % | 50.0 % | - | 0.250 | - | - |" in table_markdown(metrics)
 
 
 def sentences(first, controls, size=2000):

@@ -74,6 +74,23 @@ def test_the_report_of_a_run_has_thresholds_fitted_on_validation_for_every_arm_a
         assert metrics["arms"][arm]["test"]["selective"]["target_accuracy"] == 0.9
 
 
+def test_a_student_can_predict_from_its_own_folder_and_abstains_as_the_report_says(whole):
+    from datasets import load_dataset
+
+    from first_trl import predict
+
+    recipe, metrics = whole
+    folder = recipe.run_folder / "students" / "first"
+    assert json.loads((folder / "calibration.json").read_text()) == metrics["calibration"]
+    rows = list(load_dataset("json", data_files=recipe.datasets.test["test"].data_files, split="train"))
+    answers = predict(folder, [{"text": row["text"]} for row in rows])
+    measured = metrics["arms"]["first"]["test"]["choices"]
+    right = [answer["answer"] == row["label"] for answer, row in zip(answers, rows, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(measured["accuracy"])
+    answered = [not answer["abstain"] for answer in answers]
+    assert sum(answered) / len(answered) == pytest.approx(measured["selective"]["coverage"])
+
+
 def test_the_report_of_a_run_draws_the_curve_on_validation_and_test_and_the_training(whole):
     from first_trl.controls import teacher_curves
 

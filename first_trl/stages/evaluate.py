@@ -9,7 +9,9 @@ over them (`first_trl.controls`).
 
 import json
 
+from first_trl.abstention import PREDICT_FILE, describe_student
 from first_trl.pipeline import require, run_work, say, teacher_path, works_of
+from first_trl.run_folder import write_atomically
 from first_trl.stage_command import stage_command
 
 
@@ -32,7 +34,8 @@ def evaluate(recipe) -> list[str]:
     state.wait_for_everyone()
     if state.is_main_process:
         report(recipe, arms)
-    return ["report/metrics.json", "report/table.md", "report/index.html"]
+    described = [f"students/{arm}/{PREDICT_FILE}" for arm in recipe.arms]
+    return ["report/metrics.json", "report/table.md", "report/index.html", *described]
 
 
 def report(recipe, arms: list[str]) -> None:
@@ -47,6 +50,8 @@ def report(recipe, arms: list[str]) -> None:
     for name, (method, value) in fitted.items():
         say(f"evaluate: {name} is measured with {method} {value:.3g}, fitted on validation")
     validation = {arm: sets.pop(VALIDATION) for arm, sets in predictions.items()}
+    for arm in recipe.arms:
+        make_self_contained(recipe, arm, calibration, validation[arm])
     write_report(
         folder,
         predictions,
@@ -132,6 +137,14 @@ def answer_all_sets(recipe, arm: str) -> None:
         )
         answers.to_parquet(folder / f"{name}.parquet")
         say(f"evaluate: {arm} answered {len(answers)} rows of {name}")
+
+
+def make_self_contained(recipe, arm: str, calibration: dict, validation: dict) -> None:
+    """Put into a student's folder what predicting with it takes: task, thresholds, the teacher's calibration."""
+    folder = recipe.run_folder / "students" / arm
+    content = describe_student(arm, recipe.task, recipe.arm_section(arm), validation)
+    write_atomically(folder / PREDICT_FILE, json.dumps(content, indent=1))
+    write_atomically(folder / "calibration.json", json.dumps(calibration, indent=1))
 
 
 def training_log(recipe, arm: str) -> list[dict]:
