@@ -2,6 +2,7 @@
 
     first-trl demo                      the whole method on a generated task, in minutes on a CPU
     first-trl run RECIPE                every stage in order; finished ones are skipped
+    first-trl plan RECIPE               what it will cost and what is wrong with it; loads no weights
     first-trl STAGE RECIPE              one of sft, cache, calibrate, distill, evaluate, push
     first-trl predict ADAPTER           answers with their confidence, abstaining below the fitted threshold
     first-trl cache COMMAND PATH        inspect, verify or push a finished cache
@@ -17,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import cache_commands
+from . import cache_commands, plan_command
 from .failures import memory_advice
 from .pipeline import is_current, works_of
 from .recipe import STAGES, Recipe
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         from .prediction import main as predict
 
         return predict(argv[1:])
+    if argv[:1] == ["plan"]:
+        return plan_command.main(argv[1:])
     if argv and argv[0] in STAGES:
         config_file, rest = _take_option(argv[1:], "--config_file")
         return launch(argv[0], rest, config_file)
@@ -68,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, demo):
         command.add_argument("--quiet", action="store_true", help="print errors alone; the run's log.txt has the rest")
     commands.add_parser("predict", help="answers of a student: `first-trl predict --help`", add_help=False)
+    commands.add_parser("plan", help="costs and problems of a recipe, without loading weights", add_help=False)
     for stage in STAGES:
         commands.add_parser(stage, help=f"the stage {stage}: `first-trl {stage} RECIPE --help`", add_help=False)
     return parser

@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .data import load_split, tokenize_dataset
+from .sharding import launched_sharded, missing_quant_storage
 
 
 def split_section(section: dict, config_class: type) -> tuple[dict, ModelConfig]:
@@ -24,7 +25,13 @@ def split_section(section: dict, config_class: type) -> tuple[dict, ModelConfig]
 
 
 def training_arguments(section: dict, config_class: type, folder: Path, seed: int):
-    """(config_class, ModelConfig) of a section, with our defaults where the recipe is silent."""
+    """(config_class, ModelConfig) of a section, with our defaults where the recipe is silent.
+
+    Raises:
+        ValueError: 4-bit weights are to be shared out over processes, and are not stored so that they can be.
+    """
+    if launched_sharded() and (problem := missing_quant_storage(section)):
+        raise ValueError(f"bnb_4bit_quant_storage: {problem}.")
     settings, model_args = split_section(section, config_class)
     defaults = {
         "output_dir": str(folder),

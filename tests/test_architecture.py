@@ -24,6 +24,8 @@ FLOORS = (
         ("run_folder",),
         ("redaction", "run_log"),
         ("failures",),
+        ("accelerators",),
+        ("sharding",),
     ),
     (  # 1: one idea each
         ("recipe_rules", "dataset_rules", "recipe_keys", "recipe_sections", "recipe"),
@@ -35,6 +37,7 @@ FLOORS = (
         ("card_text", "hub", "card"),
         ("cache_identity",),
         ("cache_run",),
+        ("footprint",),
     ),
     (  # 2: parts joined
         ("first_config", "trainer"),
@@ -43,6 +46,8 @@ FLOORS = (
         ("cache_inspection",),
         ("cache_hub",),
         ("pipeline", "stage_command"),
+        ("plan_rows",),
+        ("plan_machine",),
     ),
     (  # 3: commands
         ("stages.sft",),
@@ -53,6 +58,7 @@ FLOORS = (
         ("stages.push",),
         ("cache_commands",),
         ("prediction",),
+        ("plan_sources", "plan_memory", "plan", "plan_command"),
         ("demo.task", "demo.models", "demo"),
     ),
     (("__main__",),),

@@ -59,3 +59,44 @@ def test_every_file_says_how_it_is_launched():
         assert f"configs/{path.name}" in path.read_text().partition("compute_environment")[0]
         looked += 1
     assert looked == len(EXPECTED)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+@pytest.mark.parametrize(("storage", "said"), [(None, "it is missing"), ("uint8", "it is uint8")])
+def test_four_bit_weights_are_refused_by_a_sharded_launch_unless_stored_as_the_others(
+    name, storage, said, tmp_path, monkeypatch
+):
+    from trl import get_quantization_config
+
+    from first_trl.first_config import FIRSTConfig
+    from first_trl.sharding import launched_sharded, missing_quant_storage
+    from first_trl.training import training_arguments
+
+    section = {"model_name_or_path": "m", "dtype": "bfloat16", "load_in_4bit": True, "use_cpu": True}
+    wrong = section if storage is None else {**section, "bnb_4bit_quant_storage": storage}
+    training_arguments(wrong, FIRSTConfig, tmp_path, 0)
+    for key, value in sharded_variables(name).items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match=f"{said}, .*write bnb_4bit_quant_storage: bfloat16"):
+        training_arguments(wrong, FIRSTConfig, tmp_path, 0)
+    right = {**section, "bnb_4bit_quant_storage": "bfloat16"}
+    assert launched_sharded() and missing_quant_storage(right) is None
+    monkeypatch.undo()  # TrainingArguments asks for deepspeed itself
+    model_args = training_arguments(right, FIRSTConfig, tmp_path, 0)[1]
+    assert str(get_quantization_config(model_args).bnb_4bit_quant_storage) == "torch.bfloat16"
+
+
+def sharded_variables(name: str) -> dict[str, str]:
+    """What `accelerate launch` with this file tells its processes about sharing weights out."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    arguments = ["--config_file", str(FOLDER / f"{name}.yaml"), "-m", "first_trl.stages.sft", "recipe.yaml"]
+    arguments = _validate_launch_command(launch_command_parser().parse_args(arguments))[0]
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = []  # which `accelerate launch` adds by itself
+        environment = prepare_deepspeed_cmd_env(arguments)[1]
+    else:
+        environment = prepare_multi_gpu_env(arguments)
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    return {key: environment[key] for key in names if key in environment}

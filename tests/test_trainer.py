@@ -35,14 +35,19 @@ def cache_of(model, examples, top_k=5, dtype=np.float32) -> Dataset:
     return Dataset.from_list([{key: np.asarray(value).tolist() for key, value in row.items()} for row in rows])
 
 
-def trainer_for(model, dataset, tokenizer, tmp_path, **settings):
+def trainer_for(model, dataset, tokenizer, tmp_path, peft_config=None, **settings):
     args = FIRSTConfig(
         output_dir=str(tmp_path),
         **{"report_to": "none", "use_cpu": True, "gradient_checkpointing": False, "bf16": False, "logging_steps": 1}
         | settings,
     )
     return FIRSTTrainer(
-        model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=peft_config,
     )
 
 
