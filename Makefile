@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lint wheel clean
 
 # Teacher, cache, recalibration, 4-bit student, report: the whole method on a generated task, on a CPU.
 demo: $(INSTALLED)
@@ -22,6 +22,17 @@ slow: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The packages as they are released: built, and the wheel installed into an empty environment outside this folder, where
+# the demo must run.
+wheel: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build
+	elsewhere=$$(mktemp -d) && $(PYTHON) -m venv $$elsewhere/venv \
+	&& $$elsewhere/venv/bin/pip install --quiet --constraint constraints.txt torch \
+	&& $$elsewhere/venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl \
+	&& cd $$elsewhere && venv/bin/first-trl demo
 
 # torch first and by itself: pinned, it is one build of a known size.
 $(INSTALLED): pyproject.toml constraints.txt

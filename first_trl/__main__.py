@@ -22,7 +22,7 @@ from . import cache_commands, plan_command
 from .failures import memory_advice
 from .pipeline import is_current, works_of
 from .recipe import STAGES, Recipe
-from .run_log import recording, say
+from .run_log import libraries_into, recording, say
 
 SINGLE_PROCESS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 
@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.command == "demo":
         from .demo import prepare_demo
 
-        recipe = prepare_demo(Path(options.output_dir))
+        path = Path(options.output_dir) / "demo" / "log.txt"
+        with recording(path, quiet=options.quiet, title="first-trl demo") as log, libraries_into(log):
+            recipe = prepare_demo(Path(options.output_dir))
         return run_pipeline(str(recipe), None, None, overrides, options.quiet)
     if options.command == "run":
         return run_pipeline(options.recipe, options.config_file, options.stages, overrides, options.quiet)

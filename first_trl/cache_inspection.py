@@ -105,8 +105,8 @@ def _example(number: int, row: dict, tokenizer) -> list[str]:
     supervised = [i for i, label in enumerate(row["labels"]) if label != IGNORED and i > 0]
     lines = [f"  row {number}: {text(row['input_ids'][: supervised[0]] if supervised else row['input_ids'])}"]
     for place, position in enumerate(supervised[:_POSITIONS_SHOWN]):
-        kept = zip(row["teacher_ids"][place], row["teacher_log_probs"][place], strict=True)
-        kept = ", ".join(f"{text([token])} {np.exp(log_prob):.3f}" for token, log_prob in kept)
+        pairs = zip(row["teacher_ids"][place], row["teacher_log_probs"][place], strict=True)
+        kept = ", ".join(f"{text([token])} {np.exp(log_prob):.3f}" for token, log_prob in pairs)
         tail = np.exp(row["teacher_tail_log_prob"][place])
         lines.append(f"    label {text([row['labels'][position]])}: teacher {kept}, all others {tail:.3f}")
     if len(supervised) > _POSITIONS_SHOWN:

@@ -37,9 +37,7 @@ _FLOAT32_PLANES = {"teacher_log_probs.list.element.list.element": "BYTE_STREAM_S
 _TAIL_POWER_PLANES = {f"{TAIL_POWERS_COLUMN}.list.element.list.element": "BYTE_STREAM_SPLIT"}
 
 
-def encode_shard(
-    rows: Sequence[dict], *, first_row: int, schema: pa.Schema, metadata: dict[str | bytes, str]
-) -> bytes:
+def encode_shard(rows: Sequence[dict], *, first_row: int, schema: pa.Schema, metadata: dict[bytes, bytes]) -> bytes:
     """The Parquet file of some rows.
 
     Args:
@@ -68,7 +66,7 @@ def encode_shard(
 class Statistics:
     """What the manifest says about the shards, gathered one shard at a time."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.shards: list[dict] = []
         self.mass_sum = 0.0
         self.mass_counts = np.zeros(MASS_BINS, dtype=np.int64)

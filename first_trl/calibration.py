@@ -11,6 +11,7 @@ A row of `log_probs_NK1` holds log t_1..log t_K, most probable first, and log ta
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,6 +114,7 @@ def _tail_at_power(
     In log(power) the sum bends over a width that the size of the vocabulary bounds, whatever the teacher's confidence.
     """
     _need_tail_sums(knots_J, log_sums_NJ)
+    assert knots_J is not None
     knots, log_sums_NJ = [float(knot) for knot in knots_J], torch.as_tensor(log_sums_NJ).to(tail_N1)
     if log_sums_NJ.shape != (len(tail_N1), len(knots)):
         raise ValueError(
@@ -171,7 +173,9 @@ def _grid(method: str, kept_NK: torch.Tensor, tail: dict[str, torch.Tensor | Non
         allowed = min(0.5, _largest_smoothing(kept_NK))
         return _Grid(lambda i: min(i / 200, allowed), 0, math.floor(allowed * 200), 10, identity=0)
     _need_tail_sums(tail["tail_power_knots"], tail["tail_power_log_sums"])
-    powers = [1.0, *(float(knot) for knot in tail["tail_power_knots"])]
+    knots = tail["tail_power_knots"]
+    assert knots is not None
+    powers = [1.0, *(float(knot) for knot in knots)]
     low, high = math.ceil(-100 * math.log(max(powers))), math.floor(-100 * math.log(min(powers)))
     return _Grid(lambda i: math.exp(i / 100), low, high, 15, identity=0)
 
@@ -225,7 +229,7 @@ class _Evaluation:
         nll_N = -rows_NK1.gather(1, self.target_N[:, None])[:, 0]
         return top_N.exp().clamp(max=1).numpy(), (predicted_N == self.target_N).numpy(), nll_N
 
-    def measure(self, value: float | None) -> dict[str, float | None]:
+    def measure(self, value: float | None) -> dict[str, Any]:
         """{"value", "ece", "nll", "score"}: both errors over all positions, and what the criterion minimises."""
         confidence, correct, nll_N = self.rows(value)
         ece = expected_calibration_error(confidence, correct, self.num_bins)

@@ -252,14 +252,15 @@ def _recalibration(facts: CardFacts) -> str:
     method = facts.recalibration_method
     if method is None:
         return "None: this student was trained on the labels, as a control."
-    family = ((facts.calibration or {}).get("families") or {}).get(method)
+    calibration = facts.calibration or {}
+    family = (calibration.get("families") or {}).get(method)
     if method == "none" or family is None:
         return "None: the teacher's probabilities were used as they are."
     interval = family.get("interval")
     bounds = f" (95 % interval {interval[0]:.3g} to {interval[1]:.3g})" if interval else ""
     return (
         f"The teacher's probabilities were recalibrated by {method}, value {family['value']:.3g}{bounds}, chosen by "
-        f"{facts.calibration['criterion']} on {facts.calibration['num_positions']} positions of the validation split. "
+        f"{calibration['criterion']} on {calibration['num_positions']} positions of the validation split. "
         f"There, the teacher's ECE went from {100 * family['ece_before']:.1f} % to {100 * family['ece_after']:.1f} %. "
         "The student was trained on the recalibrated probabilities and needs no correction at inference."
     )

@@ -40,7 +40,7 @@ def choice_token_ids(task: TaskConfig, tokenizer, prompt_row: Mapping[str, Any] 
 def _refuse_beginnings(task: TaskConfig, tokenizer, answers: list[list[int]]) -> None:
     """Probabilities of whole answers sum to at most 1 only where no answer is the beginning of another."""
     taken: dict[tuple[int, ...], str] = {}
-    for choice, ids in sorted(zip(task.choices, answers, strict=True), key=lambda pair: len(pair[1])):
+    for choice, ids in sorted(zip(task.choices or (), answers, strict=True), key=lambda pair: len(pair[1])):
         for length in range(1, len(ids) + 1):
             if (earlier := taken.get(tuple(ids[:length]))) is None:
                 continue
@@ -89,6 +89,7 @@ def single_token_ids(task: TaskConfig, tokenizer, prompt_row: Mapping[str, Any])
     answers = choice_token_ids(task, tokenizer, prompt_row)
     longest = max(range(len(answers)), key=lambda i: len(answers[i]))
     if len(answers[longest]) > 1:
+        assert task.choices is not None
         raise ValueError(
             f"task.choices: {task.choices[longest]!r} is {len(answers[longest])} tokens after the prompt "
             f"({tokenizer.convert_ids_to_tokens(answers[longest])}), and cache.support: choices keeps one token for "

@@ -71,11 +71,11 @@ class TaskConfig(Settings):
         if self.completion is not None and not self.completion.strip():
             problems.append(Problem("completion", self.completion, "it is empty", "write what the model must answer"))
         if self.choices is not None:
-            problems += self._broken_choices([piece for piece in pieces if piece.column is not None])
+            problems += self._broken_choices(self.choices, [piece for piece in pieces if piece.column is not None])
         return problems
 
-    def _broken_choices(self, fields: list[Piece]) -> list[Problem]:
-        if len(self.choices) < 2 or len(set(self.choices)) < len(self.choices) or not all(self.choices):
+    def _broken_choices(self, choices: list[str], fields: list[Piece]) -> list[Problem]:
+        if len(choices) < 2 or len(set(choices)) < len(choices) or not all(choices):
             remedy = "list at least two different answers, none of them empty"
             return [Problem("choices", self.choices, "these are not choices between answers", remedy)]
         if self.completion is not None and len(fields) != 1:

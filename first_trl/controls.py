@@ -16,7 +16,7 @@ VALIDATION = "validation"
 
 def collect(
     folder: Path, models: list[str], labelled: list[str], tests: list[str], calibration: dict
-) -> tuple[dict[str, dict], dict[str, tuple[str, float]]]:
+) -> tuple[dict[str, dict], dict[str, tuple[str, float | None]]]:
     """What every arm and every recalibrated control predicts.
 
     Args:
@@ -51,12 +51,12 @@ def _are_whole(rows: dict) -> bool:
     return "answer_tokens" in rows
 
 
-def _fit(rows: dict, method: str, calibration: dict) -> float:
+def _fit(rows: dict, method: str, calibration: dict) -> float | None:
     settings = {"criterion": calibration["criterion"], "num_bins": calibration["num_bins"]}
     return search(rows["log_probs"], rows["target"], method=method, **settings, **tail_of(rows)).value
 
 
-def _recalibrated(sets: dict[str, dict], method: str, value: float) -> dict[str, dict]:
+def _recalibrated(sets: dict[str, dict], method: str, value: float | None) -> dict[str, dict]:
     return {name: predictions(recalibrated_answers(rows, method, value)) for name, rows in sets.items()}
 
 

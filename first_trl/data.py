@@ -60,9 +60,9 @@ def encode_example(task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", row: 
     """
     prompt_ids = encode_prompt(task, tokenizer, row, check_length=False)
     if is_conversational(task, row):
-        prompt, completion = split_messages(row)
-        _check_answer(task, completion[-1]["content"], "the assistant's message")
-        input_ids = chat_ids(tokenizer, prompt + completion, task.chat_template_kwargs)
+        messages, answer = split_messages(row)
+        _check_answer(task, answer[-1]["content"], "the assistant's message")
+        input_ids = chat_ids(tokenizer, messages + answer, task.chat_template_kwargs)
     else:
         prompt, completion = _render_pair(task, row)
         input_ids = text_ids(tokenizer, prompt + completion)
@@ -285,7 +285,7 @@ def encode_row(
 def _tokenizer_state(tokenizer) -> list:
     """What decides the tokens of a text, without the padding and truncation that earlier calls left behind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    state: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
     if backend is not None:
         state.update(padding=None, truncation=None)
     digest = hashlib.sha256(json.dumps(state).encode())

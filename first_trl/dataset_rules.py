@@ -106,10 +106,10 @@ def _splits_overlap(first: str, second: str) -> bool:
 
 def _parts_overlap(first: str, second: str) -> bool:
     """Whether `train[:90%]` and `train[80%:]` share rows. Slices in different units cannot be told and pass."""
-    matches = [_SLICE.fullmatch(part) for part in (first, second)]
-    if not all(matches):
+    match_1, match_2 = _SLICE.fullmatch(first), _SLICE.fullmatch(second)
+    if match_1 is None or match_2 is None:
         return first == second
-    (name, *slice_1), (other, *slice_2) = (match.groups() for match in matches)
+    (name, *slice_1), (other, *slice_2) = match_1.groups(), match_2.groups()
     if name != other:
         return False
     if slice_1[0] is None or slice_2[0] is None:

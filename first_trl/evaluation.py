@@ -119,7 +119,7 @@ def recalibrated_answers(answers: dict[str, np.ndarray], method: str, value: flo
     rows = torch.from_numpy(answers["log_probs"].astype(np.float32))
     mended = recalibrate(rows, method, value, **tail_of(answers)).numpy()
     # Over the whole vocabulary a token moves as the first one does, else as the tail
-    power, like = (1 / value, 0) if method == "vocabulary_temperature" else (1.0, -1)
+    power, like = (1 / value, 0) if value is not None and method == "vocabulary_temperature" else (1.0, -1)
 
     def moved(ids: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
         is_token = answers["token_ids"][:, None, :] == ids[:, :, None]  # (N, C, K)

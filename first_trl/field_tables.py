@@ -65,7 +65,7 @@ def _tree(package: str, file: str) -> ast.Module:
         folder = Path(__file__).parent
     else:
         spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
-        if spec is None:
+        if spec is None or spec.origin is None:
             raise ModuleNotFoundError(f"{package} is not installed; run `pip install {package}`", name=package)
         folder = Path(spec.origin).parent
     return ast.parse((folder / file).read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def _declared_choices(default: ast.expr | None) -> tuple[str, ...]:
 @cache
 def _enums() -> dict[str, tuple[str, ...]]:
     """Enum class -> its values, of the enums that TrainingArguments uses as types."""
-    found = {}
+    found: dict[str, tuple] = {}
     for package, file in _ENUM_FILES:
         for node in _tree(package, file).body:
             if isinstance(node, ast.ClassDef) and "ExplicitEnum" in [ast.unparse(base) for base in node.bases]:

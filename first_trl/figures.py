@@ -7,6 +7,7 @@ colour-blind readers, and every line also has its own dash; gaps are hatched, so
 
 import io
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -207,7 +208,7 @@ def calibration_figure(families: dict[str, dict], test_curves: dict[str, dict[st
         panels[0].set_ylim(bottom=0)
         panels[0].set_ylabel("calibration error (ECE)")
         panels[0].yaxis.set_major_formatter(percent)
-        entries = {}
+        entries: dict[str, Any] = {}
         for axes in panels:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 entries.setdefault(label, handle)

@@ -67,7 +67,7 @@ class _Meter(TorchDispatchMode):
     def __init__(self, known: Iterator[torch.Tensor]):
         super().__init__()
         self.live, self.peak, self.flops = 0, 0, 0
-        self.known = {tensor.untyped_storage()._cdata: None for tensor in known}
+        self.known: dict[int, weakref.ref | None] = {tensor.untyped_storage()._cdata: None for tensor in known}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         output = operation(*args, **(kwargs or {}))

@@ -470,7 +470,7 @@ def _checked_token_ids(
 
 def _whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
     """The full tensor of an FSDP2-sharded parameter (a DTensor); anything else as it is."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return parameter.full_tensor() if parameter is not None and hasattr(parameter, "full_tensor") else parameter
 
 
 def _gathered(*parameters: torch.Tensor | None) -> AbstractContextManager:

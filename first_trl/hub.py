@@ -87,7 +87,7 @@ def _http_error() -> type[Exception]:
 def _explain(error: Exception, repo_id: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    chain = [error]
+    chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     if any(isinstance(link, OfflineModeIsEnabled) for link in chain):

@@ -12,6 +12,7 @@ curves together, so a shuffled input gives the same numbers.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class RiskCoverage:
     risk: np.ndarray
 
 
-def _as_array(values: object, name: str) -> np.ndarray:
+def _as_array(values: Any, name: str) -> np.ndarray:
     """(n,) float64 from an array, a list or a tensor; NaN, other shapes and emptiness are errors."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
@@ -61,7 +62,7 @@ def _as_array(values: object, name: str) -> np.ndarray:
     return array
 
 
-def _check(confidence: object, correct: object) -> tuple[np.ndarray, np.ndarray]:
+def _check(confidence: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
     """Both inputs as (n,) float64, checked: confidence in [0, 1], correct in {0, 1}, one length."""
     confidence, correct = _as_array(confidence, "confidence"), _as_array(correct, "correct")
     if len(confidence) != len(correct):
@@ -79,7 +80,7 @@ def _check(confidence: object, correct: object) -> tuple[np.ndarray, np.ndarray]
     return confidence.clip(0, 1), correct
 
 
-def _check_log_prob(label_log_prob: object, length: int) -> np.ndarray:
+def _check_log_prob(label_log_prob: Any, length: int) -> np.ndarray:
     """(n,) float64 log-probabilities in nats; -inf (the label was ruled out) is allowed."""
     label_log_prob = _as_array(label_log_prob, "label_log_prob")
     if len(label_log_prob) != length:
@@ -113,9 +114,7 @@ def bin_indices(confidence: np.ndarray, num_bins: int = 10, binning: str = "unif
     return np.searchsorted(_bin_edges(confidence, num_bins, binning)[1:-1], confidence, side="left")
 
 
-def reliability_bins(
-    confidence: object, correct: object, num_bins: int = 10, binning: str = "uniform"
-) -> ReliabilityBins:
+def reliability_bins(confidence: Any, correct: Any, num_bins: int = 10, binning: str = "uniform") -> ReliabilityBins:
     """The bins that the reliability diagram draws and that the calibration error sums.
 
     Args: `confidence` (n,) in [0, 1]; `correct` (n,) true or false; `binning` "uniform" (equal width) or
@@ -132,9 +131,7 @@ def reliability_bins(
     return ReliabilityBins(lower=edges[:-1], upper=edges[1:], count=count, confidence=means[0], accuracy=means[1])
 
 
-def expected_calibration_error(
-    confidence: object, correct: object, num_bins: int = 10, binning: str = "uniform"
-) -> float:
+def expected_calibration_error(confidence: Any, correct: Any, num_bins: int = 10, binning: str = "uniform") -> float:
     """ECE = sum_m |B_m| / n * |acc(B_m) - conf(B_m)|, in [0, 1] (the paper, section 2.1; Guo et al. 2017).
 
     Reads the same bins as the diagram (`reliability_bins`). On a finite sample it is biased upwards: a perfectly
@@ -144,7 +141,7 @@ def expected_calibration_error(
     return float(np.nansum(bins.count * np.abs(bins.accuracy - bins.confidence)) / bins.count.sum())
 
 
-def trust_score(confidence: object, correct: object, num_bins: int = 10) -> float:
+def trust_score(confidence: Any, correct: Any, num_bins: int = 10) -> float:
     """Accuracy - ECE, in [-1, 1].
 
     The paper reports a "trust score" that rewards accuracy and punishes miscalibration, but gives no formula in any
@@ -154,12 +151,12 @@ def trust_score(confidence: object, correct: object, num_bins: int = 10) -> floa
     return float(checked.mean()) - expected_calibration_error(confidence, correct, num_bins)
 
 
-def negative_log_likelihood(label_log_prob: object) -> float:
+def negative_log_likelihood(label_log_prob: Any) -> float:
     """Mean of -log p(label), in nats; infinite if any label was ruled out (log-probability -inf)."""
     return float(-_check_log_prob(label_log_prob, len(label_log_prob)).mean())
 
 
-def ece_noise_floor(confidence: object, num_bins: int = 10, draws: int = 200, seed: int = 0) -> dict[str, float]:
+def ece_noise_floor(confidence: Any, num_bins: int = 10, draws: int = 200, seed: int = 0) -> dict[str, float]:
     """The ECE that perfect calibration would show with these confidences, by chance alone.
 
     Draws the outcomes from the stated confidences `draws` times. Returns {"mean", "p95"}: an ECE below "p95" cannot be
@@ -174,7 +171,7 @@ def ece_noise_floor(confidence: object, num_bins: int = 10, draws: int = 200, se
     return {"mean": float(np.mean(errors)), "p95": float(np.percentile(errors, 95))}
 
 
-def brier_score(confidence: object, correct: object) -> float:
+def brier_score(confidence: Any, correct: Any) -> float:
     """Mean of (confidence - correct)^2, in [0, 1]: the Brier score of the stated confidence, not of the whole row."""
     confidence, correct = _check(confidence, correct)
     return float(((confidence - correct) ** 2).mean())
@@ -236,28 +233,28 @@ def _accuracy_at_coverage(size: np.ndarray, errors: np.ndarray, coverage: float)
     return 1 - (errors_reached - last_errors * surplus / last_size) / kept
 
 
-def _groups_once(confidence: object, correct: object) -> tuple[_Groups, np.ndarray, np.ndarray]:
+def _groups_once(confidence: Any, correct: Any) -> tuple[_Groups, np.ndarray, np.ndarray]:
     """The groups of one sample, with their sizes and errors (1, G)."""
     confidence, correct = _check(confidence, correct)
     groups = _Groups(confidence, correct)
     return groups, *groups.sums(np.ones((1, len(confidence))))
 
 
-def auroc(confidence: object, correct: object) -> float:
+def auroc(confidence: Any, correct: Any) -> float:
     """Probability that a right answer has more confidence than a wrong one (ties count half); NaN if all are right or
     all are wrong, where it is undefined."""
     _, size, errors = _groups_once(confidence, correct)
     return float(_auroc(size, errors)[0])
 
 
-def aurc(confidence: object, correct: object) -> float:
+def aurc(confidence: Any, correct: Any) -> float:
     """Area under the risk-coverage curve, in [0, 1], lower is better: the error rate of the k most confident examples,
     averaged over k = 1..n (Geifman et al. 2019), in expectation over the order of ties."""
     _, size, errors = _groups_once(confidence, correct)
     return float(_aurc(size, errors)[0])
 
 
-def accuracy_at_coverage(confidence: object, correct: object, coverage: float) -> float:
+def accuracy_at_coverage(confidence: Any, correct: Any, coverage: float) -> float:
     """Accuracy of the most confident share `coverage` of the examples (rounded up), in expectation over ties."""
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage is {coverage!r}; it must be in (0, 1], the share of examples that are answered.")
@@ -265,14 +262,14 @@ def accuracy_at_coverage(confidence: object, correct: object, coverage: float) -
     return float(_accuracy_at_coverage(size, errors, coverage)[0])
 
 
-def risk_coverage_curve(confidence: object, correct: object) -> RiskCoverage:
+def risk_coverage_curve(confidence: Any, correct: Any) -> RiskCoverage:
     """Error rate among the answered examples against the share answered, one point per distinct confidence."""
     groups, size, errors = _groups_once(confidence, correct)
     answered = size[0].cumsum()
     return RiskCoverage(groups.threshold, answered / answered[-1], errors[0].cumsum() / answered)
 
 
-def threshold_for_accuracy(confidence: object, correct: object, target_accuracy: float) -> float | None:
+def threshold_for_accuracy(confidence: Any, correct: Any, target_accuracy: float) -> float | None:
     """The lowest confidence such that the examples at or above it are right at least `target_accuracy` of the time.
 
     The lowest, because it answers the most examples. Fit it on validation and check it on test. None if no threshold
@@ -291,7 +288,7 @@ class _Sample:
     One formula serves the estimate (weights 1) and its bootstrap replicates (counts of a resample).
     """
 
-    def __init__(self, confidence: object, correct: object, label_log_prob: object | None, num_bins: int):
+    def __init__(self, confidence: Any, correct: Any, label_log_prob: Any | None, num_bins: int):
         self.confidence, self.correct = _check(confidence, correct)
         self.size = len(self.confidence)
         self.label_log_prob = None
@@ -369,7 +366,7 @@ def _replicates(samples: list[_Sample], bootstrap: int, seed: int) -> list[dict[
 def _summary(sample: _Sample, replicates: dict[str, np.ndarray], num_bins: int, seed: int) -> dict:
     """The dict that `summarize` describes."""
     point = sample.point()
-    result = {"num_examples": sample.size}
+    result: dict[str, Any] = {"num_examples": sample.size}
     for name in ("accuracy", "ece", "ece_15_bins", "ece_equal_mass", "trust_score", "nll", "brier", "auroc", "aurc"):
         value = point.get(name, np.nan)
         result[name] = None if np.isnan(value) else value
@@ -430,9 +427,9 @@ def compare(
 
 
 def summarize(
-    confidence: object,
-    correct: object,
-    label_log_prob: object | None,
+    confidence: Any,
+    correct: Any,
+    label_log_prob: Any | None,
     num_bins: int = 10,
     bootstrap: int = 1000,
     seed: int = 0,

@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, N supervised positions, D hidden, V vocabulary, K kep
 import functools
 import types
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -42,10 +42,10 @@ class PartitionOutput(ModelOutput):
         label_log_probs: (M,) nats, log-probability of the label, where it was asked for.
     """
 
-    log_probs: torch.Tensor | None = None
-    tail_max: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    label_log_probs: torch.Tensor | None = None
+    log_probs: Any = None
+    tail_max: Any = None
+    logits: Any = None
+    label_log_probs: Any = None
 
 
 def supervised_mask(labels_BT: torch.Tensor) -> torch.Tensor:

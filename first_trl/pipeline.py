@@ -130,7 +130,11 @@ def inputs_of(recipe: Recipe, work: str) -> dict:
         }
     arm = work.removeprefix("distill.")
     if recipe.arm_trainer(arm) == "sft":
-        rows = {"task": vars(recipe.task), "train": _dataset(data.train), "validation": _dataset(data.validation)}
+        rows: dict = {
+            "task": vars(recipe.task),
+            "train": _dataset(data.train),
+            "validation": _dataset(data.validation),
+        }
     else:
         rows = {"cache": run.identity("cache")}
     return {
@@ -217,7 +221,7 @@ def run_work(recipe: Recipe, work: str, make: Callable[[bool], list[str]], patie
 
     state = join_processes(patient)
     run, inputs = RunFolder(recipe.run_folder), inputs_of(recipe, work)
-    decision = [None]
+    decision: list = [None]
     if state.is_main_process:
         decision = ["current" if run.is_current(work, inputs) else run.start(work, inputs)]
         recipe.write_resolved(recipe.run_folder / "recipe.resolved.yaml")

@@ -83,7 +83,7 @@ class Predictor:
             return []
         answers = choice_token_ids(self.task, self.tokenizer, rows[0])
         log_probs_NC = sequence_log_probs(self.model, prompts, answers, tokens_per_batch=tokens_per_batch)
-        return _decide(log_probs_NC, self.task.choices, threshold)
+        return _decide(log_probs_NC, self.task.choices or [], threshold)
 
 
 def _decide(log_probs_NC, choices: list[str], threshold: float | None) -> list[dict]:

@@ -147,8 +147,8 @@ def _apply_override(tree: dict, key: str, value: str | list[str], stage: str | N
         if not isinstance(place, dict):
             findings.add(path[: i + 1], place, f"--{key} needs a mapping here", "correct the recipe or the override")
             return
-    annotation = _annotation_at(path)
-    as_text = annotation is not None and not set(union_members(annotation)) - {"str", "None"}
+    annotation = _annotation_at(path) or "Any"
+    as_text = not set(union_members(annotation)) - {"str", "None"}
     if isinstance(value, list):
         place[path[-1]] = [read_override(item) for item in value]
     elif as_text and not (value == "null" and "None" in annotation):
@@ -181,11 +181,16 @@ def _annotation_at(path: tuple) -> str | None:
     if len(path) == 1:
         return TOP.get(section)
     if section in SETTINGS and len(path) == 2:
-        return {f.name: f.type for f in dataclasses.fields(SETTINGS[section])}.get(key)
+        return annotations_of(SETTINGS[section]).get(key)
     if section == "datasets":
         cls = TaskConfig if path[-2] == "task" else DatasetConfig
-        return {f.name: f.type for f in dataclasses.fields(cls)}.get(key)
+        return annotations_of(cls).get(key)
     if section in TRAINING or (section == "arms" and len(path) == 3):
         spec = training_fields("sft" if section == "sft" else "distill").get(key)
-        return "str" if spec and spec.choices else spec and spec.annotation
+        return None if spec is None else "str" if spec.choices else spec.annotation
     return None
+
+
+def annotations_of(cls: type) -> dict[str, str]:
+    """Setting -> its type as written: `config` postpones the evaluation of annotations."""
+    return {f.name: str(f.type) for f in dataclasses.fields(cls)}

@@ -129,6 +129,7 @@ def _read_text(path: Path, findings: Findings) -> str:
         problem = f"it cannot be read ({getattr(error, 'strerror', None) or error})"
     findings.add((), MISSING, problem, "give the path of a recipe, a YAML file")
     findings.raise_if_any()
+    raise AssertionError("a problem was just added")
 
 
 def read_override(text: str) -> Any:
@@ -225,11 +226,12 @@ class _Reader:
         def replace(match: re.Match) -> str:
             if match.group(0) == "$${":
                 return "${"
-            problem = self._broken_variable(match.group(1))
-            if problem is None:
-                name, default = _VARIABLE_NAME.fullmatch(match.group(1)).groups()
+            problem, variable = self._broken_variable(match.group(1)), _VARIABLE_NAME.fullmatch(match.group(1))
+            if problem is None and variable is not None:
+                name, default = variable.groups()
                 # As in a shell, `:-` also replaces a variable that is set to nothing.
                 return self.environment.get(name) or default or ""
+            assert problem is not None
             self._unreadable(path, text, *problem)
             return ""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from .config import CacheConfig, CalibrateConfig, DatasetConfig, Datasets, TaskConfig
 from .dataset_rules import broken_source, share_rows
-from .field_types import MisfitError, Settings, SettingsError, fit_value
+from .field_types import MisfitError, SettingsError, fit_value
 from .recipe_file import MISSING, Findings, is_secret
 from .recipe_keys import SECTIONS, SETTINGS, TOP, first_only_keys, training_fields, where_else
 from .recipe_rules import LIMITS, NOT_YOURS, broken_model_path, broken_training_rules
@@ -55,7 +55,7 @@ def check_recipe(tree: dict, findings: Findings) -> dict[str, Any]:
 def _top_value(tree: dict, key: str, findings: Findings) -> Any:
     value = tree[key]
     try:
-        value = fit_value(value, TOP[key], **({"minimum": 0} if key == "seed" else {}))
+        value = fit_value(value, TOP[key], minimum=0 if key == "seed" else None)
     except MisfitError as misfit:
         findings.add((key,), value, misfit.problem, misfit.remedy)
         return value
@@ -77,7 +77,7 @@ def _mapping(tree: dict, path: tuple, findings: Findings) -> dict:
     return {}
 
 
-def _settings(cls: type[Settings], section: dict, path: tuple, findings: Findings) -> Any:
+def _settings(cls: Any, section: dict, path: tuple, findings: Findings) -> Any:
     """An object of one of our dataclasses, or None with the reasons in `findings`."""
     known = {f.name: f for f in dataclasses.fields(cls)}
     for key in section:
@@ -155,7 +155,7 @@ def _check_models(sft: dict, distill: dict, arms: dict, cache: CacheConfig | Non
             path = ("arms", arm, problem.key) if problem.key in overrides else ("distill", problem.key)
             findings.add(path, problem.value, problem.problem, problem.remedy)
     teacher = cache.teacher if cache else None
-    models = {("sft", "model_name_or_path"): sft, ("distill", "model_name_or_path"): distill}
+    models: dict[tuple, dict] = {("sft", "model_name_or_path"): sft, ("distill", "model_name_or_path"): distill}
     models |= {("arms", arm, "model_name_or_path"): overrides for arm, overrides in arms.items()}
     named = {path: section["model_name_or_path"] for path, section in models.items() if path[-1] in section}
     for path, model in {**named, ("cache", "teacher"): teacher}.items():
@@ -173,7 +173,7 @@ def _check_tail_knots(calibrate: CalibrateConfig | None, distill: dict, arms: di
     """A temperature over the whole vocabulary needs to know the tail at that temperature."""
     if cache is None or cache.tail_knots:
         return
-    methods = {("calibrate", "method"): calibrate.method if calibrate else None}
+    methods: dict[tuple, str | None] = {("calibrate", "method"): calibrate.method if calibrate else None}
     methods[("distill", "recalibration_method")] = distill.get("recalibration_method")
     methods |= {("arms", arm, "recalibration_method"): own.get("recalibration_method") for arm, own in arms.items()}
     for path, method in methods.items():

@@ -95,7 +95,7 @@ def render_piece(template: str, piece: Piece, row: Mapping[str, Any]) -> str:
 def _look_up(template: str, piece: Piece, row: Mapping[str, Any]) -> Any:
     columns = [str(name) for name in row.keys()]
     if piece.column not in columns:
-        near = difflib.get_close_matches(piece.column, columns, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(piece.column or "", columns, n=1, cutoff=0.5)
         hint = f"did you mean {{{near[0]}}}? " if near else ""
         raise ValueError(
             f"template {template!r} reads the column {piece.column!r}, which the dataset does not have; {hint}"

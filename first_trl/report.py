@@ -12,6 +12,7 @@ import base64
 import json
 import os
 import re
+from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def write_report(
     predictions: dict[str, dict[str, dict[str, np.ndarray]]],
     calibration: dict | None,
     provenance: dict,
-    out_of_domain: set[str] = frozenset(),
+    out_of_domain: Set[str] = frozenset(),
     num_bins: int = 10,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -95,12 +96,13 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def measure(
-    predictions: dict, calibration: dict | None, out_of_domain: set[str], num_bins: int, bootstrap: int, seed: int
+    predictions: dict, calibration: dict | None, out_of_domain: Set[str], num_bins: int, bootstrap: int, seed: int
 ) -> dict:
     """The body of `metrics.json`: per arm and set as `metrics.summarize`, and the focus minus every other arm."""
     names = list(dict.fromkeys(name for sets in predictions.values() for name in sets))
     names.sort(key=lambda name: name in out_of_domain)  # stable: in domain first
-    arms, differences = {arm: {} for arm in predictions}, {}
+    arms: dict[str, dict] = {arm: {} for arm in predictions}
+    differences: dict[str, dict] = {}
     for name in names:
         answered = {arm: sets[name] for arm, sets in predictions.items() if name in sets}
         reference = FOCUS if FOCUS in answered else next(iter(answered))
@@ -138,11 +140,13 @@ def add_selective(sets: dict[str, dict], validation: dict, predictions: dict, ta
     for view in ("", "choice_"):
         if f"{view}confidence" not in validation:
             continue
-        fitted = [validation[f"{view}{name}"] for name in ("confidence", "correct")]
-        threshold = threshold_for_accuracy(*fitted, target_accuracy)
+        threshold = threshold_for_accuracy(
+            validation[f"{view}confidence"], validation[f"{view}correct"], target_accuracy
+        )
         for name, summary in sets.items():
-            seen = [predictions[name][f"{view}{column}"] for column in ("confidence", "correct")]
-            result = {"target_accuracy": target_accuracy, "threshold": threshold, **selective(*seen, threshold)}
+            seen = predictions[name]
+            kept = selective(seen[f"{view}confidence"], seen[f"{view}correct"], threshold)
+            result = {"target_accuracy": target_accuracy, "threshold": threshold, **kept}
             (summary["choices"] if view else summary)["selective"] = result
 
 
@@ -275,7 +279,8 @@ def _code(text: str) -> Markup:
 
 def _size(png: bytes) -> tuple[int, int]:
     """Width and height of a picture in CSS pixels: 96 to the inch, where the PNG has 150, fine on dense screens."""
-    return tuple(round(int.from_bytes(png[start : start + 4], "big") * 96 / 150) for start in (16, 20))
+    width, height = (round(int.from_bytes(png[start : start + 4], "big") * 96 / 150) for start in (16, 20))
+    return width, height
 
 
 def page(metrics: dict, pictures: dict, provenance: dict) -> str:

@@ -128,6 +128,9 @@ def libraries_into(log: RunLog) -> Iterator[None]:
         warnings.showwarning = keep
         for name in LIBRARIES:
             __import__(name)
+        from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
+        disable_progress_bar()  # of seconds of loading and saving weights; training has its own
         handler = _LogHandler(log, screen)
         loggers = [logging.getLogger(), *map(logging.getLogger, LIBRARIES)]
         before = [logger.handlers[:] for logger in loggers]
@@ -136,5 +139,6 @@ def libraries_into(log: RunLog) -> Iterator[None]:
         try:
             yield
         finally:
+            enable_progress_bar()
             for logger, handlers in zip(loggers, before, strict=True):
                 logger.handlers[:] = handlers

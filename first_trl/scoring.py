@@ -196,6 +196,7 @@ def answer_scores(
     for indices, hidden_ND in hidden_states_at(model, prompts, last, tokens_per_batch):
         extras: dict[str, torch.Tensor] = {}
         if keep_choices:
+            assert choice_ids is not None
             ids_NK, log_probs_NK1, extras["tail_max_log_prob"] = _kept_log_probs(hidden_ND, head, choice_ids)
         else:
             ids_NK, log_probs_NK1, *power_sums = top_k_log_probs(
@@ -238,7 +239,7 @@ def sequence_log_probs(
     A batch of prompts is read once; every sequence goes on from a copy of what the model keeps of it.
     """
     model, longest = innermost(model), max(len(sequence) for sequence in sequences)
-    weight, *rest = language_model_head(model)
+    head = language_model_head(model)
     log_probs_NC = np.empty((len(prompts), len(sequences)), dtype=np.float32)
     first_ids = sorted({sequence[0] for sequence in sequences})
     for indices in length_batches([len(prompt) + longest for prompt in prompts], tokens_per_batch):
@@ -250,8 +251,10 @@ def sequence_log_probs(
             position_ids=(mask_BT.cumsum(dim=1) - 1).clamp(min=0),
             use_cache=True,
         )
-        ids_BF = torch.tensor(first_ids, device=weight.device).expand(len(indices), -1)
-        first_BF = partition_log_probs(read.last_hidden_state[:, -1].to(weight.device), weight, ids_BF, *rest)
+        ids_BF = torch.tensor(first_ids, device=head.weight.device).expand(len(indices), -1)
+        first_BF = partition_log_probs(
+            read.last_hidden_state[:, -1].to(head.weight.device), head.weight, ids_BF, *head[1:]
+        )
         for c, sequence in enumerate(sequences):
             total_B = first_BF[:, first_ids.index(sequence[0])]
             if len(sequence) > 1:
@@ -262,9 +265,9 @@ def sequence_log_probs(
                     position_ids=lengths_B1 + torch.arange(begun_BL.shape[1], device=mask_BT.device),
                     past_key_values=copy.deepcopy(read.past_key_values),
                     use_cache=True,
-                ).last_hidden_state.to(weight.device)
-                next_ids_N1 = torch.tensor(sequence[1:], device=weight.device).repeat(len(indices))[:, None]
-                next_N2 = partition_log_probs(hidden_BLD.flatten(0, 1), weight, next_ids_N1, *rest)
+                ).last_hidden_state.to(head.weight.device)
+                next_ids_N1 = torch.tensor(sequence[1:], device=head.weight.device).repeat(len(indices))[:, None]
+                next_N2 = partition_log_probs(hidden_BLD.flatten(0, 1), head.weight, next_ids_N1, *head[1:])
                 total_B = total_B + next_N2[:, 0].view(len(indices), -1).sum(dim=1)
             log_probs_NC[indices, c] = total_B.float().cpu().numpy()
         if progress is not None:

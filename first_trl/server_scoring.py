@@ -255,8 +255,8 @@ def _most_probable(
     if len(entry) < top_k:
         raise ServerError(f"{place} {len(entry)} tokens, and cache.top_k asks for {top_k}: {entry}.")
     best = sorted(((i, min(value, 0.0)) for i, value in entry.items()), key=lambda pair: (-pair[1], pair[0]))[:top_k]
-    beyond = [i for i, _ in best if vocab_limit is not None and i >= vocab_limit]
-    if beyond:
+    beyond = [] if vocab_limit is None else [i for i, _ in best if i >= vocab_limit]
+    if beyond and vocab_limit is not None:
         raise ServerError(
             f"{place} token {beyond[0]} among the {top_k} most probable, but the tokenizer ends at {vocab_limit - 1}. "
             "Lower cache.top_k, or use cache.backend: hf, which leaves such tokens out."

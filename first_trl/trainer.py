@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def _one_entry_per_token(example: dict) -> dict:
 def _as_cache(dataset, tokenizer) -> TeacherCache:
     """A cache, from its folder or its rows; refused if it is not one, or if its tokenizer is not the student's."""
     if isinstance(dataset, str | os.PathLike):
-        dataset = open_cache(dataset)
+        dataset = open_cache(Path(dataset))
     if isinstance(dataset, Dataset):
         dataset = TeacherCache(Path("given as a Dataset"), {}, dataset)  # no manifest: columns and ids are checked
     elif isinstance(dataset, TeacherCache):
@@ -206,12 +207,12 @@ class FIRSTTrainer(SFTTrainer):
         for cache in (train_cache, *eval_caches.values()):
             check_vocabulary(cache, vocab_size, tokenizer=processing_class)
         self._refuse_unsupported_parallelism()
-        self.data_collator = TeacherCollator(self.data_collator)
+        self.data_collator: Any = TeacherCollator(self.data_collator)
         base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         add_partition_head(base_model)
         if not (args.bf16 or args.fp16):
             adapters_to_float32(self.model)
-        self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._sums: dict[str, Any] = {"train": defaultdict(float), "eval": defaultdict(float)}
         self._low_mass_logs = 0
 
     def _refuse_unsupported_parallelism(self):

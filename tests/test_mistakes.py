@@ -83,11 +83,13 @@ def data(*lines, tokenizer=None, source=None, **task):
 
 
 def choices(*words, completion=" {label}", tokenizer=None):
+    """Look for the tokens of the choices, as a cache of `support: choices` does."""
+
     def act(folder):
-        from first_trl.data import choice_token_ids
+        from first_trl.choices import single_token_ids
 
         task = TaskConfig(**TASK | {"choices": list(words), "completion": completion})
-        choice_token_ids(task, (tokenizer or build_tokenizer)())
+        single_token_ids(task, (tokenizer or build_tokenizer)(), ROW)
 
     return act
 
@@ -401,14 +403,15 @@ MISTAKES = [
      "datasets.train: 'owner/rows' cannot be loaded: no space left on the disk while preparing it "
      "([Errno 28] No space left on device); free some, or point HF_HOME at another disk"),
     ("evaluate", "a choice without a token", choices("good", "awful"),
-     "task.choices: the tokenizer has no token for 'awful' (it reads '<unk>'); choose another word"),
-    ("evaluate", "a choice of several tokens", choices("good", "unbelievable", tokenizer=pieces),
-     "task.choices: 'unbelievable' is 13 tokens after the prompt (['Ġ', 'u', 'n', 'b', 'e', 'l', 'i', "
-     "'e', 'v', 'a', 'b', 'l', 'e']); choose answers that are one token each, such as letters or short "
-     "words, and keep any text before the answer in the prompt"),
+     "task.choices: the tokenizer has no token for 'awful' (it reads ['<unk>']); choose another word"),
+    ("cache", "a choice of several tokens where the cache keeps choices",
+     choices("good", "unbelievable", tokenizer=pieces),
+     "task.choices: 'unbelievable' is 14 tokens after the prompt (['Ġ', 'u', 'n', 'b', 'e', 'l', 'i', "
+     "'e', 'v', 'a', 'b', 'l', 'e', '</s>']), and cache.support: choices keeps one token for each. "
+     "Choose answers of one token, such as letters, or set cache.support: top_k"),
     ("evaluate", "two choices with one token", choices("good", "Good", tokenizer=one_case),
-     "task.choices: 'good' and 'Good' are the same token 'good'; choose answers whose first tokens "
-     "differ"),
+     "task.choices: 'good' and 'Good' are the same token 'good'; choose answers that differ for this "
+     "tokenizer"),
     ("evaluate", "text after the answer", choices("g", "b", completion=" {label}ood", tokenizer=pieces),
      "task.choices: 'g' melts into the text after it (['Ġ', ':', 'Ġgood']); end the completion template "
      "with the answer"),

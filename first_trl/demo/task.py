@@ -123,7 +123,8 @@ def write_task(folder: str | Path, seed: int = 0, rows: dict[str, int] | None = 
         raise ValueError(f"rows: there is no split {unknown[0]!r}; choose from {', '.join(SPLITS)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rng, seen = random.Random(seed), set()
+    rng = random.Random(seed)
+    seen: set = set()
     for split, (count, style) in SPLITS.items():
         lines = [json.dumps(ticket) + "\n" for ticket in tickets(rng, (rows or {}).get(split, count), style, seen)]
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -34,7 +34,7 @@ def cache_splits(recipe) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(path, revision=recipe.cache.teacher_revision)
     run_teacher, backend = teacher_runner(recipe, path, section, len(tokenizer))
     roles = cached_roles(recipe)
-    identities = [None] * len(roles)
+    identities: list = [None] * len(roles)
     if state.is_main_process:  # hashing a large teacher takes its time: once is enough
         teacher = teacher_identity(path, section)
         identities = [cache_identity(recipe, role, tokenizer, teacher, backend) for role in roles]
@@ -90,7 +90,8 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
 
     state, settings, folder = PartialState(), recipe.cache, recipe.run_folder / "cache" / role
     layout = {"top_k": kept_tokens(recipe), "dtype": settings.dtype, "rows_per_shard": settings.rows_per_shard}
-    writer, present = CacheWriter(folder, identity, **layout), [None]
+    writer = CacheWriter(folder, identity, **layout)
+    present: list = [None]
     if state.is_main_process:
         writer.acquire(overwrite=True)  # the run folder's record says that what is there is out of date
         present = [parquet_files(folder)]

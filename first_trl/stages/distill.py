@@ -7,6 +7,7 @@ Reads `runs/<name>/cache/train` and `calibration.json`; writes `runs/<name>/stud
 """
 
 import json
+from functools import partial
 
 from first_trl.pipeline import needs_calibration, recalibration_of, require, run_work, teacher_path
 from first_trl.stage_command import stage_command
@@ -16,7 +17,7 @@ from first_trl.stage_command import stage_command
 def main(recipe, options) -> None:
     for arm in [options.arm] if options.arm else recipe.arms:
         require(recipe, "cache", *(["calibrate"] if needs_calibration(recipe, arm) else []))
-        run_work(recipe, f"distill.{arm}", lambda continues, arm=arm: train_arm(recipe, arm, continues))
+        run_work(recipe, f"distill.{arm}", partial(train_arm, recipe, arm))
 
 
 def train_arm(recipe, arm: str, continues: bool) -> list[str]:

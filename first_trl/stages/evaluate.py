@@ -103,6 +103,7 @@ def refuse_overlap(recipe) -> None:
 
 def answer_all_sets(recipe, arm: str) -> None:
     """One model's answers to validation and to every test set, in `report/answers/<arm>/`."""
+    import pyarrow.parquet as pq
     from accelerate import PartialState
     from transformers import AutoTokenizer
 
@@ -135,7 +136,7 @@ def answer_all_sets(recipe, arm: str) -> None:
             support=recipe.cache.support,
             tail_knots=recipe.calibrate.method == "vocabulary_temperature",
         )
-        answers.to_parquet(folder / f"{name}.parquet")
+        pq.write_table(answers.data.table, folder / f"{name}.parquet")
         say(f"evaluate: {arm} answered {len(answers)} rows of {name}")
 
 
