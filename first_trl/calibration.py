@@ -92,7 +92,7 @@ def _smooth(kept_NK: torch.Tensor, amount: float) -> torch.Tensor:
     if num_kept < 2:
         raise ValueError("label smoothing needs at least 2 kept tokens to move probability to, but the rows keep 1.")
     probs_NK = kept_NK.exp()
-    allowed = _largest_smoothing(kept_NK)
+    allowed = largest_smoothing(kept_NK)
     if amount > allowed:
         raise ValueError(
             f"label smoothing of {amount} would make the first token's probability negative; the largest that these "
@@ -102,7 +102,8 @@ def _smooth(kept_NK: torch.Tensor, amount: float) -> torch.Tensor:
     return torch.cat([first_N1, probs_NK[:, 1:] + amount / (num_kept - 1)], dim=-1).log()
 
 
-def _largest_smoothing(kept_NK: torch.Tensor) -> float:
+def largest_smoothing(kept_NK: torch.Tensor) -> float:
+    """The most that label smoothing can take from the first token of all these rows (with or without tail)."""
     return kept_NK[:, 0].min().exp().item() if len(kept_NK) else 1.0
 
 
@@ -164,13 +165,15 @@ class _Grid:
         return range(max(best - self.step + 1, self.low), min(best + self.step - 1, self.high) + 1)
 
 
-def _grid(method: str, kept_NK: torch.Tensor, tail: dict[str, torch.Tensor | None]) -> _Grid:
+def _grid(
+    method: str, kept_NK: torch.Tensor, tail: dict[str, torch.Tensor | None], max_smoothing: float = 1.0
+) -> _Grid:
     if method == "temperature":  # 0.26 to 11, first 15 % apart, then 1 %
         return _Grid(lambda i: math.exp(i / 100), -135, 240, 15, identity=0)
     if method == "probability":  # the paper's: 0.1 to 1.5 by 0.1, then by 0.02; no identity, so ties go to small c
         return _Grid(lambda i: i / 50, 5, 75, 5, identity=5)
     if method == "label_smoothing":  # 0 to 0.5 by 0.05, then by 0.005, as far as the rows allow
-        allowed = min(0.5, _largest_smoothing(kept_NK))
+        allowed = min(0.5, max_smoothing, largest_smoothing(kept_NK))
         return _Grid(lambda i: min(i / 200, allowed), 0, math.floor(allowed * 200), 10, identity=0)
     _need_tail_sums(tail["tail_power_knots"], tail["tail_power_log_sums"])
     knots = tail["tail_power_knots"]
@@ -258,13 +261,15 @@ def search(
     *,
     tail_power_knots: torch.Tensor | None = None,
     tail_power_log_sums: torch.Tensor | None = None,
+    max_smoothing: float = 1.0,
 ) -> SearchResult:
     """The value of `method` that makes the confidence of cached rows true on a validation split.
 
     Args: `log_probs` (N, K+1) rows as cached; `target` (N,) int64, the column that holds the true label (0 the
     teacher's first token, K the tail); `criterion` "ece" (the paper's) or "nll"; `bootstrap` resamples of the
-    positions for the 95 % interval of the value (0: none); the tail's sums as for `recalibrate`. Raises ValueError for
-    rows that do not sum to 1, targets out of range, no position, unknown names.
+    positions for the 95 % interval of the value (0: none); the tail's sums as for `recalibrate`; `max_smoothing` the
+    most that label smoothing may take, where other rows allow less than these. Raises ValueError for rows that do not
+    sum to 1, targets out of range, no position, unknown names.
 
     A position's prediction is the most probable of its K columns after recalibration, its confidence that
     probability. Two-stage grid; ties go to the value nearest to the identity.
@@ -284,7 +289,7 @@ def search(
     best, curve, at_edge, interval = before, [before], False, None
     if method != "none":
         evaluation = _Evaluation(log_probs_NK1, target_N, method, criterion, num_bins, tail)
-        grid = _grid(method, log_probs_NK1[:, :-1], tail)
+        grid = _grid(method, log_probs_NK1[:, :-1], tail, max_smoothing)
         points, chosen = _two_stages(evaluation, grid)
         best, curve = points[chosen], [points[i] for i in sorted(points)]
         at_edge = chosen in (grid.low, grid.high) and chosen != grid.identity
@@ -324,7 +329,7 @@ def error_curve(
     """
     log_probs_NK1, target_N = _check_rows(log_probs, target)
     if method == "label_smoothing":
-        values = [value for value in values if value <= _largest_smoothing(log_probs_NK1[:, :-1])]
+        values = [value for value in values if value <= largest_smoothing(log_probs_NK1[:, :-1])]
     tail = {"tail_power_knots": tail_power_knots, "tail_power_log_sums": tail_power_log_sums}
     evaluation = _Evaluation(log_probs_NK1, target_N, method, "ece", num_bins, tail)
     points = [evaluation.measure(value) for value in values]

@@ -52,7 +52,7 @@ def collect_facts(run_folder: Path, arm: str, recipe, recipe_plain: dict) -> Car
     manifest = Path(run_folder) / "cache" / "train" / "manifest.json"
     trained_on_labels = recipe.arm_trainer(arm) == "sft"
     base = section["model_name_or_path"]
-    data = recipe.datasets
+    data, calibration = recipe.datasets, _read_json(run_folder, "calibration.json", "calibrate")
     everything = [data.train, data.transfer, data.validation, *data.test.values()]
     return CardFacts(
         title=(recipe.push.hub_model_id or f"{recipe.name}-{arm}").rpartition("/")[2],
@@ -63,10 +63,8 @@ def collect_facts(run_folder: Path, arm: str, recipe, recipe_plain: dict) -> Car
         metrics=metrics,
         test_sets={name: _source(config) for name, config in recipe.datasets.test.items()},
         recipe=recipe_plain,
-        recalibration_method=None
-        if trained_on_labels
-        else section.get("recalibration_method", recipe.calibrate.method),
-        calibration=_read_json(run_folder, "calibration.json", "calibrate"),
+        recalibration_method=None if trained_on_labels else section.get("recalibration_method", calibration["method"]),
+        calibration=calibration,
         cache=without_local_paths(json.loads(manifest.read_text("utf-8"))) if manifest.is_file() else None,
         hub_datasets=sorted({_source(config)["hub_id"] for config in everything if config} - {None}),
         diagrams=[file.name for file in sorted((Path(run_folder) / "report").glob("reliability*.png"))],

@@ -183,7 +183,11 @@ class CacheConfig(Settings):
 class CalibrateConfig(Settings):
     """How the recalibration value is searched on the validation cache."""
 
-    method: str = setting("temperature", "Family of maps to search.", choices=RECALIBRATION_METHODS)
+    method: str = setting(
+        "temperature",
+        "Family of maps to search; auto chooses the one with the lowest cross-validated criterion.",
+        choices=(*RECALIBRATION_METHODS, "auto"),
+    )
     criterion: str = setting("ece", "What the search makes small.", choices=("ece", "nll"))
     num_bins: int = setting(10, "Bins of the calibration error.", minimum=1)
     positions: str = setting("answer", "First completion token, or every one.", choices=("answer", "all"))

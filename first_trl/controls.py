@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .calibration import error_curve, search
 from .evaluation import predictions, read_answers, recalibrated_answers, tail_of
+from .family import choose_family
 
 VALIDATION = "validation"
 
@@ -36,11 +37,13 @@ def collect(
     method, fitted = calibration["method"], {}
     if method != "none":
         own = answers["teacher"]
-        value = _fit(own[VALIDATION], method, calibration) if _are_whole(own[VALIDATION]) else calibration["value"]
+        value = calibration["value"]
+        if _are_whole(own[VALIDATION]):
+            method, value = _fit(own[VALIDATION], calibration)
         fitted["teacher_recalibrated"] = method, value
         collected["teacher_recalibrated"] = _recalibrated(own, method, value)
         for model in labelled:
-            value = _fit(answers[model][VALIDATION], method, calibration)
+            method, value = _fit(answers[model][VALIDATION], calibration)
             fitted[f"{model}_post_hoc"] = method, value
             collected[f"{model}_post_hoc"] = _recalibrated(answers[model], method, value)
     return collected, fitted
@@ -51,9 +54,14 @@ def _are_whole(rows: dict) -> bool:
     return "answer_tokens" in rows
 
 
-def _fit(rows: dict, method: str, calibration: dict) -> float | None:
+def _fit(rows: dict, calibration: dict) -> tuple[str, float | None]:
+    """(method, value) for a model's own answers: by the teacher's family, or, where that was chosen, a new choice."""
     settings = {"criterion": calibration["criterion"], "num_bins": calibration["num_bins"]}
-    return search(rows["log_probs"], rows["target"], method=method, **settings, **tail_of(rows)).value
+    given, tail = (rows["log_probs"], rows["target"]), tail_of(rows)
+    method = calibration["method"]
+    if "choice" in calibration:
+        method = choose_family(*given, list(calibration["choice"]["scores"]), **settings, tail=tail).method
+    return method, search(*given, method=method, **settings, **tail).value
 
 
 def _recalibrated(sets: dict[str, dict], method: str, value: float | None) -> dict[str, dict]:

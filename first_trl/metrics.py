@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 COVERAGES = (0.8, 0.9, 0.95)
+REPORTED = ("accuracy", "ece", "ece_15_bins", "ece_equal_mass", "trust_score", "nll", "brier", "auroc", "aurc")
 # A probability that came out of float32 arithmetic may exceed 1 by a few units in the last place.
 ROUNDING = 1e-5
 # Bootstrap weights are made in blocks of at most this many numbers (float64: 32 MB), whatever n is.
@@ -324,6 +325,49 @@ class _Sample:
     def point(self) -> dict[str, float]:
         return {name: float(values[0]) for name, values in self.measure(np.ones((1, self.size))).items()}
 
+    def noise_floor(self, num_bins: int, seed: int) -> dict[str, float]:
+        return ece_noise_floor(self.confidence, num_bins, seed=seed)
+
+    def num_impossible_labels(self) -> int:
+        return 0 if self.label_log_prob is None else int(np.isneginf(self.label_log_prob).sum())
+
+
+class _MeanSample:
+    """The same arm trained from several seeds: each metric is the mean of the seeds', and so is each replicate of it.
+
+    All seeds are measured on the same resampled examples, so the intervals are those of the mean over these seeds;
+    what another seed would have given is told by the spread.
+    """
+
+    def __init__(self, samples: list[_Sample]):
+        self.samples, self.size = samples, samples[0].size
+
+    def measure(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        measured = [sample.measure(weights) for sample in self.samples]
+        shared = [name for name in measured[0] if all(name in one for one in measured)]
+        return {name: np.mean([one[name] for one in measured], axis=0) for name in shared}
+
+    point = _Sample.point
+
+    def noise_floor(self, num_bins: int, seed: int) -> dict[str, float]:
+        floors = [sample.noise_floor(num_bins, seed) for sample in self.samples]
+        return {name: float(np.mean([floor[name] for floor in floors])) for name in floors[0]}
+
+    def num_impossible_labels(self) -> int:
+        return sum(sample.num_impossible_labels() for sample in self.samples)
+
+    def by_seed(self) -> dict[str, dict]:
+        """{metric: {"values", one per seed, and "spread", their standard deviation (n - 1)}}; None where undefined."""
+        points = [sample.point() for sample in self.samples]
+        columns = {name: [point.get(name, np.nan) for point in points] for name in REPORTED}
+        return {
+            name: {
+                "values": [None if np.isnan(value) else value for value in values],
+                "spread": None if np.isnan(values).any() else float(np.std(values, ddof=1)),
+            }
+            for name, values in columns.items()
+        }
+
 
 def _resamples(size: int, bootstrap: int, seed: int):
     """Yield blocks (b, n) of bootstrap counts, `bootstrap` rows in all; each row sums to n."""
@@ -363,16 +407,17 @@ def _replicates(samples: list[_Sample], bootstrap: int, seed: int) -> list[dict[
     ]
 
 
-def _summary(sample: _Sample, replicates: dict[str, np.ndarray], num_bins: int, seed: int) -> dict:
+def _summary(sample: "_Sample | _MeanSample", replicates: dict[str, np.ndarray], num_bins: int, seed: int) -> dict:
     """The dict that `summarize` describes."""
     point = sample.point()
     result: dict[str, Any] = {"num_examples": sample.size}
-    for name in ("accuracy", "ece", "ece_15_bins", "ece_equal_mass", "trust_score", "nll", "brier", "auroc", "aurc"):
+    for name in REPORTED:
         value = point.get(name, np.nan)
         result[name] = None if np.isnan(value) else value
-    result["ece_noise_floor"] = ece_noise_floor(sample.confidence, num_bins, seed=seed)
-    log_prob = sample.label_log_prob
-    result["num_impossible_labels"] = 0 if log_prob is None else int(np.isneginf(log_prob).sum())
+    if isinstance(sample, _MeanSample):
+        result["seeds"] = sample.by_seed()
+    result["ece_noise_floor"] = sample.noise_floor(num_bins, seed)
+    result["num_impossible_labels"] = sample.num_impossible_labels()
     result["accuracy_at_coverage"] = {str(coverage): point[f"accuracy_at_{coverage}"] for coverage in COVERAGES}
     result["ci"] = {}
     for name, values in replicates.items():
@@ -397,22 +442,28 @@ def _difference(samples: list[_Sample], replicates: list[dict[str, np.ndarray]])
     return result
 
 
+def _sample_of(values: dict | list[dict], num_bins: int) -> _Sample | _MeanSample:
+    seeds = [values] if isinstance(values, dict) else values
+    samples = [_Sample(one["confidence"], one["correct"], one.get("label_log_prob"), num_bins) for one in seeds]
+    if len({sample.size for sample in samples}) > 1:
+        raise ValueError(f"the seeds have {[sample.size for sample in samples]} examples; compare the same examples.")
+    return samples[0] if len(samples) == 1 else _MeanSample(samples)
+
+
 def compare(
-    arms: dict[str, dict], reference: str, num_bins: int = 10, bootstrap: int = 1000, seed: int = 0
+    arms: dict[str, dict | list[dict]], reference: str, num_bins: int = 10, bootstrap: int = 1000, seed: int = 0
 ) -> tuple[dict[str, dict], dict[str, dict]]:
     """Summaries of all arms on one set, and the paired differences `reference` - arm of every other arm.
 
     Args: `arms` maps a name to a dict with "confidence", "correct" and, optionally, "label_log_prob", each (n,), for
-    the same examples in the same order. Every arm is measured on the same resampled examples, which removes the
+    the same examples in the same order; or to a list of those, one per seed, of which every metric is the mean (and
+    "seeds" tells each). Every arm is measured on the same resampled examples, which removes the
     difficulty of the examples from the differences.
     Returns ({arm: as `summarize`}, {arm: as `paired_difference`}).
     """
     if isinstance(bootstrap, bool) or not isinstance(bootstrap, int | np.integer) or bootstrap < 0:
         raise ValueError(f"bootstrap is {bootstrap!r}; it must be a number of replicates, 0 for no intervals.")
-    samples = {
-        arm: _Sample(values["confidence"], values["correct"], values.get("label_log_prob"), num_bins)
-        for arm, values in arms.items()
-    }
+    samples = {arm: _sample_of(values, num_bins) for arm, values in arms.items()}
     sizes = {arm: sample.size for arm, sample in samples.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the arms have different numbers of examples, {sizes}; compare them on the same examples.")

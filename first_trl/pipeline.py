@@ -51,7 +51,7 @@ def works_of(recipe: Recipe, stage: str) -> list[str]:
 
 
 def recalibration_of(recipe: Recipe, arm: str) -> tuple[str, float | None]:
-    """(method, value) of an arm; value None means the one that `calibrate` finds."""
+    """(method, value) of an arm; value None is the one that `calibrate` finds, `auto` the method that it chooses."""
     section = recipe.arm_section(arm)
     if recipe.arm_trainer(arm) == "sft":
         return "none", None
@@ -66,9 +66,18 @@ def needs_calibration(recipe: Recipe, arm: str) -> bool:
 
 def calibration_methods(recipe: Recipe) -> list[str]:
     """The families that `calibrate` fits: the recipe's own, and those that an arm asks for."""
-    wanted = [recipe.calibrate.method]
+    method = recipe.calibrate.method
+    wanted = calibration_candidates(recipe) if method == "auto" else [method]
     wanted += [recalibration_of(recipe, arm)[0] for arm in recipe.arms if needs_calibration(recipe, arm)]
-    return list(dict.fromkeys(wanted))
+    return [method for method in dict.fromkeys(wanted) if method != "auto"]
+
+
+def calibration_candidates(recipe: Recipe) -> list[str]:
+    """The families among which `calibrate.method: auto` chooses: those that this cache can serve.
+
+    Not label smoothing: rows that nobody has seen may have less on their first token than it takes away.
+    """
+    return ["temperature", "probability", *(["vocabulary_temperature"] if recipe.cache.tail_knots else [])]
 
 
 def cached_roles(recipe: Recipe) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ FLOORS = (
         ("data", "choices"),
         ("scoring",),
         ("server_scoring",),
-        ("calibration",),
+        ("calibration", "family"),
         ("abstention", "figures", "verdict", "report"),
         ("card_text", "hub", "card"),
         ("cache_identity",),

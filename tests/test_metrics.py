@@ -14,6 +14,7 @@ from first_trl.metrics import (
     aurc,
     auroc,
     brier_score,
+    compare,
     ece_noise_floor,
     expected_calibration_error,
     negative_log_likelihood,
@@ -348,3 +349,28 @@ def test_a_thousand_replicates_of_three_thousand_examples_take_two_seconds():
     start = time.process_time()
     summarize(*arm, bootstrap=1000)
     assert time.process_time() - start < 2
+
+
+def test_an_arm_of_several_seeds_is_measured_by_the_mean_of_its_seeds_and_their_spread():
+    generator = np.random.default_rng(0)
+    seeds = []
+    for _ in range(3):
+        confidence = generator.random(400)
+        correct = generator.random(400) < confidence**2
+        seeds.append({"confidence": confidence, "correct": correct, "label_log_prob": -generator.random(400)})
+    other = {"confidence": generator.random(400), "correct": generator.random(400) < 0.5}
+    summaries, differences = compare({"arm": seeds, "other": other}, "arm", bootstrap=200)
+    alone = [summarize(**seed, bootstrap=0) for seed in seeds]
+    for name in ("accuracy", "ece", "trust_score", "nll", "brier", "auroc", "aurc"):
+        values = [one[name] for one in alone]
+        assert summaries["arm"][name] == pytest.approx(np.mean(values))
+        told = summaries["arm"]["seeds"][name]
+        assert told["values"] == pytest.approx(values) and told["spread"] == pytest.approx(np.std(values, ddof=1))
+    low, high = summaries["arm"]["ci"]["ece"]
+    assert low < summaries["arm"]["ece"] < high
+    gap = np.mean([one["ece"] for one in alone]) - summarize(other["confidence"], other["correct"], None)["ece"]
+    assert differences["other"]["ece"]["difference"] == pytest.approx(gap)
+    assert "seeds" not in summaries["other"] and json.dumps(summaries, allow_nan=False)
+    assert compare({"arm": seeds[:1]}, "arm", bootstrap=0)[0]["arm"] == alone[0]
+    with pytest.raises(ValueError, match="the seeds have"):
+        compare({"arm": [seeds[0], {"confidence": [0.5], "correct": [1]}]}, "arm")

@@ -120,3 +120,29 @@ def test_a_run_without_recalibration_ends_with_a_report_and_a_line_that_says_so(
     assert calibration_methods(recipe) == ["none"] and metrics["calibration"]["value"] is None
     assert set(metrics["arms"]) == {"teacher", "base", "fine_tuned"}
     assert "calibrate: none leaves the teacher's ECE" in capsys.readouterr().err
+
+
+def test_an_automatic_choice_of_the_family_is_what_the_students_and_the_controls_then_use(tmp_path, capsys):
+    arms = {"fine_tuned": {"trainer": "sft"}, "first": {}}
+    recipe, metrics = run_stages(tiny_recipe(tmp_path, calibrate={"method": "auto", "bootstrap": 5}, arms=arms))
+    calibration = metrics["calibration"]
+    chosen = calibration["method"]
+    assert chosen == calibration["choice"]["method"] in ("temperature", "probability")
+    assert set(calibration["families"]) == set(calibration["choice"]["scores"]) == {"temperature", "probability"}
+    assert calibration["value"] == calibration["families"][chosen]["value"]
+    said = capsys.readouterr().err
+    assert f"calibrate: auto chooses {chosen}: lowest ECE on rows" in said
+    assert f"evaluate: teacher_recalibrated is measured with {chosen} {calibration['value']:.3g}" in said
+    assert "evaluate: fine_tuned_post_hoc is measured with" in said
+
+
+def test_smoothing_takes_no_more_than_the_rows_to_learn_from_allow(tmp_path, monkeypatch):
+    import first_trl.calibration
+
+    arms = {"smoothed": {"recalibration_method": "label_smoothing"}}
+    path = tiny_recipe(tmp_path, arms=arms)
+    monkeypatch.setattr(first_trl.calibration, "largest_smoothing", lambda rows: 0.01)
+    for stage in (cache, calibrate):
+        stage.main([str(path)])
+    found = json.loads((tmp_path / "runs" / "tiny" / "calibration.json").read_text())["families"]["label_smoothing"]
+    assert max(point["value"] for point in found["curve"]) <= 0.01

@@ -8,7 +8,15 @@ whole search curve and the errors before and after, for every family that an arm
 
 import json
 
-from first_trl.pipeline import cached_roles, calibration_methods, require, run_work, say, teacher_path
+from first_trl.pipeline import (
+    cached_roles,
+    calibration_candidates,
+    calibration_methods,
+    require,
+    run_work,
+    say,
+    teacher_path,
+)
 from first_trl.stage_command import stage_command
 
 
@@ -20,33 +28,46 @@ def main(recipe, options) -> None:
 
 def calibrate(recipe) -> list[str]:
     """Search every family on the validation cache; returns what was written."""
+    import torch
+
     from first_trl.cache_identity import open_recipe_cache
-    from first_trl.calibration import search
+    from first_trl.calibration import largest_smoothing, search
+    from first_trl.family import choose_family
     from first_trl.rows import calibration_rows
     from first_trl.run_folder import write_atomically
     from first_trl.training import teacher_section
 
     settings = recipe.calibrate
-    rows = {}
+    rows, max_smoothing = {}, 1.0
     for role in cached_roles(recipe):
         cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe))
         left_out = None if settings.include_eos else cache.manifest["eos_token_id"]
         rows[role] = calibration_rows(cache.dataset, settings.positions, left_out)
+        if role == "train":  # the value must also fit every row that students learn from
+            max_smoothing = largest_smoothing(torch.from_numpy(calibration_rows(cache.dataset, "all").log_probs))
     log_probs, target, tail_sums = rows["validation"]
-    families = {}
-    for method in calibration_methods(recipe):
+    tail = {"tail_power_knots": cache.manifest.get("tail_powers"), "tail_power_log_sums": tail_sums}
+    method, choice, families = settings.method, None, {}
+    if method == "auto":
+        candidates = calibration_candidates(recipe)
+        choice = choose_family(
+            log_probs, target, candidates, settings.criterion, settings.num_bins, settings.seed, tail=tail
+        )
+        method = choice.method
+        say(f"calibrate: auto chooses {method}: {choice.why}")
+    for family in calibration_methods(recipe):
         result = search(
             log_probs,
             target,
-            method=method,
+            method=family,
             criterion=settings.criterion,
             num_bins=settings.num_bins,
             bootstrap=settings.bootstrap,
             seed=settings.seed,
-            tail_power_knots=cache.manifest.get("tail_powers"),
-            tail_power_log_sums=tail_sums,
+            max_smoothing=max_smoothing,
+            **tail,
         )
-        families[method] = result.to_dict()
+        families[family] = result.to_dict()
         say(f"calibrate: {search_line(result)}")
     teacher = {"validation": rows["validation"].summary()}
     if "train" in rows:
@@ -58,8 +79,9 @@ def calibrate(recipe) -> list[str]:
         )
     calibration = {
         "schema_version": 1,
-        "method": settings.method,
-        "value": families[settings.method]["value"],
+        "method": method,
+        "value": families[method]["value"],
+        **({"choice": choice.to_dict()} if choice else {}),
         "criterion": settings.criterion,
         "positions": settings.positions,
         "num_bins": settings.num_bins,

@@ -50,6 +50,7 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
         method, value = recalibration_of(recipe, arm)
         if needs_calibration(recipe, arm):
             calibration = json.loads((recipe.run_folder / "calibration.json").read_text(encoding="utf-8"))
+            method = calibration["method"] if method == "auto" else method
             value = calibration["families"][method]["value"]
         section = {**section, "recalibration_method": method, "recalibration_value": value}
     args, model_args = training_arguments(section, SFTConfig if on_labels else FIRSTConfig, folder, recipe.seed)

@@ -134,7 +134,7 @@ def answer_all_sets(recipe, arm: str) -> None:
             top_k=recipe.cache.top_k,
             tokens_per_batch=recipe.evaluate.tokens_per_batch,
             support=recipe.cache.support,
-            tail_knots=recipe.calibrate.method == "vocabulary_temperature",
+            tail_knots=recipe.cache.tail_knots and recipe.calibrate.method in ("vocabulary_temperature", "auto"),
         )
         pq.write_table(answers.data.table, folder / f"{name}.parquet")
         say(f"evaluate: {arm} answered {len(answers)} rows of {name}")
