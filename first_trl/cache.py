@@ -120,11 +120,13 @@ def check_shards(path: Path, manifest: dict, verify: bool = True) -> None:
             _compare(file, "sha256", file_sha256(file), shard["sha256"])
         try:
             metadata, columns = pq.read_metadata(file), pq.read_schema(file)
-        except pa.ArrowException as error:
+            same_columns = columns.equals(schema)
+            found_columns = "" if same_columns else columns.remove_metadata().to_string()
+        except (pa.ArrowException, UnicodeDecodeError) as error:
             raise CacheError(f"{file} is not a readable Parquet file ({error}). {MAKE_AGAIN}") from error
         _compare(file, "number of rows", metadata.num_rows, shard["rows"])
-        if not columns.equals(schema):
-            _compare(file, "columns", columns.remove_metadata().to_string(), schema.to_string())
+        if not same_columns:
+            _compare(file, "columns", found_columns, schema.to_string())
 
 
 def _compare(file: Path, what: str, found, expected) -> None:
@@ -150,7 +152,7 @@ def _arrow_copy(path: Path, manifest: dict) -> Path:
             try:
                 _write_arrow(temporary, path, manifest)
                 os.replace(temporary, target)
-            except pa.ArrowException as error:
+            except (pa.ArrowException, UnicodeDecodeError) as error:
                 raise CacheError(f"The shards of {path} cannot be decoded ({error}). {MAKE_AGAIN}") from error
             finally:
                 temporary.unlink(missing_ok=True)

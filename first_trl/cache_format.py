@@ -107,10 +107,11 @@ def read_manifest(path: Path) -> dict:
             "Use the version of first-trl that wrote it, or make the cache again."
         )
     # One rendering per content: this refuses edits that JSON would not notice, such as a key given twice.
-    if manifest.get(SEAL) != _seal(manifest) or render_manifest(manifest) != content:
+    seal = _seal(manifest)
+    if seal is None or manifest.get(SEAL) != seal or render_manifest(manifest) != content:
         raise CacheError(
             f"{file} was changed after it was written: its {SEAL} is {manifest.get(SEAL)!r}, its content gives "
-            f"{_seal(manifest)!r}. {MAKE_AGAIN}"
+            f"{seal!r}. {MAKE_AGAIN}"
         )
     _check_entries(file, manifest)
     return manifest
@@ -137,10 +138,12 @@ def check_types(place: str, content: dict, types: dict) -> None:
 def _check_entries(file: Path, manifest: dict) -> None:
     check_types(str(file), manifest, {**LAYOUT, **IDENTITY, **RESULT})
     check_types(f"{file}, totals", manifest["totals"], _TOTALS)
-    if manifest["dtype"] not in _DTYPES or manifest["top_k"] < 1:
+    if "tail_powers" in manifest:
+        check_types(str(file), manifest, {"tail_powers": list})
+    if manifest["dtype"] not in _DTYPES or not 1 <= manifest["top_k"] < 2**31:
         raise CacheError(
             f"{file}: dtype is {manifest['dtype']!r} and top_k {manifest['top_k']}; expected one of "
-            f"{', '.join(_DTYPES)} and at least 1. {MAKE_AGAIN}"
+            f"{', '.join(_DTYPES)} and 1 or more. {MAKE_AGAIN}"
         )
     for index, shard in enumerate(manifest["shards"]):
         place = f"{file}, shard {index}"
