@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import time
 
 import datasets
@@ -70,8 +71,15 @@ def num_shards(path):
     return len(list(path.glob("train-*.parquet")))
 
 
-@pytest.mark.parametrize(("kills", "shards"), [(5, 150), pytest.param(30, 300, marks=pytest.mark.slow)])
-def test_a_job_killed_again_and_again_ends_with_the_same_bytes(tmp_path, path, processes, kills, shards):
+@pytest.mark.parametrize(
+    ("kills", "shards", "by"),
+    [
+        (5, 150, signal.SIGKILL),
+        (5, 150, signal.SIGTERM),
+        pytest.param(30, 300, signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
+def test_a_job_killed_again_and_again_ends_with_the_same_bytes(tmp_path, path, processes, kills, shards, by):
     rows, log, dice = 2 * shards - 1, tmp_path / "log", random.Random(kills)
     whole_job(tmp_path / "undisturbed", tmp_path / "unused", rows)
     for kill in range(kills):
@@ -82,8 +90,9 @@ def test_a_job_killed_again_and_again_ends_with_the_same_bytes(tmp_path, path, p
         )  # the last kill comes before the end
         wait_until(lambda goal=goal: num_shards(path) >= goal)
         time.sleep(dice.random() * 0.01)
-        job.kill()
+        os.kill(job.pid, by)
         job.join()
+        assert job.exitcode == -by
         assert all(small_job(path).shard_is_complete(int(file.stem[-6:])) for file in path.glob("train-*"))
     assert not (path / "manifest.json").exists()
     whole_job(path, log, rows)

