@@ -56,12 +56,12 @@ def _are_whole(rows: dict) -> bool:
 
 def _fit(rows: dict, calibration: dict) -> tuple[str, float | None]:
     """(method, value) for a model's own answers: by the teacher's family, or, where that was chosen, a new choice."""
-    settings = {"criterion": calibration["criterion"], "num_bins": calibration["num_bins"]}
-    given, tail = (rows["log_probs"], rows["target"]), tail_of(rows)
+    settings: dict = {"criterion": calibration["criterion"], "num_bins": calibration["num_bins"]}
+    log_probs, target, tail = rows["log_probs"], rows["target"], tail_of(rows)
     method = calibration["method"]
     if "choice" in calibration:
-        method = choose_family(*given, list(calibration["choice"]["scores"]), **settings, tail=tail).method
-    return method, search(*given, method=method, **settings, **tail).value
+        method = choose_family(log_probs, target, list(calibration["choice"]["scores"]), **settings, tail=tail).method
+    return method, search(log_probs, target, method=method, **settings, **tail).value
 
 
 def _recalibrated(sets: dict[str, dict], method: str, value: float | None) -> dict[str, dict]:

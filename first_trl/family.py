@@ -68,7 +68,7 @@ def _score(log_probs_NK1, target_N, fold_N, method: str, criterion: str, num_bin
     rows_NK1 = torch.empty_like(log_probs_NK1)
     for fold in range(FOLDS):
         held, rest = torch.from_numpy(fold_N == fold), torch.from_numpy(fold_N != fold)
-        settings = {"method": method, "criterion": criterion, "num_bins": num_bins}
+        settings: dict = {"method": method, "criterion": criterion, "num_bins": num_bins}
         value = search(log_probs_NK1[rest], target_N[rest], **settings, **_part(tail, rest)).value
         rows_NK1[held] = recalibrate(log_probs_NK1[held], method, value, **_part(tail, held))
     if criterion == "nll":
@@ -84,10 +84,10 @@ def _part(tail: dict, chosen_N: torch.Tensor) -> dict:
 
 def _why(best: str, scores: dict[str, float | None], criterion: str) -> str:
     def told(method: str) -> str:
-        if scores[method] is None:
+        score = scores[method]
+        if score is None:
             return f"{method} gives labels a probability of 0"
-        score = f"{100 * scores[method]:.2f} %" if criterion == "ece" else f"{scores[method]:.4f} nats"
-        return f"{method} {score}"
+        return f"{method} {100 * score:.2f} %" if criterion == "ece" else f"{method} {score:.4f} nats"
 
     others = ", ".join(told(method) for method in scores if method != best)
     return f"lowest {criterion.upper()} on rows that its value was not fitted on ({FOLDS} folds): {told(best)}" + (

@@ -11,6 +11,7 @@ Ties are never broken by the order of the input: examples with the same confiden
 curves together, so a shuffled input gives the same numbers.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -347,7 +348,7 @@ class _MeanSample:
         shared = [name for name in measured[0] if all(name in one for one in measured)]
         return {name: np.mean([one[name] for one in measured], axis=0) for name in shared}
 
-    point = _Sample.point
+    point: Any = _Sample.point
 
     def noise_floor(self, num_bins: int, seed: int) -> dict[str, float]:
         floors = [sample.noise_floor(num_bins, seed) for sample in self.samples]
@@ -394,7 +395,7 @@ def _interval(estimate: float, replicates: np.ndarray) -> list[float] | None:
     return [float(low), float(high)]
 
 
-def _replicates(samples: list[_Sample], bootstrap: int, seed: int) -> list[dict[str, np.ndarray]]:
+def _replicates(samples: Sequence[_Sample | _MeanSample], bootstrap: int, seed: int) -> list[dict[str, np.ndarray]]:
     """{metric: (B,)} of each sample, all measured on the same resampled examples; empty without replicates."""
     blocks = [
         [sample.measure(weights) for sample in samples] for weights in _resamples(samples[0].size, bootstrap, seed)
@@ -428,7 +429,7 @@ def _summary(sample: "_Sample | _MeanSample", replicates: dict[str, np.ndarray],
     return result
 
 
-def _difference(samples: list[_Sample], replicates: list[dict[str, np.ndarray]]) -> dict[str, dict]:
+def _difference(samples: Sequence[_Sample | _MeanSample], replicates: list[dict[str, np.ndarray]]) -> dict[str, dict]:
     """The dict that `paired_difference` describes."""
     first, second = (sample.point() for sample in samples)
     result = {}
@@ -451,7 +452,7 @@ def _sample_of(values: dict | list[dict], num_bins: int) -> _Sample | _MeanSampl
 
 
 def compare(
-    arms: dict[str, dict | list[dict]], reference: str, num_bins: int = 10, bootstrap: int = 1000, seed: int = 0
+    arms: Mapping[str, dict | list[dict]], reference: str, num_bins: int = 10, bootstrap: int = 1000, seed: int = 0
 ) -> tuple[dict[str, dict], dict[str, dict]]:
     """Summaries of all arms on one set, and the paired differences `reference` - arm of every other arm.
 
