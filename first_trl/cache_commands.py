@@ -8,6 +8,7 @@ PATH is a folder such as runs/NAME/cache/train, or the id of a data set reposito
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -21,9 +22,12 @@ def main(argv: list[str]) -> int:
 
     try:
         {"inspect": inspect, "verify": verify, "push": push}[options.command](options)
+        sys.stdout.flush()
     except (ValueError, PushError) as error:
         print(error, file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
     return 0
 
 
@@ -72,7 +76,7 @@ def inspect(options: argparse.Namespace) -> None:
 def verify(options: argparse.Namespace) -> None:
     """Hash everything again and, given the teacher, run it again over a sample; prints what was found."""
     from .cache import open_cache
-    from .cache_inspection import check_content, compare_with_teacher
+    from .cache_verification import check_content, compare_with_teacher
 
     cache = open_cache(options.path, revision=options.revision)
     check_content(cache)
@@ -87,9 +91,9 @@ def verify(options: argparse.Namespace) -> None:
     token = "the tail" if found.token_id is None else f"token {tokenizer.convert_ids_to_tokens(found.token_id)!r}"
     summary = (
         f"{found.rows} rows with {found.positions} supervised positions run again. Largest difference: "
-        f"{found.largest:.2g} nats, at {token} of row {found.row} (cached {found.cached:.6g}, now {found.now:.6g}); "
-        f"allowed there: {found.tolerance:.2g} (one row at a time or in batches, the teacher itself differs by "
-        f"{found.live:.2g})."
+        f"{found.largest:.2g} nats; beyond the rounding of what is stored, {found.unexplained:.2g}, at {token} of row "
+        f"{found.row} (cached {found.cached:.6g}, now {found.now:.6g}). Allowed beyond rounding: "
+        f"{found.tolerance:.2g} (the teacher itself differs by {found.live:.2g}, one row at a time or in batches)."
     )
     if found.exceeding:
         raise ValueError(

@@ -44,6 +44,7 @@ FLOORS = (
         ("training",),
         ("evaluation", "controls"),
         ("cache_inspection",),
+        ("cache_verification",),
         ("cache_hub",),
         ("pipeline", "stage_command"),
         ("plan_rows",),

@@ -39,6 +39,8 @@ def test_a_command_names_a_stage_a_recipe_and_a_configuration_that_exist(line, m
     monkeypatch.setattr(command, "launch", lambda stage, *_: started.append(stage) or 0)
     monkeypatch.setattr(command, "run_pipeline", lambda recipe, *_: started.append(recipe) or 0)
     monkeypatch.setattr("first_trl.prediction.main", lambda argv: started.append(argv[0]) or 0)
+    cache_command = command.cache_commands._parser().parse_args
+    monkeypatch.setattr(command.cache_commands, "main", lambda words: started.append(cache_command(words)) or 0)
     monkeypatch.setattr("first_trl.demo.prepare_demo", lambda *_: ROOT / "first_trl/demo/demo.yaml")
     assert command.main(words[1:]) == 0 and len(started) == 1
 
