@@ -1,12 +1,10 @@
 """What a teacher cache costs: bytes per supervised position, tokens per second, and memory as the dataset grows.
 
-    python benchmarks/cache.py                             # everything; minutes on two CPU cores
-    python benchmarks/cache.py --parts bytes memory        # two of its three tables
-    python benchmarks/cache.py --clock process --threads 1 # a speed that other work on the machine hardly touches
+    python benchmarks/cache.py                         # everything; half an hour on one CPU core
+    python benchmarks/cache.py --parts bytes memory    # two of its three tables
 
 The reviews and their teacher are read from the folder FIRST_DATA (default ../shared). Written to
-benchmarks/results/cache-cpu.md. Speeds are medians over rounds in which every arm runs once over the same rows; a
-ratio is the median of the ratios within a round.
+benchmarks/results/cache-cpu.md, and each table as soon as it is there.
 """
 
 import argparse
@@ -16,13 +14,13 @@ import math
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
 from cache_jobs import (
+    BLOCK,
     DATA,
     K,
     bare_loop,
@@ -37,13 +35,12 @@ from cache_jobs import (
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("first-trl", "torch", "transformers", "datasets", "pyarrow")
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
 # Bytes
 
 
-def table_of_bytes() -> list[str]:
+def table_of_bytes(args: argparse.Namespace) -> list[str]:
     """Bytes per supervised position of what the teacher says, K = 5, in four formats and two vocabularies."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -126,60 +123,76 @@ def sizes_of(folder: Path, model, rows, encode, vocab_size: int) -> dict[str, fl
 
 
 def table_of_speed(args: argparse.Namespace) -> list[str]:
-    """Tokens per second of the cache and of two loops without it, over the same rows."""
+    """Tokens per second of the cache and of loops without it, over the same rows, by two clocks."""
     from datasets import Dataset
 
     model = random_teacher(49_152, 576, args.layers, 0.1)
     everything, answers = (random_rows(args.rows, 49_152, supervised) for supervised in ("all", "last"))
-    tokens = sum(len(row["input_ids"]) for row in everything)
-    arms = {
-        "bare": ("(a) bare `model(**batch).logits`, `topk`, the same batches", partial(bare_loop, model, everything)),
-        "cache": ("this cache, all tokens supervised", partial(cached, model, Dataset.from_list(everything))),
-        "answers": ("this cache, the last token supervised", partial(cached, model, Dataset.from_list(answers))),
-        "single": (
-            "(b) one row at a time, one position at a time, to JSONL",
-            partial(batch_of_one, model, everything),
+    some = everything[:: args.rows // 8]  # a padded row takes as long as ten others
+    arms = {  # name -> (title, work, its rows)
+        "bare": ("(a) bare `model(**batch).logits`, `topk`, the same batches", bare_loop, everything),
+        "cache": ("this cache, all tokens supervised", cached, Dataset.from_list(everything)),
+        "answers": ("this cache, the last token supervised", cached, Dataset.from_list(answers)),
+        "padded": (
+            f"(b) one row at a time, padded to {BLOCK} tokens, one position at a time, to JSONL",
+            partial(batch_of_one, block=BLOCK),
+            some,
         ),
+        "single": ("(c) the same without padding", batch_of_one, everything),
     }
-    clock, seconds = CLOCKS[args.clock], {arm: [] for arm in arms}
+    tokens = {arm: sum(len(row["input_ids"]) for row in rows) for arm, (_, _, rows) in arms.items()}
+    rates = {arm: [] for arm in arms}  # of each round: (tokens a second of the wall clock, of processor time)
     for round_number in range(args.rounds + 1):
-        for arm, (_, work) in arms.items():
+        for arm, (_, work, rows) in arms.items():
             with tempfile.TemporaryDirectory() as folder:
-                start = clock()
-                work(Path(folder))
-                took = clock() - start
+                wall, processor = time.perf_counter(), time.process_time()
+                work(model, rows, Path(folder))
+                took = time.perf_counter() - wall, time.process_time() - processor
             if round_number > 0:  # the first warms up
-                seconds[arm].append(took)
-        print(f"round {round_number}: " + ", ".join(f"{arm} {seconds[arm][-1]:.1f} s" for arm in arms if seconds[arm]))
-    lines = [
+                rates[arm].append([tokens[arm] / seconds for seconds in took])
+        print(f"round {round_number}: { ({arm: rates[arm][-1:] for arm in arms}) }", flush=True)
+    return [
         f"## Speed: a Llama of {args.layers} layers x 576 with a vocabulary of 49,152, random weights, float32",
         "",
-        f"{args.rows} rows, {tokens:,} tokens, median of {args.rounds} rounds, "
-        + ("seconds of the clock." if args.clock == "wall" else "seconds of processor time, all threads together."),
+        f"{args.rows} rows, {tokens['cache']:,} tokens, {plural(args.threads, 'thread')} for every arm. Medians of "
+        f"{args.rounds} rounds, in each of which every arm runs once, in turn; a ratio is the median of the rounds' "
+        "ratios. Each figure by the clock, and by processor time of all threads together, which other work on the "
+        "machine hardly touches.",
         "",
-        "| arm | tokens/s | times (a) | times (b) |",
-        "|---|---:|---:|---:|",
-    ]
-    for arm, (title, _) in arms.items():
-        rate = tokens / statistics.median(seconds[arm])
-        ratios = [
-            statistics.median(other / ours for other, ours in zip(seconds[base], seconds[arm], strict=True))
-            for base in ("bare", "single")
-        ]
-        lines.append(f"| {title} | {rate:,.0f} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
-    return [
-        *lines,
+        "| arm | tokens/s | times (a) | times (b) | times (c) |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            _speed_row(title, rates[arm], [rates[base] for base in ("bare", "padded", "single")])
+            for arm, (title, _, _) in arms.items()
+        ),
         "",
-        "The cache's time includes checking, encoding, compressing, writing and fsync of every shard, and the "
-        "manifest; (a) keeps nothing, and (b) is what the paper's released script does.",
+        f"Tokens are those of the rows, without padding. (b) is the paper's released script over the rows that it is "
+        f"given, padded to a block of {BLOCK}; it runs here over {len(some)} of the rows. The cache's time includes "
+        "checking, encoding, compressing, writing and fsync of every shard, which a second thread does while the "
+        "teacher runs, and the manifest; (a) keeps nothing.",
         "",
     ]
+
+
+def _speed_row(title: str, ours: list, bases: list[list]) -> str:
+    def both(pairs) -> str:
+        wall, processor = (statistics.median(values) for values in zip(*pairs, strict=True))
+        return f"{wall:,.0f} ({processor:,.0f})" if wall >= 100 else f"{wall:.2f} ({processor:.2f})"
+
+    ratios = (
+        [(mine[0] / other[0], mine[1] / other[1]) for mine, other in zip(ours, base, strict=True)] for base in bases
+    )
+    return f"| {title} | {both(ours)} | " + " | ".join(both(ratio) for ratio in ratios) + " |"
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}" + "s" * (count != 1)
 
 
 # Memory
 
 
-def table_of_memory() -> list[str]:
+def table_of_memory(args: argparse.Namespace) -> list[str]:
     """Peak memory of the cache stage, in a process of its own, over datasets of several sizes."""
     lines = ["## Memory: the cache stage over growing datasets", ""]
     lines += ["| rows | peak resident MiB | streamed | tokens/s |", "|---:|---:|---:|---:|"]
@@ -193,8 +206,8 @@ def table_of_memory() -> list[str]:
     return [
         *lines,
         "",
-        "Peak of the whole process, libraries included, through both splits: the reviews of train, repeated, and as "
-        "many for validation; a teacher of one small layer, so that nothing hides behind its size; 256 rows a shard.",
+        "Peak of the whole process, libraries included: the reviews of train, repeated, and 1,000 for validation; a "
+        "teacher of one small layer, so that nothing hides behind its size; 256 rows a shard.",
         "",
     ]
 
@@ -202,49 +215,52 @@ def table_of_memory() -> list[str]:
 # The report
 
 
-def preamble(args: argparse.Namespace) -> list[str]:
+def preamble() -> list[str]:
     with open("/proc/cpuinfo") as lines:
         names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return [
         "# What a teacher cache costs, on a CPU",
         "",
-        f"Made by `python benchmarks/cache.py {' '.join(sys.argv[1:])}".rstrip() + "`.",
-        "",
-        f"* {names[0]}, {args.threads} threads; load average at the start {os.getloadavg()[0]:.1f}",
-        f"* Python {platform.python_version()}, {versions}",
+        f"* {names[0]}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}",
         f"* K = {K}, log-probabilities in float16, the tail in float32",
         "",
     ]
 
 
+def write(tables: dict[str, list[str]]) -> None:
+    """Put tables into the results, in place of earlier ones; a table that was not made again stays."""
+    file = RESULTS / "cache-cpu.md"
+    earlier = file.read_text().split("\n## ")[1:] if file.exists() else []
+    texts = {text.split(maxsplit=1)[0].rstrip(":").lower(): f"## {text.strip()}\n" for text in earlier}
+    texts |= {part: "\n".join(lines).strip() + "\n" for part, lines in tables.items()}
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text("\n".join(["\n".join(preamble()), *(texts[part] for part in PARTS if part in texts)]))
+    print(f"Written to {file}", flush=True)
+
+
+PARTS = {"bytes": table_of_bytes, "speed": table_of_speed, "memory": table_of_memory}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--parts", nargs="+", choices=("bytes", "speed", "memory"), default=["bytes", "speed", "memory"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of the speed table (default 5)")
-    parser.add_argument("--rows", type=int, default=256, help="rows of the speed table (default 256)")
+    parser.add_argument("--rows", type=int, default=128, help="rows of the speed table (default 128)")
     parser.add_argument("--layers", type=int, default=8, help="layers of its teacher (default 8)")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's threads (default all cores)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default 1)")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     import torch
 
     torch.set_num_threads(args.threads)
-    lines = preamble(args)
-    if "bytes" in args.parts:
-        lines += table_of_bytes()
-    if "speed" in args.parts:
-        lines += table_of_speed(args)
-    if "memory" in args.parts:
-        lines += table_of_memory()
-    print("\n".join(lines))
-    if len(args.parts) == 3:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "cache-cpu.md").write_text("\n".join(lines))
-        print(f"Written to {RESULTS / 'cache-cpu.md'}")
+    for part in args.parts:
+        load = os.getloadavg()[0]
+        lines = PARTS[part](args)
+        made = f"Made by `python benchmarks/cache.py --parts {part} --threads {args.threads}`"
+        lines += [f"{made}; load average of the machine at the start {load:.1f}.", ""]
+        print("\n".join(lines), flush=True)
+        write({part: lines})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 DATA = Path(os.environ.get("FIRST_DATA", "../shared"))
 K = 5
+BLOCK = 512  # tokens that the paper's released script has in every row
 
 
 def random_teacher(vocab_size: int, hidden_size: int, layers: int, spread: float):
@@ -85,18 +86,27 @@ def bare_loop(model, rows: list[dict], folder: Path) -> None:
                 best.indices.tolist(), best.values.tolist()
 
 
-def batch_of_one(model, rows: list[dict], folder: Path) -> None:
-    """(b): a full log_softmax per row; per position its own topk, five reads, and a line of text in the end."""
+def batch_of_one(model, rows: list[dict], folder: Path, block: int = 0) -> None:
+    """(b), (c): a full log_softmax per row; per position a topk of its own, six reads, and a line of text in the end.
+
+    Args:
+        block: tokens to pad every row to; what is padding is computed and written as well.
+    """
     import torch
 
-    with torch.inference_mode(), open(folder / "teacher.jsonl", "w") as file:
+    with torch.inference_mode():
         for row in rows:
-            log_probs = model(torch.tensor([row["input_ids"]])).logits.log_softmax(-1)[0]
-            tops = []
+            padding = max(block - len(row["input_ids"]), 0)
+            text = row["input_ids"] + [0] * padding
+            log_probs = model(torch.tensor([text])).logits.log_softmax(-1)[0]
+            tops, chosen = [], []
             for position in log_probs:
                 tokens = position.topk(K).indices.tolist()
+                chosen.append(position[tokens[0]].item())
                 tops.append({str(token): position[token].item() for token in tokens})
-            file.write(json.dumps({"text": row["input_ids"], "top_log_probs": tops}) + "\n")
+            mask = [1] * len(row["input_ids"]) + [0] * padding
+            with open(folder / "teacher.jsonl", "a") as file:
+                file.write(json.dumps({"text": text, "attention_mask": mask, "top_log_probs": tops}) + "\n")
 
 
 def memory_recipe(folder: Path) -> Path:
@@ -107,8 +117,8 @@ def memory_recipe(folder: Path) -> Path:
     random_teacher(len(tokenizer), 32, 1, 0.2).save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
     reviews = (DATA / "data" / "reviews" / "train.jsonl").read_text().splitlines()
-    for role in ("train", "validation", "test"):
-        rows = [reviews[i % len(reviews)] for i in range(10 if role == "test" else 50_000)]
+    for role, count in {"train": 50_000, "validation": 1_000, "test": 10}.items():
+        rows = [reviews[i % len(reviews)] for i in range(count)]
         (folder / f"{role}.jsonl").write_text("\n".join(rows) + "\n")
     sources = {role: {"path": "json", "data_files": str(folder / f"{role}.jsonl")} for role in ("train", "validation")}
     recipe = {
@@ -124,8 +134,8 @@ def memory_recipe(folder: Path) -> Path:
 
 def stage_in_a_process(recipe: Path, rows: int, streaming: bool) -> dict[str, float]:
     """Peak bytes and tokens per second of one run of the stage."""
-    overrides = [f"--datasets.{role}.max_rows={rows}" for role in ("train", "validation")]
-    overrides += [f"--output_dir={recipe.parent / f'{rows}-{streaming}'}", f"--streaming={str(streaming).lower()}"]
+    overrides = [f"--datasets.train.max_rows={rows}", f"--streaming={str(streaming).lower()}"]
+    overrides += [f"--output_dir={recipe.parent / f'{rows}-{streaming}'}"]
     command = [sys.executable, __file__, str(recipe), *overrides]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(recipe.parent / f"{rows}-{streaming}-data")}
     said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
