@@ -37,6 +37,20 @@ def selective(confidence, correct, threshold: float | None) -> dict:
     }
 
 
+def mean_selective(fitted: list[dict]) -> dict:
+    """The mean over seeds of their thresholds and of what those do; "seeds" has each where there are several.
+
+    Args: `fitted`: one dict per seed, with "threshold", "coverage" and "accuracy".
+    """
+    if len(fitted) == 1:
+        return fitted[0]
+    mean = {}
+    for name in ("threshold", "coverage", "accuracy"):
+        known = [one[name] for one in fitted if one[name] is not None]
+        mean[name] = float(np.mean(known)) if known else None
+    return mean | {"seeds": fitted}
+
+
 def fit_thresholds(confidence, correct) -> list[dict]:
     """For each of `TARGETS` the lowest confidence that reaches it, None where none does, and what it does here.
 

@@ -39,7 +39,8 @@ def collect_facts(run_folder: Path, arm: str, recipe, recipe_plain: dict) -> Car
     Raises:
         ValueError: the arm is not finished or was not evaluated.
     """
-    student, section = Path(run_folder) / "students" / arm, recipe.arm_section(arm)
+    section, name = recipe.arm_section(arm), recipe.students_of(arm)[0]  # of several seeds, the first
+    student = Path(run_folder) / "students" / name
     if not (student / "adapter_config.json").is_file() and not (student / "config.json").is_file():
         raise ValueError(
             f"there is no finished student in {student}; run the distill stage first, or correct push.arm"
@@ -70,7 +71,9 @@ def collect_facts(run_folder: Path, arm: str, recipe, recipe_plain: dict) -> Car
         diagrams=[file.name for file in sorted((Path(run_folder) / "report").glob("reliability*.png"))],
         repo_id=recipe.push.hub_model_id,
         prompt_example=_prompt_example(recipe.task.prompt),
-        thresholds=_read_json(run_folder, f"students/{arm}/predict.json", "evaluate")["thresholds"],
+        thresholds=_read_json(run_folder, f"students/{name}/predict.json", "evaluate")["thresholds"],
+        student=name,
+        seeds=recipe.seeds if len(recipe.students_of(arm)) > 1 else None,
         dtype=None if section.get("dtype") == "auto" else section.get("dtype", "float32"),
         quantization=_quantization(section),
     )
@@ -142,7 +145,7 @@ def prepare_upload_folder(run_folder: str | Path, arm: str, recipe, destination:
 
 
 def _write_folder(folder: Path, run_folder: Path, facts: CardFacts) -> None:
-    student = run_folder / "students" / facts.arm
+    student = run_folder / "students" / facts.student
     for file in sorted({file for pattern in MODEL_FILES for file in student.glob(pattern)}):
         if not file.resolve().is_relative_to(student.resolve()):
             raise ValueError(f"{file} is a link out of the run folder; replace it by the file itself")
@@ -150,7 +153,7 @@ def _write_folder(folder: Path, run_folder: Path, facts: CardFacts) -> None:
             _write_json(folder / file.name, without_local_paths(json.loads(file.read_text("utf-8")), MODEL_PATH_KEYS))
         else:
             shutil.copyfile(file, folder / file.name)
-    made = {f"students/{facts.arm}/predict.json": "evaluate", "calibration.json": "calibrate"}
+    made = {f"students/{facts.student}/predict.json": "evaluate", "calibration.json": "calibrate"}
     for name, stage in {**made, "report/metrics.json": "evaluate"}.items():
         _write_json(folder / Path(name).name, without_local_paths(_read_json(run_folder, name, stage)))
     for diagram in facts.diagrams:

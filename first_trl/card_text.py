@@ -41,6 +41,8 @@ class CardFacts:
     hub_datasets: list[str] = field(default_factory=list)
     diagrams: list[str] = field(default_factory=list)  # file names in the repository
     repo_id: str | None = None
+    student: str = ""  # its folder below students/
+    seeds: list[int] | None = None  # where the figures are means over several; the weights are the first one's
     thresholds: list[dict] = field(default_factory=list)  # those of predict.json
     prompt_example: str | None = None  # the prompt template with "..." for its fields; None for conversations
     dtype: str | None = None  # the type the student was measured in; None leaves it to the checkpoint
@@ -66,6 +68,7 @@ def build_card(facts: CardFacts) -> str:
         choices=facts.recipe.get("task", {}).get("choices"),
         predict=f"first-trl predict {facts.repo_id or '.'} < questions.jsonl > answers.jsonl",
         thresholds=_thresholds(facts),
+        seeds=facts.seeds,
         num_bins=facts.recipe.get("evaluate", {}).get("num_bins", 10),
         tables=[_table(facts, name) for name in facts.test_sets],
         diagrams=[quote(name) for name in facts.diagrams],

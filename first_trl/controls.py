@@ -11,6 +11,7 @@ from pathlib import Path
 from .calibration import error_curve, search
 from .evaluation import predictions, read_answers, recalibrated_answers, tail_of
 from .family import choose_family
+from .recipe import arm_of
 
 VALIDATION = "validation"
 
@@ -44,9 +45,23 @@ def collect(
         collected["teacher_recalibrated"] = _recalibrated(own, method, value)
         for model in labelled:
             method, value = _fit(answers[model][VALIDATION], calibration)
-            fitted[f"{model}_post_hoc"] = method, value
-            collected[f"{model}_post_hoc"] = _recalibrated(answers[model], method, value)
+            arm, slash, seed = model.partition("/")
+            control = f"{arm}_post_hoc{slash}{seed}"
+            fitted[control] = method, value
+            collected[control] = _recalibrated(answers[model], method, value)
     return collected, fitted
+
+
+def by_arm(collected: dict[str, dict]) -> dict[str, dict]:
+    """{arm: {set: predictions}}, with a list of predictions, one per seed, where an arm has several students."""
+    grouped: dict[str, dict[str, list]] = {}
+    for model, sets in collected.items():
+        for name, values in sets.items():
+            grouped.setdefault(arm_of(model), {}).setdefault(name, []).append(values)
+    return {
+        arm: {name: values if len(values) > 1 else values[0] for name, values in sets.items()}
+        for arm, sets in grouped.items()
+    }
 
 
 def _are_whole(rows: dict) -> bool:

@@ -27,7 +27,7 @@ def parse_stage(stage: str, argv: list[str] | None = None) -> tuple[Recipe, argp
     )
     parser.add_argument("recipe", help="the experiment's YAML file")
     if stage == "distill":
-        parser.add_argument("--arm", help="train this arm only")
+        parser.add_argument("--arm", help="train this arm only, or one of its seeds: first/seed-1")
     if stage == "push":
         parser.add_argument("--dry_run", action="store_true", help="write the folder to upload, and upload nothing")
     parser.add_argument("--quiet", action="store_true", help="print errors alone; the run's log.txt has the rest")
@@ -36,7 +36,7 @@ def parse_stage(stage: str, argv: list[str] | None = None) -> tuple[Recipe, argp
         recipe = load_recipe(options.recipe, overrides, stage=stage)
     except RecipeError as error:
         raise SystemExit(str(error) if os.environ.get("RANK", "0") == "0" else 1) from None
-    if getattr(options, "arm", None) and options.arm not in recipe.arms:
+    if getattr(options, "arm", None) and options.arm not in [*recipe.arms, *recipe.students]:
         parser.error(f"unknown arm {options.arm!r}; the recipe has {', '.join(recipe.arms)}")
     return recipe, options
 
@@ -44,7 +44,7 @@ def parse_stage(stage: str, argv: list[str] | None = None) -> tuple[Recipe, argp
 def works_of(recipe: Recipe, stage: str) -> list[str]:
     """The pieces of work of a stage, in order; `push` leaves nothing behind and is not among them."""
     if stage == "distill":
-        return [f"distill.{arm}" for arm in recipe.arms]
+        return [f"distill.{student}" for student in recipe.students]
     if stage == "sft" and recipe.cache.teacher is not None:
         return []  # the teacher is given
     return [stage] if stage != "push" else []
@@ -150,7 +150,7 @@ def inputs_of(recipe: Recipe, work: str) -> dict:
         "settings": recipe.arm_section(arm),
         "trainer": recipe.arm_trainer(arm),
         "recalibration": recalibration_of(recipe, arm),
-        "seed": recipe.seed,
+        "seed": recipe.seed_of(arm),
         "base": _local(recipe.arm_section(arm)["model_name_or_path"]),
         **rows,
         "calibration": run.identity("calibrate") if needs_calibration(recipe, arm) else None,
@@ -167,7 +167,7 @@ def reads_of(recipe: Recipe, work: str) -> list[str]:
     if work == "calibrate":
         return [str(run / "cache" / "validation")]
     if work == "evaluate":
-        students = [str(run / "students" / arm) for arm in recipe.arms]
+        students = [str(run / "students" / student) for student in recipe.students]
         return [teacher_path(recipe), *students, f"{len(data.test)} test sets"]
     arm = work.removeprefix("distill.")
     rows = _files(data.train) if recipe.arm_trainer(arm) == "sft" else [str(run / "cache" / "train")]

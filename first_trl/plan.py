@@ -157,7 +157,7 @@ def _cache(recipe, sources: Sources, machine: Machine) -> Work:
 def _evaluate(recipe, sources: Sources, machine: Machine) -> Work:
     splits = [split for name, split in sources.splits.items() if name == "validation" or name.startswith("test.")]
     work = _whole(Work("evaluate"), splits)
-    times = {"teacher": 1, "student": len(recipe.arms) + 1} if recipe.arms else {"teacher": 1}  # the base too
+    times = {"teacher": 1, "student": len(recipe.students) + 1} if recipe.arms else {"teacher": 1}  # the base too
     models = [_scorer(recipe, sources, whose, recipe.evaluate.tokens_per_batch) for whose in times]
     if work.tokens is None or None in models:
         return work

@@ -25,6 +25,11 @@ STAGES = ("sft", "cache", "calibrate", "distill", "evaluate", "push")
 DEFAULT_ARMS = {"fine_tuned": {"trainer": "sft"}, "distilled": {"recalibration_method": "none"}, "first": {}}
 
 
+def arm_of(student: str) -> str:
+    """`first/seed-1` -> `first`; an arm's own name stays as it is."""
+    return student.partition("/")[0]
+
+
 @dataclass
 class Recipe:
     """A checked recipe. `sft`, `distill` and `arms` hold the settings as written; stages fill in the rest."""
@@ -34,6 +39,7 @@ class Recipe:
     datasets: Datasets
     output_dir: str = "runs"
     seed: int = 0
+    seeds: list[int] | None = None
     sft: dict = field(default_factory=dict)
     cache: CacheConfig = field(default_factory=CacheConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
@@ -46,6 +52,24 @@ class Recipe:
     def run_folder(self) -> Path:
         """Where every stage reads and writes; relative to the current directory unless output_dir is absolute."""
         return Path(self.output_dir) / self.name
+
+    @property
+    def students(self) -> list[str]:
+        """The students' folders below `students/`: one per arm, or `<arm>/seed-<n>` where there are several seeds.
+
+        A student's name stands wherever an arm's can.
+        """
+        several = self.seeds is not None and len(self.seeds) > 1
+        return [f"{arm}/seed-{seed}" for arm in self.arms for seed in self.seeds or []] if several else list(self.arms)
+
+    def students_of(self, arm: str) -> list[str]:
+        """The students of an arm, one per seed, in the order of `seeds`."""
+        return [student for student in self.students if arm_of(student) == arm]
+
+    def seed_of(self, student: str) -> int:
+        """The seed that a student is trained with."""
+        _, several, seed = student.partition("/seed-")
+        return int(seed) if several else self.seeds[0] if self.seeds else self.seed
 
     def arm_trainer(self, arm: str) -> str:
         """`first` (knowledge matching) or `sft` (the control, trained on labels)."""
@@ -62,6 +86,7 @@ class Recipe:
         return section
 
     def _arm(self, arm: str) -> dict:
+        arm = arm_of(arm)
         if arm not in self.arms:
             raise ValueError(f"There is no arm {arm!r} in this recipe; its arms are {', '.join(self.arms) or 'none'}.")
         return self.arms[arm]

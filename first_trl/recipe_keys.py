@@ -11,7 +11,7 @@ from .config import CacheConfig, CalibrateConfig, EvaluateConfig, PushConfig, Ta
 from .field_tables import FieldSpec, known_fields
 from .recipe_rules import NOT_YOURS
 
-TOP = {"name": "str", "output_dir": "str", "seed": "int"}
+TOP = {"name": "str", "output_dir": "str", "seed": "int", "seeds": "list[int] | None"}
 SETTINGS = {
     "task": TaskConfig,
     "cache": CacheConfig,

@@ -41,6 +41,11 @@ def check_recipe(tree: dict, findings: Findings) -> dict[str, Any]:
     datasets = _datasets(_mapping(tree, ("datasets",), findings), settings["task"], findings)
     _check_models(sft, distill, arms, settings["cache"], findings)
     _check_tail_knots(settings["calibrate"], distill, arms, settings["cache"], findings)
+    for path, section in {("distill",): distill, **{("arms", arm): own for arm, own in arms.items()}}.items():
+        if tree.get("seeds") is not None and "seed" in section:
+            findings.add(
+                (*path, "seed"), section["seed"], "the recipe has seeds for every student", "remove one of them"
+            )
     _check_divergence(settings["calibrate"], distill, arms, findings)
     _check_support(settings["task"], settings["cache"], datasets, findings)
     if "push" in tree and settings["push"] and arms and settings["push"].arm not in arms:
@@ -59,6 +64,8 @@ def _top_value(tree: dict, key: str, findings: Findings) -> Any:
     except MisfitError as misfit:
         findings.add((key,), value, misfit.problem, misfit.remedy)
         return value
+    if key == "seeds" and value is not None and (not value or len(set(value)) < len(value) or min(value) < 0):
+        findings.add((key,), value, "these are not seeds", "list different whole numbers from 0 on, e.g. [0, 1, 2]")
     if key == "name" and (not _RUN_NAME.fullmatch(value) or ".." in value):
         remedy = "use letters, digits, '-', '_' and '.', starting with a letter or digit"
         findings.add((key,), value, "it is not the name of a folder in output_dir", remedy)

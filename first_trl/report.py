@@ -19,9 +19,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from .abstention import DEFAULT_TARGET, selective
+from .abstention import DEFAULT_TARGET, mean_selective, selective
 from .figures import calibration_figure, reliability_figure, risk_coverage_figure, to_png, training_figure
-from .metrics import compare, reliability_bins, risk_coverage_curve, threshold_for_accuracy
+from .metrics import compare, expected_calibration_error, reliability_bins, risk_coverage_curve, threshold_for_accuracy
 from .verdict import FOCUS, order_arms, percent, verdict
 
 SCHEMA_VERSION = 1
@@ -50,7 +50,8 @@ def write_report(
     Args:
         folder: the report's folder; its other files and folders are left alone.
         predictions: {arm: {test set: {"confidence", "correct", "label_log_prob"}}}, (n,) each, the same examples
-            in the same order in every arm; optionally also "choice_confidence" and "choice_correct".
+            in the same order in every arm; optionally also "choice_confidence" and "choice_correct". A list of those
+            for an arm that was trained from several seeds: its figures are means, "seeds" has each and their spread.
         calibration: the content of `calibration.json`, or None.
         provenance: where it comes from, shown on the page only: plain data.
         out_of_domain: names of the test sets that the students were not trained for.
@@ -108,13 +109,15 @@ def measure(
         reference = FOCUS if FOCUS in answered else next(iter(answered))
         summaries, differences[name] = compare(answered, reference, num_bins, bootstrap, seed)
         restricted = {
-            arm: {"confidence": values["choice_confidence"], "correct": values["choice_correct"]}
+            arm: [
+                {"confidence": one["choice_confidence"], "correct": one["choice_correct"]} for one in by_seed(values)
+            ]
             for arm, values in answered.items()
-            if "choice_confidence" in values
+            if _view(by_seed(values)[0], "choice_")
         }
         choices = compare(restricted, next(iter(restricted)), num_bins, bootstrap, seed)[0] if restricted else {}
         for arm, summary in summaries.items():
-            summary["mean_confidence"] = float(np.mean(np.asarray(answered[arm]["confidence"], dtype=np.float64)))
+            summary["mean_confidence"] = float(_pooled(answered[arm])[0].astype(np.float64).mean())
             if arm in choices:
                 summary["choices"] = choices[arm]
             arms[arm][name] = summary
@@ -131,27 +134,48 @@ def measure(
     }
 
 
-def add_selective(sets: dict[str, dict], validation: dict, predictions: dict, target_accuracy: float) -> None:
+def add_selective(sets: dict[str, dict], validation, predictions: dict, target_accuracy: float) -> None:
     """Add "selective" to an arm's sets, and to their view restricted to the choices.
 
     "threshold" is the lowest confidence that reached the target on validation (None if none did), "coverage" the share
-    of a test set that it answers, "accuracy" that of the answered (None if nothing is answered).
+    of a test set that it answers, "accuracy" that of the answered (None if nothing is answered). Of several seeds,
+    each has a threshold of its own; the figures are their means, and "seeds" has each.
     """
     for view in ("", "choice_"):
-        if f"{view}confidence" not in validation:
+        fitted_on = [_view(one, view) for one in by_seed(validation)]
+        if not all(fitted_on):
             continue
-        threshold = threshold_for_accuracy(
-            validation[f"{view}confidence"], validation[f"{view}correct"], target_accuracy
-        )
+        thresholds = [threshold_for_accuracy(*fitted, target_accuracy) for fitted in fitted_on]
         for name, summary in sets.items():
-            seen = predictions[name]
-            kept = selective(seen[f"{view}confidence"], seen[f"{view}correct"], threshold)
-            result = {"target_accuracy": target_accuracy, "threshold": threshold, **kept}
+            seen = [_view(one, view) for one in by_seed(predictions[name])]
+            done = [
+                {"threshold": threshold, **selective(*answers, threshold)}
+                for threshold, answers in zip(thresholds, seen, strict=True)
+            ]
+            result = {"target_accuracy": target_accuracy, **mean_selective(done)}
             (summary["choices"] if view else summary)["selective"] = result
 
 
+def by_seed(predictions: dict | list[dict]) -> list[dict]:
+    """What the students of an arm predict, one dict for each seed."""
+    return [predictions] if isinstance(predictions, dict) else predictions
+
+
+def _view(predictions: dict, view: str) -> tuple | None:
+    """(confidence, correct) over the whole vocabulary, or with "choice_" among the choices; None without choices."""
+    if f"{view}confidence" not in predictions:
+        return None
+    return predictions[f"{view}confidence"], predictions[f"{view}correct"]
+
+
+def _pooled(predictions: dict | list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """(confidence, correct) of all seeds, one after the other: what a diagram of several draws."""
+    seeds = by_seed(predictions)
+    return tuple(np.concatenate([np.asarray(one[name]) for one in seeds]) for name in ("confidence", "correct"))
+
+
 def _label(arm: str) -> str:
-    return arm.replace("_", " ")
+    return arm.replace("_", " ").replace("/seed-", ", seed ")
 
 
 def _file_name(name: str) -> str:
@@ -172,15 +196,16 @@ def draw(
         answered = {arm: sets[name] for arm, sets in predictions.items() if name in sets}
         diagrams, curves = {}, {}
         for arm, values in answered.items():
-            measured = metrics["arms"][arm][name]
+            measured, pooled = metrics["arms"][arm][name], _pooled(values)
+            several = len(by_seed(values)) > 1
             diagrams[arm] = {
-                "title": _label(arm),
-                "bins": reliability_bins(values["confidence"], values["correct"], num_bins),
-                "ece": measured["ece"],
+                "title": _label(arm) + (f", {len(values)} seeds pooled" if several else ""),
+                "bins": reliability_bins(*pooled, num_bins),
+                "ece": expected_calibration_error(*pooled, num_bins) if several else measured["ece"],
                 "accuracy": measured["accuracy"],
                 "confidence": measured["mean_confidence"],
             }
-            curve = risk_coverage_curve(values["confidence"], values["correct"])
+            curve = risk_coverage_curve(*pooled)
             drawn = curve.coverage * measured["num_examples"] >= min(MIN_ANSWERED, measured["num_examples"])
             curves[_label(arm)] = curve.coverage[drawn], curve.risk[drawn]
         title = _set_title(metrics, name)
@@ -219,8 +244,12 @@ def rows(metrics: dict, name: str, view: str | None = None) -> list[dict]:
         if "ece" in values["ci"]:
             low, high = values["ci"]["ece"]
             ece += f" ({100 * low:.1f} to {100 * high:.1f})"
+        accuracy, spread = percent(values["accuracy"]), values.get("seeds")
+        if spread is not None:
+            accuracy += f" ± {100 * spread['accuracy']['spread']:.1f}"
+            ece += f" ± {100 * spread['ece']['spread']:.1f}"
         nll = "infinite" if values["num_impossible_labels"] else _number(values["nll"])
-        cells = [percent(values["accuracy"]), ece, f"{100 * values['trust_score']:.1f} %", nll]
+        cells = [accuracy, ece, f"{100 * values['trust_score']:.1f} %", nll]
         cells += [_number(values["brier"]), _number(values["auroc"]), _sure(values.get("selective"))]
         result.append({"arm": arm, "cells": cells})
     return result

@@ -185,6 +185,14 @@ def _limits(metrics: dict) -> list[dict]:
         text = f"Labels given probability 0, so that the NLL is infinite: {_join(impossible)}."
         sentences.append(_say("warning", text))
     text = "Each arm was trained once: the intervals tell the luck of the test examples, not that of the training."
+    seeds = {
+        len(v["seeds"]["ece"]["values"]) for sets in metrics["arms"].values() for v in sets.values() if "seeds" in v
+    }
+    if seeds:
+        text = (
+            f"Each student was trained from {max(seeds)} seeds: its figures are their means, ± is their standard "
+            "deviation, and the intervals tell the luck of the test examples."
+        )
     return [*sentences, _say("note", text)]
 
 

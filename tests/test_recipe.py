@@ -351,6 +351,10 @@ BROKEN = [
      ["divergence = 'reverse_kl'", "every loss would be infinite", "forward_kl or jsd"]),
     ("a test set that takes the name of the validation split", "test:\n", "test:\n    validation: {path: a/b}\n",
      ["datasets.test.validation", "choose another name"]),
+    ("one seed for all and one for a student", "divergence: jsd\n", "divergence: jsd\n  seed: 3\nseeds: [0, 1]\n",
+     ["distill.seed = 3", "seeds for every student"]),
+    ("the same seed twice", "name: tiny", "name: tiny\nseeds: [1, 1]", ["seeds = [1, 1]", "different whole numbers"]),
+    ("a seed that is no list", "name: tiny", "name: tiny\nseeds: 3", ["seeds = 3: it needs a list"]),
 ]  # fmt: skip
 
 

@@ -146,3 +146,59 @@ def test_smoothing_takes_no_more_than_the_rows_to_learn_from_allow(tmp_path, mon
         stage.main([str(path)])
     found = json.loads((tmp_path / "runs" / "tiny" / "calibration.json").read_text())["families"]["label_smoothing"]
     assert max(point["value"] for point in found["curve"]) <= 0.01
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory):
+    """(recipe's path, recipe, metrics) of a run with two seeds for each student."""
+    arms = {"fine_tuned": {"trainer": "sft"}, "first": {}}
+    path = tiny_recipe(tmp_path_factory.mktemp("seeded"), arms=arms, seeds=[3, 5], push={"hub_model_id": "me/tiny"})
+    return path, *run_stages(path)
+
+
+def test_several_seeds_make_a_student_each_and_one_row_of_the_report(seeded):
+    _, recipe, metrics = seeded
+    students = ["fine_tuned/seed-3", "fine_tuned/seed-5", "first/seed-3", "first/seed-5"]
+    assert recipe.students == students and recipe.seed_of("first/seed-5") == 5
+    assert works_of(recipe, "distill") == [f"distill.{student}" for student in students]
+    for student in students:
+        assert (recipe.run_folder / "students" / student / "predict.json").is_file()
+    arms = {"teacher", "teacher_recalibrated", "base", "fine_tuned", "fine_tuned_post_hoc", "first"}
+    assert set(metrics["arms"]) == arms
+    measured = metrics["arms"]["first"]["test"]
+    ece = measured["seeds"]["ece"]["values"]
+    assert len(ece) == 2 and ece[0] != ece[1], "the seeds must differ"
+    assert measured["ece"] == pytest.approx(sum(ece) / 2)
+    assert len(measured["selective"]["seeds"]) == 2 and len(measured["choices"]["seeds"]["ece"]["values"]) == 2
+    assert len(metrics["arms"]["fine_tuned_post_hoc"]["test"]["seeds"]["ece"]["values"]) == 2
+    assert "seeds" not in metrics["arms"]["teacher"]["test"]
+    table = (recipe.run_folder / "report" / "table.md").read_text()
+    assert f"± {100 * measured['seeds']['ece']['spread']:.1f} |" in table
+    assert any("trained from 2 seeds" in sentence["text"] for sentence in metrics["summary"])
+
+
+def test_a_finished_seed_stays_when_another_is_added_or_made_again(seeded, capsys):
+    path, recipe, _ = seeded
+    distill.main([str(path), "--arm", "first/seed-5"])
+    said = capsys.readouterr().err
+    assert "distill.first/seed-5: up to date" in said and "seed-3" not in said
+    distill.main([str(path), "--arm", "first", "--seeds", "3", "7"])
+    said = capsys.readouterr().err
+    assert "distill.first/seed-3: up to date" in said and "wrote" in said and "fine_tuned" not in said
+    assert (recipe.run_folder / "students" / "first" / "seed-7" / "model.safetensors").is_file()
+
+
+def test_the_first_seeds_student_is_the_one_that_is_pushed_and_the_card_says_what_its_figures_are(seeded, tmp_path):
+    from first_trl.card import prepare_upload_folder
+
+    _, recipe, _ = seeded
+    folder = prepare_upload_folder(recipe.run_folder, "first", recipe, tmp_path / "push")
+    student = recipe.run_folder / "students" / "first" / "seed-3"
+    assert (folder / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
+    card = (folder / "README.md").read_text()
+    assert "means over 2 seeds; the weights here are those of seed 3." in card
+
+
+def test_one_seed_keeps_the_layout_without_seeds(tmp_path):
+    recipe = load_recipe(tiny_recipe(tmp_path, arms={"first": {}}, seeds=[4]))
+    assert recipe.students == ["first"] and recipe.seed_of("first") == 4

@@ -2,7 +2,8 @@
 
     accelerate launch -m first_trl.stages.distill RECIPE [--arm NAME] [--key value ...]
 
-Reads `runs/<name>/cache/train` and `calibration.json`; writes `runs/<name>/students/<arm>/`. An arm with
+Reads `runs/<name>/cache/train` and `calibration.json`; writes `runs/<name>/students/<arm>/`, or, where the recipe has
+several `seeds`, `students/<arm>/seed-<n>/`. An arm with
 `trainer: sft` is the control: TRL's SFTTrainer on the labels of `datasets.train`, the teacher unused.
 """
 
@@ -10,18 +11,20 @@ import json
 from functools import partial
 
 from first_trl.pipeline import needs_calibration, recalibration_of, require, run_work, teacher_path
+from first_trl.recipe import arm_of
 from first_trl.stage_command import stage_command
 
 
 @stage_command("distill")
 def main(recipe, options) -> None:
-    for arm in [options.arm] if options.arm else recipe.arms:
-        require(recipe, "cache", *(["calibrate"] if needs_calibration(recipe, arm) else []))
-        run_work(recipe, f"distill.{arm}", partial(train_arm, recipe, arm))
+    for arm in recipe.students:
+        if options.arm in (None, arm, arm_of(arm)):
+            require(recipe, "cache", *(["calibrate"] if needs_calibration(recipe, arm) else []))
+            run_work(recipe, f"distill.{arm}", partial(train_arm, recipe, arm))
 
 
 def train_arm(recipe, arm: str, continues: bool) -> list[str]:
-    """Train one student; returns what was written."""
+    """Train one student, of an arm or of one of its seeds; returns what was written."""
     from accelerate import PartialState
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -53,7 +56,9 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
             method = calibration["method"] if method == "auto" else method
             value = calibration["families"][method]["value"]
         section = {**section, "recalibration_method": method, "recalibration_value": value}
-    args, model_args = training_arguments(section, SFTConfig if on_labels else FIRSTConfig, folder, recipe.seed)
+    args, model_args = training_arguments(
+        section, SFTConfig if on_labels else FIRSTConfig, folder, recipe.seed_of(arm)
+    )
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     roles = ("train", "validation") if args.eval_strategy != "no" else ("train",)
     if on_labels:

@@ -28,30 +28,31 @@ def evaluate(recipe) -> list[str]:
     state = PartialState()
     if state.is_main_process and not recipe.evaluate.allow_overlap:
         refuse_overlap(recipe)
-    arms = ["teacher", *(["base"] if "model_name_or_path" in recipe.distill else []), *recipe.arms]
+    arms = ["teacher", *(["base"] if "model_name_or_path" in recipe.distill else []), *recipe.students]
     for arm in arms[state.process_index :: state.num_processes]:
         answer_all_sets(recipe, arm)
     state.wait_for_everyone()
     if state.is_main_process:
         report(recipe, arms)
-    described = [f"students/{arm}/{PREDICT_FILE}" for arm in recipe.arms]
+    described = [f"students/{arm}/{PREDICT_FILE}" for arm in recipe.students]
     return ["report/metrics.json", "report/table.md", "report/index.html", *described]
 
 
 def report(recipe, arms: list[str]) -> None:
     """Measure what was answered and write the report."""
-    from first_trl.controls import VALIDATION, collect, teacher_curves
+    from first_trl.controls import VALIDATION, by_arm, collect, teacher_curves
     from first_trl.report import write_report
 
     folder, tests = recipe.run_folder / "report", list(recipe.datasets.test)
     calibration = json.loads((recipe.run_folder / "calibration.json").read_text(encoding="utf-8"))
-    labelled = [arm for arm in recipe.arms if recipe.arm_trainer(arm) == "sft"]
+    labelled = [arm for arm in recipe.students if recipe.arm_trainer(arm) == "sft"]
     predictions, fitted = collect(folder / "answers", arms, labelled, tests, calibration)
     for name, (method, value) in fitted.items():
         say(f"evaluate: {name} is measured with {method} {value:.3g}, fitted on validation")
+    for student in recipe.students:
+        make_self_contained(recipe, student, calibration, predictions[student][VALIDATION])
+    predictions = by_arm(predictions)
     validation = {arm: sets.pop(VALIDATION) for arm, sets in predictions.items()}
-    for arm in recipe.arms:
-        make_self_contained(recipe, arm, calibration, validation[arm])
     write_report(
         folder,
         predictions,
@@ -63,7 +64,7 @@ def report(recipe, arms: list[str]) -> None:
         seed=recipe.evaluate.seed,
         validation=validation,
         test_curves=teacher_curves(folder / "answers", tests, calibration),
-        training={arm: training_log(recipe, arm) for arm in recipe.arms},
+        training={arm: training_log(recipe, arm) for arm in recipe.students},
     )
 
 

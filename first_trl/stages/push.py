@@ -11,7 +11,7 @@ from first_trl.stage_command import stage_command
 
 @stage_command("push")
 def main(recipe, options) -> None:
-    require(recipe, f"distill.{recipe.push.arm}", "evaluate")
+    require(recipe, *(f"distill.{student}" for student in recipe.students_of(recipe.push.arm)), "evaluate")
     from accelerate import PartialState
 
     if PartialState().is_main_process:
