@@ -13,6 +13,17 @@ PAIRS = ("qwen3-8b_to_qwen3-0.6b", "llama-3.1-8b_to_llama-3.2-1b")
 HUB = {f"{folder}/{pair}.yaml" for folder in ("commonsense_qa", "openbookqa", "boolq", "alpaca") for pair in PAIRS} | {
     "commonsense_qa/qwen3-8b_to_qwen3-0.6b_24gb.yaml"
 }
+TABLE = {f"paper_table/{name}.yaml" for name in ("commonsense_qa", "boolq", "alpaca")}
+HUB |= TABLE
+LOCAL = {"reviews.yaml", "paper_table/reviews.yaml"}
+# The rows of the paper's table: what the student learns from.
+TABLE_ARMS = {
+    "fine_tuned": {"trainer": "sft"},
+    "distilled": {"recalibration_method": "none"},
+    "first_label_smoothing": {"recalibration_method": "label_smoothing"},
+    "first_probability": {"recalibration_method": "probability"},
+    "first": {"recalibration_method": "temperature"},
+}
 # A row of each dataset, with the columns and the nesting that it has on the Hub.
 FIVE = {"label": ["A", "B", "C", "D", "E"], "text": ["ignore", "enforce", "authoritarian", "yell at", "avoid"]}
 ROWS = {
@@ -40,14 +51,14 @@ def data_folder(tmp_path, monkeypatch):
 
 
 def test_these_recipes_are_shipped_and_each_is_tested():
-    assert set(RECIPES) == HUB | {"reviews.yaml"}
-    assert len(RECIPES) == 10
+    assert set(RECIPES) == HUB | LOCAL
+    assert len(RECIPES) == 14 and sum(name.startswith("paper_table/") for name in RECIPES) == 4
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipe_reads_and_has_the_arms_of_a_fair_comparison(name):
     recipe = load_recipe(FOLDER / name)
-    assert recipe.arms == DEFAULT_ARMS
+    assert recipe.arms == (TABLE_ARMS if name.startswith("paper_table/") else DEFAULT_ARMS)
     assert recipe.distill["load_in_4bit"] and recipe.distill["use_peft"]
     assert recipe.cache.top_k == 5
     assert any(test.out_of_domain for test in recipe.datasets.test.values())
@@ -84,18 +95,20 @@ def test_trl_and_peft_accept_the_settings_of_every_training_run(name, tmp_path):
     for arm in recipe.arms:
         runs.append((recipe.arm_section(arm), SFTConfig if recipe.arm_trainer(arm) == "sft" else FIRSTConfig))
     for section, config_class in runs:
-        args, model_args = training_arguments({**section, "use_cpu": True}, config_class, tmp_path, recipe.seed)
+        found = {"recalibration_value": 0.3} if "recalibration_method" in section else {}  # as the stage adds it
+        section = {**section, **found, "use_cpu": True}
+        args, model_args = training_arguments(section, config_class, tmp_path, recipe.seed)
         arguments = model_arguments(model_args)
         assert args.learning_rate == section["learning_rate"]
         assert (arguments["quantization_config"] is not None) == section.get("load_in_4bit", False)
         assert isinstance(arguments["peft_config"], LoraConfig) == section.get("use_peft", False)
-    assert len(runs) == 4
+    assert len(runs) == (6 if name.startswith("paper_table/") else 4)
 
 
 @pytest.mark.parametrize("name", sorted(HUB))
 def test_the_hub_recipes_report_on_the_papers_sets_out_of_domain(name):
     recipe = load_recipe(FOLDER / name)
-    own = name.partition("/")[0]
+    own = Path(name).stem if name in TABLE else name.partition("/")[0]
     elsewhere = {"allenai/openbookqa", "tau/commonsense_qa"} - {f"tau/{own}", f"allenai/{own}"}
     assert {test.path for test in recipe.datasets.test.values() if test.out_of_domain} == elsewhere
     assert (recipe.calibrate.positions == "all") == (own == "alpaca")
@@ -105,7 +118,7 @@ def test_the_hub_recipes_report_on_the_papers_sets_out_of_domain(name):
 def test_recipes_for_the_same_data_ask_the_same_question():
     asked: dict[str, set] = {}
     for name in sorted(HUB):
-        if name.startswith("alpaca"):
+        if "alpaca" in name:
             continue  # asks in the shape of its own instructions
         recipe = load_recipe(FOLDER / name)
         for test in recipe.datasets.test.values():
@@ -120,7 +133,18 @@ def test_the_recipe_for_one_small_gpu_runs_its_teacher_in_4_bit_throughout():
     assert recipe.sft["load_in_4bit"] and recipe.sft["use_peft"] and recipe.cache.load_in_4bit
 
 
-def test_local_paths_come_from_one_variable():
-    text = (FOLDER / "reviews.yaml").read_text()
+@pytest.mark.parametrize("name", sorted(LOCAL))
+def test_local_paths_come_from_one_variable(name):
+    text = (FOLDER / name).read_text()
     assert text.count("${FIRST_DATA:-../shared}/") == 7
     assert text.count("../shared") == 8  # and once where it is explained
+
+
+def test_the_tables_are_the_recipes_of_their_data_with_more_arms_and_the_papers_five_tokens():
+    for name in sorted(TABLE):
+        own = load_recipe(FOLDER / Path(name).stem / "llama-3.1-8b_to_llama-3.2-1b.yaml").to_dict()
+        table = load_recipe(FOLDER / name).to_dict()
+        assert {key for key in own if own[key] != table[key]} == {"name", "arms"}
+    reviews, table = (load_recipe(FOLDER / name).to_dict() for name in ("reviews.yaml", "paper_table/reviews.yaml"))
+    assert {key for key in reviews if reviews[key] != table[key]} == {"name", "arms", "cache"}
+    assert table["cache"]["top_k"] == 5 and table["cache"]["support"] == "top_k"
