@@ -53,6 +53,9 @@ def describe(cache: TeacherCache, tokenizer=None) -> str:
         "rows": f"{totals['rows']:,} in {len(manifest['shards'])} shards",
         "supervised positions": f"{totals['supervised_positions']:,}",
         "kept": f"{manifest['top_k']} tokens each ({kept}), log-probabilities in {manifest['dtype']}",
+        "all other tokens": "what the kept ones leave of 1"
+        if manifest.get("tail") == "from_top_k"
+        else "their exact sum",
         "on disk": f"{whole:,} bytes, {whole / positions:.1f} per supervised position",
         "of these, the teacher": f"{ours:,} bytes, {ours / positions:.1f} per supervised position",
         "teacher's mass on them": f"mean {totals['teacher_mass_mean']:.4f}, p10 {totals['teacher_mass_p10']:.4f}",

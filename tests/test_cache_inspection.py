@@ -58,6 +58,7 @@ def test_inspect_shows_totals_bytes_mass_confidence_and_ten_examples_in_words(ca
     whole = sum(file.stat().st_size for file in path.glob("*.parquet"))
     assert f"{whole:,} bytes, {whole / 80:.1f} per supervised position" in page
     assert f"mean {manifest['totals']['teacher_mass_mean']:.4f}" in page
+    assert "all other tokens        their exact sum" in page
     assert page.count("  row ") == 10 and page.count("label '<eos>'") == 10
     bins = [int(line.split()[3]) for line in page.splitlines() if " to " in line]
     assert len(bins) == 10 and sum(bins) == 80
@@ -148,7 +149,9 @@ def test_a_tail_that_is_what_the_kept_tokens_leave_may_differ_by_their_rounding(
     for row in rows:
         row["teacher_tail_log_prob"] = tail_from_top_k(row["teacher_log_probs"].astype(np.float64))
     write_cache(tmp_path / "cache", rows, tail=tail)
-    found = compare_with_teacher(open_cache(tmp_path / "cache"), model, vocab_limit=27)
+    cache = open_cache(tmp_path / "cache")
+    assert ("what the kept ones leave of 1" in describe(cache)) is (tail == "from_top_k")
+    found = compare_with_teacher(cache, model, vocab_limit=27)
     assert found.largest > 0.1 and (found.exceeding == 0) is (tail == "from_top_k")
 
 
