@@ -212,7 +212,9 @@ def calibration_figure(families: dict[str, dict], test_curves: dict[str, dict[st
         for axes in panels:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 entries.setdefault(label, handle)
-        figure.legend(entries.values(), entries, loc="outside lower center", ncols=min(len(entries), 5))
+        figure.legend(
+            entries.values(), entries, loc="outside lower center", ncols=min(len(entries), 3 * len(families))
+        )
     return figure
 
 

@@ -199,7 +199,7 @@ def draw(
             measured, pooled = metrics["arms"][arm][name], _pooled(values)
             several = len(by_seed(values)) > 1
             diagrams[arm] = {
-                "title": _label(arm) + (f", {len(values)} seeds pooled" if several else ""),
+                "title": _label(arm),
                 "bins": reliability_bins(*pooled, num_bins),
                 "ece": expected_calibration_error(*pooled, num_bins) if several else measured["ece"],
                 "accuracy": measured["accuracy"],
@@ -209,6 +209,8 @@ def draw(
             drawn = curve.coverage * measured["num_examples"] >= min(MIN_ANSWERED, measured["num_examples"])
             curves[_label(arm)] = curve.coverage[drawn], curve.risk[drawn]
         title = _set_title(metrics, name)
+        if any(len(by_seed(values)) > 1 for values in answered.values()):
+            title += ", seeds pooled"
         files[f"reliability_{_file_name(name)}"] = to_png(reliability_figure(list(diagrams.values()), title))
         files[f"risk_coverage_{_file_name(name)}"] = to_png(risk_coverage_figure(curves, title, _label(FOCUS)))
         panels[name] = {arm: to_png(reliability_figure([diagram], legend=False)) for arm, diagram in diagrams.items()}
