@@ -25,6 +25,7 @@ def write_shards(
     present: Collection[str] = (),
     rank: int = 0,
     processes: int = 1,
+    answered_by_teacher: bool = False,
     title: str = "cache",
 ) -> int:
     """Write the shards of process `rank` that are not already there; returns the rows of the whole dataset.
@@ -34,6 +35,8 @@ def write_shards(
         run_teacher: the columns of a shard from its examples; calls its second argument with the tokens of each batch.
         present: names of the shards that were there when the job began, the same on every process. They are dealt out
             to be checked, and the others to be made, so that neither falls to one process.
+        answered_by_teacher: the tokens after the prompts are the teacher's. The rows of a finished shard are then not
+            compared with the dataset's, only the job that made it is.
         title: of the progress bar, which the first process shows.
 
     Raises:
@@ -53,7 +56,8 @@ def write_shards(
             own_rows, own_tokens = own_rows + len(rows), own_tokens + sum(len(row["input_ids"]) for row in examples)
             if isinstance(dataset, Dataset):  # the tokens to come, if they are like those so far
                 bar.total = round(own_tokens / own_rows * len(dataset) / processes)
-            if writer.shard_is_complete(index, [row_key(row["input_ids"], row["labels"]) for row in examples]):
+            keys = [row_key(row["input_ids"], row["labels"]) for row in examples]
+            if writer.shard_is_complete(index, None if answered_by_teacher else keys):
                 bar.update(own_tokens - bar.n)
                 continue
             columns = run_teacher(examples, bar.update)

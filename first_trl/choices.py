@@ -4,12 +4,16 @@ Everything here follows from `first_trl.data`, which encodes whole rows; probabi
 """
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from .config import TaskConfig
 from .data import IGNORED, encode_prompt, encode_row, is_conversational, split_messages, templates_of, with_end
 from .encoding import chat_ids, check_prefix, text_ids
-from .rendering import render_template, text_around_field
+from .rendering import parse_template, render_template, text_around_field
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def choice_token_ids(task: TaskConfig, tokenizer, prompt_row: Mapping[str, Any] | None = None) -> list[list[int]]:
@@ -123,3 +127,84 @@ def encode_answer_row(
             "in the same text, or set cache.support: top_k"
         )
     return example
+
+
+# Rows without an answer
+
+
+def has_answer(task: TaskConfig, row: Mapping[str, Any]) -> bool:
+    """Whether a row says what its answer is; what the answer is, and whether it is a choice, is not looked at."""
+    if is_conversational(task, row) and "messages" in row:
+        return bool(row["messages"]) and row["messages"][-1].get("role") == "assistant"
+    return all(row.get(name) is not None for name in _answer_columns(task, row))
+
+
+def _answer_columns(task: TaskConfig, row: Mapping[str, Any]) -> list[str]:
+    if is_conversational(task, row):
+        return ["completion"]
+    return [piece.column for piece in parse_template(templates_of(task, row)[1]) if piece.column is not None]
+
+
+def with_answer(row: Mapping[str, Any], task: TaskConfig, choice: str) -> dict[str, Any]:
+    """The row, answered with one of the choices.
+
+    Raises:
+        ValueError: the completion looks into its column, which a choice alone cannot fill.
+    """
+    message = {"role": "assistant", "content": choice}
+    if is_conversational(task, row) and "messages" in row:
+        return {**row, "messages": [*split_messages(row, labelled=False)[0], message]}
+    if is_conversational(task, row):
+        return {**row, "completion": [message]}
+    template = templates_of(task, row)[1]
+    (field,) = (piece for piece in parse_template(template) if piece.column is not None)
+    if field.indices:
+        raise ValueError(
+            f"the rows have no {field.column!r}, and the completion {template!r} looks into it; write the answer as a "
+            "column of its own, or label datasets.transfer"
+        )
+    return {**row, field.column: choice}
+
+
+def with_stand_ins(dataset: "Dataset", task: TaskConfig) -> "Dataset":
+    """Rows without answers, with the first choice as everyone's, for where prompts matter; others as they are."""
+    if not task.choices or has_answer(task, dataset[0]):
+        return dataset
+    return dataset.map(partial(with_answer, task=task, choice=task.choices[0]))
+
+
+def unanswered_encoder(task: TaskConfig, tokenizer, first_row: Mapping[str, Any], place: str):
+    """How rows without answers become examples, and the answers that a teacher may give them.
+
+    Returns:
+        A function from a row and its number to an example that ends in the first choice, and
+        `first_trl.scoring.Candidates` as a pair: the tokens by which the choices are compared, and their completions.
+
+    Raises:
+        ValueError: there are no choices; nothing else can be asked of a teacher at one position.
+    """
+    if not task.choices:
+        raise ValueError(
+            f"{place}: the rows have no answer, and task.choices is not set. A teacher gives rows without labels one "
+            "of the declared answers; list them, or give the rows their answers"
+        )
+
+    def completion(row: Mapping[str, Any], choice: str) -> list[int]:
+        example = encode_row(with_answer(row, task, choice), 0, task, tokenizer, place)
+        return [label for label in example["labels"] if label != IGNORED]
+
+    answers = choice_token_ids(task, tokenizer, first_row)
+    completions = [completion(first_row, choice) for choice in task.choices]
+
+    def encode(row: Mapping[str, Any], index: int) -> dict[str, list[int]]:
+        example = encode_row(with_answer(row, task, task.choices[0]), index, task, tokenizer, place)
+        written = [label for label in example["labels"] if label != IGNORED]
+        room = len(example["labels"]) - len(written) + max(map(len, completions))
+        if written != completions[0] or room > task.max_length:
+            raise ValueError(
+                f"{place}, row {index}: after its prompt the choices are not the tokens that they are after the first "
+                "row's, or do not fit. Let every prompt end in the same text, and raise task.max_length if it is long."
+            )
+        return example
+
+    return encode, (answers, completions)

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 POSITIONS = ("answer", "all")
+# A teacher that is this much more accurate or confident on the rows it labels than on validation knows them by heart.
+GAP = 0.05
 
 
 class Rows(NamedTuple):
@@ -25,14 +27,23 @@ class Rows(NamedTuple):
     target: np.ndarray
     tail_power_log_sums: np.ndarray | None = None
 
-    def summary(self) -> dict[str, float]:
-        """Accuracy of the first token, and its mean probability: the two numbers whose gap is the miscalibration."""
+    def summary(self, labelled: bool = True) -> dict[str, float | None]:
+        """Accuracy of the first token, and its mean probability: the two numbers whose gap is the miscalibration.
+
+        Without labels, where the targets are the teacher's own answers, the accuracy is None.
+        """
         confidence = np.exp(self.log_probs[:, :-1]).max(axis=1)
         return {
             "num_positions": len(self.target),
-            "accuracy": float((self.target == self.log_probs[:, :-1].argmax(axis=1)).mean()),
+            "accuracy": float((self.target == self.log_probs[:, :-1].argmax(axis=1)).mean()) if labelled else None,
             "confidence": float(confidence.mean()),
         }
+
+
+def learned_by_heart(cached: dict, validation: dict) -> bool:
+    """Whether two summaries differ as those of rows that a teacher was trained on and of rows that it never saw."""
+    known = ("confidence",) if cached["accuracy"] is None else ("accuracy", "confidence")
+    return any(cached[name] - validation[name] >= GAP for name in known)
 
 
 def calibration_rows(dataset, positions: str = "answer", eos_token_id: int | None = None) -> Rows:

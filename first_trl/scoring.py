@@ -103,6 +103,7 @@ def teacher_rows(
     top_k: int,
     tokens_per_batch: int,
     kept_ids: list[int] | None = None,
+    candidates: tuple[list[list[int]], list[list[int]]] | None = None,
     vocab_limit: int | None = None,
     tail_powers: tuple[float, ...] = (),
     progress: Callable[[int], None] | None = None,
@@ -112,6 +113,8 @@ def teacher_rows(
     Args:
         examples: dicts with `input_ids` and `labels` (-100 outside the loss).
         kept_ids: the K tokens to keep at every position, instead of the most probable ones.
+        candidates: (answers, completions), C each: what follows a prompt is replaced by the completion whose answer
+            the teacher finds most probable there.
         vocab_limit: size of the tokenizer; rows of the head beyond it are padding and never among the K.
         tail_powers: the P powers b at which the tail's log sum of t^b is wanted.
         progress: called with the number of tokens of each finished batch.
@@ -121,6 +124,8 @@ def teacher_rows(
         and `teacher_tail_log_prob` (n,) float32, for its n supervised positions in order; nats. With `tail_powers`
         also `teacher_tail_power_log_sums` (n, P) float32.
     """
+    if candidates is not None:
+        examples = _answered(model, examples, *candidates, tokens_per_batch)
     positions = [np.flatnonzero(np.asarray(example["labels"][1:]) != IGNORED) for example in examples]
     rows: list[dict] = [{}] * len(examples)
     batches = hidden_states_at(model, [example["input_ids"] for example in examples], positions, tokens_per_batch)
@@ -150,6 +155,19 @@ def teacher_rows(
         if progress is not None:
             progress(sum(len(examples[i]["input_ids"]) for i in indices))
     return rows
+
+
+def _answered(model, examples: list[dict], answers: list, completions: list, tokens_per_batch: int) -> list[dict]:
+    """The examples, answered by the model itself."""
+    prompts = [
+        example["input_ids"][: next(i for i, label in enumerate(example["labels"]) if label != IGNORED)]
+        for example in examples
+    ]
+    likeliest = sequence_log_probs(model, prompts, answers, tokens_per_batch=tokens_per_batch).argmax(axis=1)
+    return [
+        {"input_ids": [*prompt, *completions[c]], "labels": [IGNORED] * len(prompt) + completions[c]}
+        for prompt, c in zip(prompts, likeliest, strict=True)
+    ]
 
 
 def _kept_log_probs(

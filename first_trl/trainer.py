@@ -186,6 +186,11 @@ class FIRSTTrainer(SFTTrainer):
         eval_packing = args.packing if args.eval_packing is None else args.eval_packing
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset} if eval_dataset else {}
         train_cache = _as_cache(train_dataset, processing_class)
+        if args.ce_weight > 0 and train_cache.manifest.get("labels") == "teacher":
+            raise ValueError(
+                f"ce_weight is {args.ce_weight}, and the rows of {train_cache.path} have no labels but the teacher's "
+                "own answers: set it to 0, or make the cache from labelled rows."
+            )
         eval_caches = {name: _as_cache(dataset, processing_class) for name, dataset in named.items()}
         eval_datasets = {name: _prepare(cache, args, eval_packing) for name, cache in eval_caches.items()}
         train_dataset = _prepare(train_cache, args, args.packing)

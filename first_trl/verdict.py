@@ -5,11 +5,11 @@ of their paired difference in ECE excludes 0; otherwise the difference is called
 fair controls are the trained students and what is laid over them; the teacher and the untrained base are shown beside.
 """
 
+from .rows import learned_by_heart
+
 FOCUS = "first"
 ARMS = ("teacher", "teacher_recalibrated", "base", "fine_tuned", "fine_tuned_post_hoc", "distilled", FOCUS)
 REFERENCES = ("teacher", "teacher_recalibrated", "base")
-# A teacher that is this much more accurate on the rows it labels than on validation has learned those rows by heart.
-GAP = 0.05
 
 
 def order_arms(arms) -> list[str]:
@@ -158,16 +158,18 @@ def _teacher_gap(calibration: dict | None) -> list[dict]:
     if not teacher or "cached_rows" not in teacher:
         return []  # nothing was cached for students to learn from
     cached, validation = teacher["cached_rows"], teacher["validation"]
+    right = "has" if cached["accuracy"] is None else f"is {percent(cached['accuracy'])} right at"
     text = (
-        f"The teacher is {percent(cached['accuracy'])} right at a mean confidence of {percent(cached['confidence'])} "
-        f"on the rows that it labels for the students, and {percent(validation['accuracy'])} right at "
-        f"{percent(validation['confidence'])} on validation."
+        f"The teacher {right} a mean confidence of {percent(cached['confidence'])} on the rows that it labels for the "
+        f"students{', which have no labels of their own' if cached['accuracy'] is None else ''}, and is "
+        f"{percent(validation['accuracy'])} right at {percent(validation['confidence'])} on validation."
     )
-    if cached["accuracy"] - validation["accuracy"] < GAP:
+    if not learned_by_heart(cached, validation):
         return [_say("note", text)]
     text += (
         " That is how a teacher looks on rows that it was trained on: a value fitted on validation does not make its "
-        "confidence on them true, and the students learn from them."
+        "confidence on them true, and the students learn from them. Give `datasets.transfer` rows that it was not "
+        "trained on, which need no labels, or set `sft.cross_fit: 2`."
     )
     return [_say("warning", text)]
 

@@ -89,6 +89,11 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
     from first_trl.data import load_split
 
     state, settings, folder = PartialState(), recipe.cache, recipe.run_folder / "cache" / role
+    with state.local_main_process_first():
+        dataset = load_split(cached_split(recipe, role), role, streaming=settings.streaming)
+    encode, asked = row_encoder(recipe, role, tokenizer, next(iter(dataset), {}))
+    unlabelled = "candidates" in asked
+    identity = {**identity, "labels": "teacher" if unlabelled else "given"}
     layout = {"top_k": kept_tokens(recipe), "dtype": settings.dtype, "rows_per_shard": settings.rows_per_shard}
     writer = CacheWriter(folder, identity, **layout)
     present: list = [None]
@@ -96,17 +101,15 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
         writer.acquire(overwrite=True)  # the run folder's record says that what is there is out of date
         present = [parquet_files(folder)]
     broadcast_object_list(present)
-    with state.local_main_process_first():
-        dataset = load_split(cached_split(recipe, role), role, streaming=settings.streaming)
-    encode, kept = row_encoder(recipe, role, tokenizer, next(iter(dataset), {}))
     num_rows = write_shards(
         writer,
         dataset,
         encode,
-        lambda examples, progress: run_teacher(examples, progress=progress, **kept),
+        lambda examples, progress: run_teacher(examples, progress=progress, **asked),
         present=frozenset(present[0]),
         rank=state.process_index,
         processes=state.num_processes,
+        answered_by_teacher=unlabelled,
         title=f"cache {role}",
     )
     state.wait_for_everyone()
@@ -122,16 +125,28 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
 
 
 def row_encoder(recipe, role: str, tokenizer, first_row: dict) -> tuple[Callable, dict]:
-    """How a row becomes an example, and what the teacher is asked besides: the tokens to keep, if they are given."""
-    from first_trl.choices import encode_answer_row, single_token_ids
+    """How a row becomes an example, and what the teacher is asked besides: tokens to keep, answers to choose among.
+
+    Rows of `datasets.transfer` need no labels: the teacher's most probable choice stands in for each.
+    """
+    from first_trl.choices import encode_answer_row, has_answer, single_token_ids, unanswered_encoder, with_answer
     from first_trl.data import encode_row
 
     place = "datasets.transfer" if role == "train" and recipe.datasets.transfer else f"datasets.{role}"
     wanted = {"task": recipe.task, "tokenizer": tokenizer, "place": place}
-    if recipe.cache.support == "top_k":
-        return partial(encode_row, **wanted), {}
-    choice_ids = single_token_ids(recipe.task, tokenizer, first_row)
-    return partial(encode_answer_row, choice_ids=choice_ids, **wanted), {"kept_ids": choice_ids}
+    encode, asked = partial(encode_row, **wanted), {}
+    if recipe.cache.support == "choices":
+        asked["kept_ids"] = single_token_ids(recipe.task, tokenizer, first_row)
+        encode = partial(encode_answer_row, choice_ids=asked["kept_ids"], **wanted)
+    if place != "datasets.transfer" or has_answer(recipe.task, first_row):
+        return encode, asked
+    if recipe.cache.backend != "hf":
+        raise ValueError(f"{place}: rows without labels need cache.backend: hf, not {recipe.cache.backend}.")
+    encode_answered = encode
+    encode, candidates = unanswered_encoder(recipe.task, tokenizer, first_row, place)
+    encode_answered(with_answer(first_row, recipe.task, recipe.task.choices[0]), 0)  # refuses what labels would be
+    say(f"cache: {place} has no labels: the teacher's most probable choice stands in for each")
+    return encode, {**asked, "candidates": candidates}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from first_trl.pipeline import (
     say,
     teacher_path,
 )
+from first_trl.rows import learned_by_heart
 from first_trl.stage_command import stage_command
 
 
@@ -38,13 +39,14 @@ def calibrate(recipe) -> list[str]:
     from first_trl.training import teacher_section
 
     settings = recipe.calibrate
-    rows, max_smoothing = {}, 1.0
+    rows, labelled, max_smoothing = {}, {}, 1.0
     for role in cached_roles(recipe):
         cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe))
         left_out = None if settings.include_eos else cache.manifest["eos_token_id"]
         rows[role] = calibration_rows(cache.dataset, settings.positions, left_out)
         if role == "train":  # the value must also fit every row that students learn from
             max_smoothing = largest_smoothing(torch.from_numpy(calibration_rows(cache.dataset, "all").log_probs))
+        labelled[role] = cache.manifest.get("labels") != "teacher"
     log_probs, target, tail_sums = rows["validation"]
     tail = {"tail_power_knots": cache.manifest.get("tail_powers"), "tail_power_log_sums": tail_sums}
     method, choice, families = settings.method, None, {}
@@ -71,12 +73,9 @@ def calibrate(recipe) -> list[str]:
         say(f"calibrate: {search_line(result)}")
     teacher = {"validation": rows["validation"].summary()}
     if "train" in rows:
-        seen, unseen = rows["train"].summary(), teacher["validation"]
-        teacher = {"cached_rows": seen, **teacher}
-        say(
-            f"calibrate: on the rows it labels the teacher is {100 * seen['accuracy']:.1f} % right at confidence "
-            f"{seen['confidence']:.2f}, on validation {100 * unseen['accuracy']:.1f} % at {unseen['confidence']:.2f}"
-        )
+        teacher = {"cached_rows": rows["train"].summary(labelled["train"]), **teacher}
+        for line in gap_lines(**teacher):
+            say(f"calibrate: {line}")
     calibration = {
         "schema_version": 1,
         "method": method,
@@ -91,6 +90,22 @@ def calibrate(recipe) -> list[str]:
     }
     write_atomically(recipe.run_folder / "calibration.json", json.dumps(calibration, indent=1))
     return ["calibration.json"]
+
+
+def gap_lines(cached_rows: dict, validation: dict) -> list[str]:
+    """The teacher on the rows that it labels beside validation, and a warning where it knows the former by heart."""
+    seen, unseen = (
+        ("" if found["accuracy"] is None else f"{100 * found['accuracy']:.1f} % right ")
+        + f"at confidence {found['confidence']:.2f}"
+        for found in (cached_rows, validation)
+    )
+    lines = [f"on the rows it labels the teacher is {seen}, on validation {unseen}"]
+    if learned_by_heart(cached_rows, validation):
+        lines.append(
+            "WARNING: the teacher knows the rows that it labels by heart, so that no value fitted on validation is "
+            "true for them; give datasets.transfer other rows (no labels needed), or set sft.cross_fit: 2"
+        )
+    return lines
 
 
 def search_line(result) -> str:

@@ -76,6 +76,7 @@ def refuse_overlap(recipe) -> None:
     """
     from transformers import AutoTokenizer
 
+    from first_trl.choices import with_stand_ins
     from first_trl.data import check_disjoint, load_split, tokenize_dataset
     from first_trl.evaluation import test_task
 
@@ -86,7 +87,10 @@ def refuse_overlap(recipe) -> None:
     splits |= {name: (config, "test", test_task(recipe.task, config.task)) for name, config in data.test.items()}
     tokenized = {
         name: tokenize_dataset(
-            load_split(config, role), task, tokenizer, place=f"datasets.{'test.' * (role == 'test')}{name}"
+            with_stand_ins(load_split(config, role), task) if role == "transfer" else load_split(config, role),
+            task,
+            tokenizer,
+            place=f"datasets.{'test.' * (role == 'test')}{name}",
         )
         for name, (config, role, task) in splits.items()
     }
