@@ -257,7 +257,8 @@ def main() -> None:
     for part in args.parts:
         load = os.getloadavg()[0]
         lines = PARTS[part](args)
-        made = f"Made by `python benchmarks/cache.py --parts {part} --threads {args.threads}`"
+        size = f" --rounds {args.rounds} --rows {args.rows} --layers {args.layers}" * (part == "speed")
+        made = f"Made by `python benchmarks/cache.py --parts {part} --threads {args.threads}{size}`"
         lines += [f"{made}; load average of the machine at the start {load:.1f}.", ""]
         print("\n".join(lines), flush=True)
         write({part: lines})

@@ -61,13 +61,16 @@ def innermost(model: torch.nn.Module) -> torch.nn.Module:
 def length_batches(lengths: list[int], tokens_per_batch: int) -> list[list[int]]:
     """Indices in batches of at most `tokens_per_batch` tokens after padding, longest examples first.
 
-    Ties keep their order, so the same lengths always give the same batches. A single longer example is its own batch.
+    A batch also ends where the next example is shorter than 3/4 of its longest, once it has an eighth of the tokens
+    it may have: padding costs as much as tokens do, and more than a batch. Ties keep their order, so the same lengths
+    always give the same batches. A single longer example is its own batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
     for i in order:
-        # the first of a batch is its longest
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= tokens_per_batch:
+        longest, size = (lengths[batches[-1][0]], len(batches[-1])) if batches else (0, 0)
+        is_worth_it = 4 * lengths[i] >= 3 * longest or 8 * longest * size < tokens_per_batch
+        if batches and longest * (size + 1) <= tokens_per_batch and is_worth_it:
             batches[-1].append(i)
         else:
             batches.append([i])

@@ -16,6 +16,13 @@ def test_batches_keep_to_the_token_budget_and_lose_nobody():
     assert batches[0] == [7]  # longer than the budget, alone
 
 
+def test_short_examples_are_not_padded_to_long_ones_unless_a_batch_would_be_tiny():
+    lengths = [100] * 3 + [80] * 4 + [20] * 40
+    assert [len(batch) for batch in length_batches(lengths, 800)] == [7, 40]
+    assert [len(batch) for batch in length_batches(lengths, 8000)] == [10, 37]  # 1,000 tokens are worth a batch
+    assert [len(batch) for batch in length_batches(lengths, 80_000)] == [47]
+
+
 @pytest.mark.parametrize("tokens_per_batch", [1, 40, 10_000])
 def test_teacher_rows_are_the_log_softmax_at_the_supervised_positions(make_model, tokens_per_batch):
     model = make_model(vocab_size=50).eval()
