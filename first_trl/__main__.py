@@ -37,6 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         from .prediction import main as predict
 
         return predict(argv[1:])
+    if argv[:1] == ["merge"]:
+        from .merging import main as merge
+
+        return merge(argv[1:])
     if argv[:1] == ["plan"]:
         return plan_command.main(argv[1:])
     if argv and argv[0] in STAGES:
@@ -73,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, demo):
         command.add_argument("--quiet", action="store_true", help="print errors alone; the run's log.txt has the rest")
     commands.add_parser("predict", help="answers of a student: `first-trl predict --help`", add_help=False)
+    commands.add_parser("merge", help="a whole model out of a student's adapter, measured again", add_help=False)
     commands.add_parser("plan", help="costs and problems of a recipe, without loading weights", add_help=False)
     for stage in STAGES:
         commands.add_parser(stage, help=f"the stage {stage}: `first-trl {stage} RECIPE --help`", add_help=False)

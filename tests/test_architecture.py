@@ -59,6 +59,7 @@ FLOORS = (
         ("stages.push",),
         ("cache_commands",),
         ("prediction",),
+        ("merging",),
         ("plan_sources", "plan_memory", "plan", "plan_command"),
         ("demo.task", "demo.models", "demo"),
     ),

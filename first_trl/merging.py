@@ -1,0 +1,200 @@
+"""A student without its adapter: merged into the base's weights, and measured again, because that moves probabilities.
+
+    first-trl merge RECIPE [--arm first]                  measured on the recipe's test sets
+    first-trl merge ADAPTER --data questions.jsonl        measured on labelled rows of your own
+
+The 4-bit base is dequantised, not replaced by its full-precision original: the adapter was trained against the rounded
+weights. What is written is a whole model of the student's dtype that needs neither PEFT nor bitsandbytes. Confidences
+still move, as merged weights are rounded to that dtype and 4-bit kernels round on their own (on CPUs they multiply in
+bfloat16); `merge.json` and the table printed say by how much.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .failures import explain
+from .run_log import say
+
+PREDICT_FILE = "predict.json"
+MEASURED = ("accuracy", "ece", "trust_score", "nll")
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns its exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        job = _recipe_job(options) if options.source.endswith((".yaml", ".yml")) else _folder_job(options)
+        print(table(merge(**job)))
+    except Exception as error:
+        known = explain(error, "merge")
+        if known is None:
+            raise  # unexpected: there is no run's log to keep the traceback in
+        print(f"[first-trl] merge failed: {known}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="first-trl merge",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="RECIPE|ADAPTER", help="a recipe, or the folder of a student")
+    parser.add_argument("--arm", help="which student of the recipe (default: push.arm)")
+    parser.add_argument("--data", help="labelled rows to measure on; needed for an ADAPTER")
+    parser.add_argument("--output", help="folder to write; it must not be there yet (default: beside the student)")
+    return parser
+
+
+def _recipe_job(options: argparse.Namespace) -> dict[str, Any]:
+    from .evaluation import test_task
+    from .recipe import load_recipe
+
+    recipe = load_recipe(options.source)
+    arm = options.arm or recipe.push.arm
+    tests = {name: (config, test_task(recipe.task, config.task)) for name, config in recipe.datasets.test.items()}
+    return {
+        "student": recipe.run_folder / "students" / arm,
+        "loading": recipe.arm_section(arm),
+        "tests": {"data": (_rows(options.data), recipe.task)} if options.data else tests,
+        "output": Path(options.output or recipe.run_folder / "merged" / arm),
+        "top_k": recipe.cache.top_k,
+        "tokens_per_batch": recipe.evaluate.tokens_per_batch,
+    }
+
+
+def _folder_job(options: argparse.Namespace) -> dict[str, Any]:
+    from .abstention import read_student
+
+    student = Path(options.source)
+    if not student.is_dir():
+        raise ValueError(f"there is no folder {student}; give a recipe, or a student's folder such as students/first")
+    if options.data is None:
+        raise ValueError("--data is missing: a merged student must be measured again; give a file of labelled rows")
+    task, description = read_student(student)
+    return {
+        "student": student,
+        "loading": description["loading"],
+        "tests": {"data": (_rows(options.data), task)},
+        "output": Path(options.output or student.with_name(f"{student.name}-merged")),
+    }
+
+
+def _rows(path: str):
+    from .config import DatasetConfig
+
+    return DatasetConfig(path=path, split="train")
+
+
+def merge(
+    student: Path, loading: dict, tests: dict[str, tuple], output: Path, top_k: int = 5, tokens_per_batch: int = 8192
+) -> dict[str, dict]:
+    """Merge an adapter, write the model, and measure it beside the adapter; returns what `merge.json` holds.
+
+    Args:
+        student: folder with the adapter and its tokenizer.
+        loading: the settings of `trl.ModelConfig` that its base is loaded with.
+        tests: {name: (DatasetConfig, TaskConfig)} to measure on.
+        output: folder to write, whole or not at all.
+
+    Raises:
+        ValueError: `output` is there already, or `student` is no adapter.
+    """
+    from transformers import AutoTokenizer
+
+    from .data import load_split
+    from .scoring import load_model
+    from .training import load_arguments
+
+    if output.exists():
+        raise ValueError(f"{output} is there already; remove it, or give another folder with --output")
+    if not (student / "adapter_config.json").is_file():
+        raise ValueError(f"{student} holds no adapter, so there is nothing to merge; give a student trained with LoRA")
+    arguments, tokenizer = load_arguments(loading), AutoTokenizer.from_pretrained(student)
+    sets = {name: (load_split(config, "test"), task) for name, (config, task) in tests.items()}
+    sizes = {"top_k": top_k, "tokens_per_batch": tokens_per_batch}
+    before = _answers(load_model(str(student), **arguments), tokenizer, sets, **sizes)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".merge-") as temporary:
+        folder = Path(temporary) / "model"
+        merged_model(student, arguments).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if (student / PREDICT_FILE).is_file():
+            content = json.loads((student / PREDICT_FILE).read_text(encoding="utf-8"))
+            content["loading"] = {"dtype": arguments["dtype"]}
+            (folder / PREDICT_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        after = _answers(load_model(str(folder), dtype=arguments["dtype"]), tokenizer, sets, **sizes)
+        result = {name: compared(before[name], after[name]) for name in sets}
+        (folder / "merge.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        shutil.move(folder, output)
+    say(f"merge: read {student}; wrote {output}, a whole model; next: first-trl predict {output}")
+    return result
+
+
+def merged_model(student: Path, arguments: dict):
+    """The adapter's base, dequantised, with the adapter added to its weights, in the dtype of the arguments."""
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = PeftConfig.from_pretrained(str(student))
+    base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, revision=config.revision, **arguments)
+    if arguments["quantization_config"] is not None:
+        base = base.dequantize()
+    dtype = base.dtype if arguments["dtype"] == "auto" else getattr(torch, arguments["dtype"])
+    # Added in float32 and rounded once, so that nothing of the adapter is lost to a narrow type on the way.
+    return PeftModel.from_pretrained(base.float(), str(student)).merge_and_unload(safe_merge=True).to(dtype)
+
+
+def _answers(model, tokenizer, sets: dict, **sizes) -> dict[str, dict]:
+    """{set: answers as arrays, and the predictions they make}."""
+    import numpy as np
+
+    from .evaluation import answer_set, predictions
+
+    found = {}
+    for name, (dataset, task) in sets.items():
+        rows = answer_set(model, dataset, task, tokenizer, **sizes)
+        answers = {column: np.array(rows[column][:]) for column in rows.column_names}
+        best = answers["log_probs"][:, :-1].argmax(axis=1)
+        found[name] = predictions(answers) | {"answer": answers["token_ids"][np.arange(len(best)), best]}
+    return found
+
+
+def compared(before: dict, after: dict) -> dict[str, Any]:
+    """What merging changed on one set: the measures of both, the share of equal answers, the moves of confidence."""
+    import numpy as np
+
+    from .metrics import summarize
+
+    measured = {}
+    for who, values in (("adapter", before), ("merged", after)):
+        summary = summarize(values["confidence"], values["correct"], values["label_log_prob"], bootstrap=0)
+        measured[who] = {name: summary[name] for name in MEASURED}
+    moves = np.abs(after["confidence"] - before["confidence"])
+    return {
+        "num_examples": len(moves),
+        **measured,
+        "same_answer": float((before["answer"] == after["answer"]).mean()),
+        "confidence_moved": {"mean": float(moves.mean()), "max": float(moves.max())},
+    }
+
+
+def table(result: dict[str, dict]) -> str:
+    """The comparison for a screen, in per cent."""
+    lines = ["| set | model | accuracy | ECE | trust score | same answer | confidence moved: mean, most |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|")
+    for name, measured in result.items():
+        for who in ("adapter", "merged"):
+            cells = [f"{100 * measured[who][metric]:.2f}" for metric in MEASURED[:3]]
+            moved = measured["confidence_moved"]
+            same = f"{100 * measured['same_answer']:.1f} | {100 * moved['mean']:.3f}, {100 * moved['max']:.3f}"
+            lines.append(f"| {name} | {who} | {' | '.join(cells)} | {same if who == 'merged' else ' | '} |")
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""A merged student stands alone, answers as its adapter did, and says by how much it does not."""
+
+import json
+
+import numpy as np
+import pytest
+
+from first_trl.merging import compared, main, merge, table
+from tests.finished_run import make_run
+from tests.tiny import WORDS, build_model, build_tokenizer
+
+ROWS = [{"text": " ".join(WORDS.split()[i : i + 5]), "label": ("good", "bad")[i % 2]} for i in range(20)]
+
+
+def finished(folder, four_bit=False):
+    base = folder / "base"
+    build_model(hidden_size=64, intermediate_size=128).save_pretrained(base)  # NF4 rounds blocks of 64
+    build_tokenizer().save_pretrained(base)
+    settings = {"model_name_or_path": str(base), "use_peft": True, "lora_r": 4, "dtype": "float32"}
+    run, recipe = make_run(folder / "work", base, distill=settings | {"load_in_4bit": four_bit})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return run, recipe, folder / "work" / "recipe.yaml"
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["float32", "4-bit"])
+def test_a_merged_student_answers_as_its_adapter_and_needs_neither_peft_nor_bitsandbytes(tmp_path, capsys, four_bit):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, _, recipe = finished(tmp_path, four_bit)
+    assert main([str(recipe), "--data", str(tmp_path / "rows.jsonl")]) == 0
+    output = run / "merged" / "first"
+    result = json.loads((output / "merge.json").read_text())["data"]
+    # a CPU multiplies 4-bit weights in bfloat16, which moves the confidences of the adapter, not of the merged model
+    assert result["confidence_moved"]["max"] < (0.1 if four_bit else 1e-5)
+    assert result["num_examples"] == 20 and result["same_answer"] >= (0.9 if four_bit else 1.0)
+    assert "| data | merged |" in capsys.readouterr().out
+    config = json.loads((output / "config.json").read_text())
+    assert "quantization_config" not in config and not list(output.glob("adapter*"))
+
+    merged, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    exact = PeftModel.from_pretrained(rounded_base(tmp_path / "base", four_bit), run / "students" / "first")
+    prompt = tokenizer("Review: the film is Sentiment :", return_tensors="pt")
+    with torch.no_grad():
+        ours, theirs = (model(**prompt).logits[0, -1].softmax(-1) for model in (merged, exact))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert all(parameter.dtype == torch.float32 for parameter in merged.parameters())
+
+
+def rounded_base(folder, four_bit):
+    """The base in float32, each weight rounded to what NF4 makes of it, if so asked."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    if four_bit:
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        for name, module in AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4).named_modules():
+            if type(module).__name__ == "Linear4bit":
+                base.get_submodule(name).weight.data = dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return base
+
+
+def test_a_folder_that_is_there_is_never_overwritten(tmp_path, capsys):
+    run, _, recipe = finished(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("the only copy")
+    assert main([str(recipe), "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "mine")]) == 1
+    assert "is there already; remove it, or give another folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_what_cannot_be_merged_is_refused_with_the_remedy(tmp_path, capsys):
+    run, _, recipe = finished(tmp_path)
+    (tmp_path / "bare").mkdir()
+    for arguments, told in (
+        ([str(tmp_path / "nowhere")], "there is no folder"),
+        ([str(run / "students" / "first")], "--data is missing"),
+        ([str(tmp_path / "bare"), "--data", "x.jsonl"], "there is no predict.json"),
+        ([str(recipe), "--arm", "frist"], "There is no arm 'frist'"),
+        ([str(recipe), "--arm", "fine_tuned"], "holds no adapter"),
+        ([str(recipe), "--data", "nothing.jsonl"], "nothing.jsonl"),
+    ):
+        assert main(arguments) == 1
+        assert told in capsys.readouterr().err
+
+
+def test_a_failed_measurement_leaves_nothing_behind(tmp_path, monkeypatch):
+    from first_trl.config import DatasetConfig
+
+    run, recipe, _ = finished(tmp_path)
+
+    def fail(*arguments):
+        raise ValueError("cannot be compared; try again")
+
+    monkeypatch.setattr("first_trl.merging.compared", fail)
+    tests = {"data": (DatasetConfig(path=str(tmp_path / "rows.jsonl"), split="train"), recipe.task)}
+    with pytest.raises(ValueError, match="cannot be compared"):
+        merge(run / "students" / "first", recipe.arm_section("first"), tests, tmp_path / "out" / "merged")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_moved_is_told():
+    before = {
+        "confidence": np.array([0.9, 0.8, 0.6, 0.7]),
+        "correct": np.array([1, 1, 0, 1]),
+        "label_log_prob": np.log([0.9, 0.8, 0.3, 0.7]),
+        "answer": np.array([3, 4, 3, 4]),
+    }
+    after = before | {"confidence": np.array([0.9, 0.8, 0.6, 0.5]), "answer": np.array([3, 4, 3, 3])}
+    result = compared(before, after)
+    assert result["same_answer"] == 0.75
+    assert result["confidence_moved"] == {"mean": pytest.approx(0.05), "max": pytest.approx(0.2)}
+    assert "| x | merged | 75.00 |" in table({"x": result}) and "5.000, 20.000" in table({"x": result})
