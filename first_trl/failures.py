@@ -39,6 +39,8 @@ def explain(error: BaseException, stage: str) -> str | None:
         return f"no space is left on the disk ({text}); free some, or set output_dir to another disk, {AGAIN}"
     if any(_is_no_memory(link) for link in chain):
         return f"out of memory ({text[:200]}); {memory_advice(stage)}; {AGAIN}"
+    if match := re.match(r"\w+Callback requires (\w+) to be installed", text):
+        return f"the tracker {match[1]} is not installed; run `pip install {match[1]}`, or set report_to: none"
     return _explain_model(chain, text)
 
 

@@ -206,6 +206,12 @@ def raises(error):
     return act
 
 
+def no_tracker(folder):
+    from transformers.integrations import WandbCallback
+
+    WandbCallback()
+
+
 def push(revision=None, create_pr=False, repo="me/student", fault=None):
     def act(folder, hub):
         from first_trl.hub import push_folder
@@ -468,6 +474,8 @@ MISTAKES = [
      "sft.per_device_train_batch_size and double sft.gradient_accumulation_steps, which gives the same "
      "gradient; or set sft.gradient_checkpointing: true, or sft.load_in_4bit: true with sft.use_peft: "
      "true; or lower task.max_length; then run the same command again: finished work is kept"),
+    ("sft", "a tracker that is not installed", no_tracker,
+     "the tracker wandb is not installed; run `pip install wandb`, or set report_to: none"),
     ("cache", "out of memory", raises(MemoryError("8 GiB")),
      "out of memory (8 GiB); halve cache.tokens_per_batch; or use a GPU with more memory, or a "
      "configuration such as cache.load_in_4bit: true; then run the same command again: finished work is "
