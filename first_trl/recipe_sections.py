@@ -41,7 +41,9 @@ def check_recipe(tree: dict, findings: Findings) -> dict[str, Any]:
     datasets = _datasets(_mapping(tree, ("datasets",), findings), settings["task"], findings)
     _check_models(sft, distill, arms, settings["cache"], findings)
     _check_tail_knots(settings["calibrate"], distill, arms, settings["cache"], findings)
-    for path, section in {("distill",): distill, **{("arms", arm): own for arm, own in arms.items()}}.items():
+    trained: dict[tuple, dict] = {("distill",): distill}
+    trained |= {("arms", arm): own for arm, own in arms.items()}
+    for path, section in trained.items():
         if tree.get("seeds") is not None and "seed" in section:
             findings.add(
                 (*path, "seed"), section["seed"], "the recipe has seeds for every student", "remove one of them"

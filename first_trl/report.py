@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Set
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -142,15 +143,15 @@ def add_selective(sets: dict[str, dict], validation, predictions: dict, target_a
     each has a threshold of its own; the figures are their means, and "seeds" has each.
     """
     for view in ("", "choice_"):
-        fitted_on = [_view(one, view) for one in by_seed(validation)]
+        fitted_on: list[Any] = [_view(one, view) for one in by_seed(validation)]
         if not all(fitted_on):
             continue
-        thresholds = [threshold_for_accuracy(*fitted, target_accuracy) for fitted in fitted_on]
+        thresholds = [threshold_for_accuracy(values, correct, target_accuracy) for values, correct in fitted_on]
         for name, summary in sets.items():
-            seen = [_view(one, view) for one in by_seed(predictions[name])]
+            seen: list[Any] = [_view(one, view) for one in by_seed(predictions[name])]
             done = [
-                {"threshold": threshold, **selective(*answers, threshold)}
-                for threshold, answers in zip(thresholds, seen, strict=True)
+                {"threshold": threshold, **selective(values, correct, threshold)}
+                for threshold, (values, correct) in zip(thresholds, seen, strict=True)
             ]
             result = {"target_accuracy": target_accuracy, **mean_selective(done)}
             (summary["choices"] if view else summary)["selective"] = result
