@@ -158,6 +158,7 @@ def with_answer(row: Mapping[str, Any], task: TaskConfig, choice: str) -> dict[s
         return {**row, "completion": [message]}
     template = templates_of(task, row)[1]
     (field,) = (piece for piece in parse_template(template) if piece.column is not None)
+    assert field.column is not None
     if field.indices:
         raise ValueError(
             f"the rows have no {field.column!r}, and the completion {template!r} looks into it; write the answer as a "
@@ -193,11 +194,11 @@ def unanswered_encoder(task: TaskConfig, tokenizer, first_row: Mapping[str, Any]
         example = encode_row(with_answer(row, task, choice), 0, task, tokenizer, place)
         return [label for label in example["labels"] if label != IGNORED]
 
-    answers = choice_token_ids(task, tokenizer, first_row)
-    completions = [completion(first_row, choice) for choice in task.choices]
+    choices, answers = task.choices, choice_token_ids(task, tokenizer, first_row)
+    completions = [completion(first_row, choice) for choice in choices]
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, list[int]]:
-        example = encode_row(with_answer(row, task, task.choices[0]), index, task, tokenizer, place)
+        example = encode_row(with_answer(row, task, choices[0]), index, task, tokenizer, place)
         written = [label for label in example["labels"] if label != IGNORED]
         room = len(example["labels"]) - len(written) + max(map(len, completions))
         if written != completions[0] or room > task.max_length:

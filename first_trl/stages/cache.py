@@ -134,7 +134,8 @@ def row_encoder(recipe, role: str, tokenizer, first_row: dict) -> tuple[Callable
 
     place = "datasets.transfer" if role == "train" and recipe.datasets.transfer else f"datasets.{role}"
     wanted = {"task": recipe.task, "tokenizer": tokenizer, "place": place}
-    encode, asked = partial(encode_row, **wanted), {}
+    encode: Callable = partial(encode_row, **wanted)
+    asked: dict = {}
     if recipe.cache.support == "choices":
         asked["kept_ids"] = single_token_ids(recipe.task, tokenizer, first_row)
         encode = partial(encode_answer_row, choice_ids=asked["kept_ids"], **wanted)
