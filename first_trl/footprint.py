@@ -137,10 +137,10 @@ def weights_of(
             precision a model computes in another type than it is held in.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head, quantised = base.get_output_embeddings(), set()
+    dense, quantised = set(base.get_output_embeddings().parameters()), set()
     if bits in (4, 8):
         for module in base.modules():
-            if isinstance(module, torch.nn.Linear) and module is not head and not module.weight.requires_grad:
+            if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad and module.weight not in dense:
                 quantised.add(module.weight)
     per_weight = {8: 1.0, 4: 0.5 + (1 / 64 + 4 / (64 * 256) if nested else 4 / 64)}.get(bits, 0.0)
 

@@ -145,8 +145,9 @@ def _cache(recipe, sources: Sources, machine: Machine) -> Work:
     if work.tokens is None:
         return work
     powers = len(TAIL_POWERS) if settings.tail_knots else 0
-    layout = {"top_k": kept_tokens(recipe), "dtype": settings.dtype, "rows_per_shard": settings.rows_per_shard}
-    work.cache_bytes = sum(cache_bytes(split, **layout, tail_powers=powers) for split in splits)
+    layout = {name: getattr(settings, name) for name in ("support", "dtype", "rows_per_shard")}
+    layout |= {"top_k": kept_tokens(recipe), "tail_powers": powers}
+    work.cache_bytes = sum(cache_bytes(split, **layout) for split in splits)
     teacher = _scorer(recipe, sources, "teacher", settings.tokens_per_batch)
     if teacher is not None and settings.backend != "server":
         work.memory, work.flops = scoring_cost(teacher, splits, work.supervised)

@@ -26,13 +26,14 @@ from .cache_format import TAIL_POWERS_COLUMN
 from .calibration import recalibrate
 from .first_config import FIRSTConfig
 from .losses import conditional_divergence, mass_divergence, partition_divergence
-from .modeling import IGNORED, PartitionOutput, adapters_to_float32, add_partition_head
+from .modeling import IGNORED, PartitionOutput, adapters_to_float32, add_partition_head, supervised_mask
 from .trl_private import DataCollatorForLanguageModeling, get_config_model_id
 
 logger = logging.get_logger(__name__)
 
 TEACHER_COLUMNS = ["teacher_ids", "teacher_log_probs", "teacher_tail_log_prob"]
 COLUMNS = ["input_ids", "labels", *TEACHER_COLUMNS]
+POSITIONS_PER_ROW = "positions_per_row"
 LOW_MASS = 0.5  # below this, `renormalize` trains a distribution that the student's argmax never visits
 
 
@@ -74,7 +75,18 @@ class TeacherCollator:
         batch["teacher_log_probs"] = torch.from_numpy(log_probs_NK1).log_softmax(dim=1)
         if TAIL_POWERS_COLUMN in rows:
             batch[TAIL_POWERS_COLUMN] = torch.from_numpy(rows[TAIL_POWERS_COLUMN].astype(np.float32))
+        batch[POSITIONS_PER_ROW] = torch.tensor([_num_positions(row) for row in examples])
         return batch
+
+
+def _num_positions(example: dict) -> int:
+    """Supervised positions of an example; of a packed one, those of its documents."""
+    if "seq_lengths" not in example:
+        return len(example["teacher_ids"])
+    starts = np.cumsum([0, *np.asarray(example["seq_lengths"])[:-1]])  # the first token of each is nobody's target
+    supervised = np.asarray(example["labels"]) != IGNORED
+    supervised[starts] = False
+    return int(supervised.sum())
 
 
 def _teacher_columns_in(example: dict) -> list[str]:
@@ -242,7 +254,9 @@ class FIRSTTrainer(SFTTrainer):
         """Divergence summed over the supervised positions, divided as SFTTrainer divides its own loss (design 2.2)."""
         if return_outputs:
             raise ValueError("FIRSTTrainer never builds logits; return_outputs=True is not supported.")
-        tokens = {name: value for name, value in inputs.items() if name not in (*TEACHER_COLUMNS, TAIL_POWERS_COLUMN)}
+        inputs = self._without_repeated_rows(inputs)
+        ours = (*TEACHER_COLUMNS, TAIL_POWERS_COLUMN, POSITIONS_PER_ROW)
+        tokens = {name: value for name, value in inputs.items() if name not in ours}
         teacher_ids_NK = inputs["teacher_ids"]
         teacher_NK1 = recalibrate(
             inputs["teacher_log_probs"],
@@ -270,6 +284,27 @@ class FIRSTTrainer(SFTTrainer):
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         self._count_tokens(inputs)
         return loss
+
+    def _without_repeated_rows(self, inputs: dict) -> dict:
+        """Take the labels from rows that were repeated to fill an evaluation's last batches on every process.
+
+        accelerate repeats the first rows of the dataset so that all processes have batches of one size, and a mean
+        over ranks would count those twice; the rows after the last genuine one are repetitions, rank after rank.
+        """
+        state = self.accelerator.gradient_state
+        if self.model.training or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        per_row = inputs[POSITIONS_PER_ROW]
+        genuine = max(state.remainder - self.accelerator.process_index * self.args.eval_batch_size, 0)
+        kept = int(per_row[:genuine].sum())
+        if kept == int(per_row.sum()):
+            return inputs
+        supervised_BT = supervised_mask(inputs["labels"])
+        order_BT = supervised_BT.flatten().cumsum(0).view_as(supervised_BT)
+        labels_BT = inputs["labels"].clone()
+        labels_BT[:, 1:][order_BT > kept] = IGNORED
+        rows = {name: inputs[name][:kept] for name in (*TEACHER_COLUMNS, TAIL_POWERS_COLUMN) if name in inputs}
+        return {**inputs, **rows, "labels": labels_BT}
 
     def _positions_with_tail(self, num_positions: int, device) -> torch.Tensor | None:
         """Positions (M,) at which the whole vocabulary is projected; None for all of them."""

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,3 +217,32 @@ def test_teacher_tokens_beyond_the_students_vocabulary_are_refused(make_model, t
     dataset = cache_of(make_model(vocab_size=60), random_examples(8, len(tokenizer)))
     with pytest.raises(ValueError, match="vocabulary"):
         trainer_for(make_model(vocab_size=len(tokenizer)), dataset, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["padded", "padding_free"])
+@pytest.mark.parametrize(("rank", "remainder", "genuine"), [(0, 6, 4), (1, 6, 2), (1, 3, 0), (1, 0, 4)])
+def test_rows_repeated_to_fill_the_last_evaluation_batch_are_not_counted(
+    layout, rank, remainder, genuine, make_model, tokenizer, tmp_path, monkeypatch
+):
+    dataset = cache_of(make_model(vocab_size=len(tokenizer)), random_examples(4, len(tokenizer)))
+    trainer = trainer_for(
+        make_model(vocab_size=len(tokenizer), seed=1),
+        dataset,
+        tokenizer,
+        tmp_path,
+        per_device_eval_batch_size=4,
+        **LAYOUTS[layout],
+    )
+    trainer.model.eval()
+    state = SimpleNamespace(end_of_dataloader=True, remainder=remainder)
+    accelerator = SimpleNamespace(gradient_state=state, process_index=rank)  # two processes, four rows each
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    monkeypatch.setattr(trainer, "accelerator", accelerator)
+    kept = trainer._without_repeated_rows(batch)
+    positions = sum(len(row["teacher_ids"]) for row in trainer.train_dataset.select(range(genuine)))
+    assert int((kept["labels"][:, 1:] != -100).sum()) == positions == len(kept["teacher_log_probs"])
+    assert torch.equal(kept["teacher_ids"], batch["teacher_ids"][:positions])
+    supervised = batch["labels"][:, 1:][kept["labels"][:, 1:] != -100]
+    assert torch.equal(supervised, batch["labels"][:, 1:][batch["labels"][:, 1:] != -100][:positions])
+    state.end_of_dataloader = False
+    assert trainer._without_repeated_rows(batch) is batch
