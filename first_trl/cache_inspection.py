@@ -123,4 +123,5 @@ def teacher_near(path: Path) -> str | None:
         return None
     recipe = yaml.safe_load((run / "recipe.resolved.yaml").read_text(encoding="utf-8"))
     given = (recipe.get("cache") or {}).get("teacher")
-    return given or (str(run / "teacher") if (run / "teacher").is_dir() else None)
+    made = next((folder for folder in (run / "teacher/fold-0", run / "teacher") if folder.is_dir()), None)
+    return given or (str(made) if made else None)

@@ -87,8 +87,14 @@ def cached_roles(recipe: Recipe) -> tuple[str, ...]:
 
 
 def teacher_path(recipe: Recipe) -> str:
-    """The teacher's model id or folder: the one given, or the one that `sft` makes."""
-    return recipe.cache.teacher or str(recipe.run_folder / "teacher")
+    """The teacher's model id or folder: the one given, or the one that `sft` makes, the first of several."""
+    return recipe.cache.teacher or teacher_folders(recipe)[0]
+
+
+def teacher_folders(recipe: Recipe) -> list[str]:
+    """The folders of the teachers that `sft` makes: one, or with `sft.cross_fit` one for each fold."""
+    folder = recipe.run_folder / "teacher"
+    return [str(folder / f"fold-{fold}") for fold in range(recipe.cross_fit)] or [str(folder)]
 
 
 def _local(path) -> str | None:

@@ -50,6 +50,7 @@ def check_recipe(tree: dict, findings: Findings) -> dict[str, Any]:
             )
     _check_divergence(settings["calibrate"], distill, arms, findings)
     _check_support(settings["task"], settings["cache"], datasets, findings)
+    _check_cross_fit(sft, settings["cache"], datasets, findings)
     if "push" in tree and settings["push"] and arms and settings["push"].arm not in arms:
         remedy = f"choose one of {', '.join(arms)}"
         findings.add(("push", "arm"), settings["push"].arm, "there is no such arm", remedy)
@@ -201,6 +202,24 @@ def _check_divergence(calibrate: CalibrateConfig | None, distill: dict, arms: di
             what = "the recalibration `probability` leaves the teacher no tail, so that every loss would be infinite"
             path = ("arms", arm, "divergence") if "divergence" in own else ("distill", "divergence")
             findings.add(path, "reverse_kl", what, "write forward_kl or jsd, or recalibrate by temperature")
+
+
+def _check_cross_fit(sft: dict, cache: CacheConfig | None, data: Datasets | None, findings: Findings) -> None:
+    """Several teachers are for rows that would otherwise be labelled by a teacher that has learned them."""
+    folds = sft.get("cross_fit", 0)
+    if not isinstance(folds, int) or folds < 1:
+        return
+    what, remedy = "", ""
+    if folds == 1:
+        what, remedy = "one fold leaves its teacher nothing to learn", "write 2 or more, or 0 for one teacher of all"
+    elif cache and cache.teacher:
+        what, remedy = "cache.teacher gives a teacher, so that none is trained", "remove one of the two"
+    elif data and data.transfer:
+        what, remedy = "no teacher has learned the rows of datasets.transfer", "remove one of the two"
+    elif cache and cache.backend != "hf":
+        what, remedy = f"cache.backend {cache.backend} runs one teacher", "write cache.backend: hf, or remove it"
+    if what:
+        findings.add(("sft", "cross_fit"), folds, what, remedy)
 
 
 def _check_support(task: TaskConfig | None, cache: CacheConfig | None, data: Datasets | None, findings) -> None:

@@ -157,6 +157,12 @@ def _teacher_gap(calibration: dict | None) -> list[dict]:
     teacher = (calibration or {}).get("teacher")
     if not teacher or "cached_rows" not in teacher:
         return []  # nothing was cached for students to learn from
+    if folds := teacher.get("cross_fit"):
+        text = (
+            f"{folds} teachers were trained, each on all rows but a fold, and labelled the fold that it had not seen. "
+            "The arm `teacher` is the first of them."
+        )
+        return [_say("note", text), *_teacher_gap({"teacher": {**teacher, "cross_fit": None}})]
     cached, validation = teacher["cached_rows"], teacher["validation"]
     right = "has" if cached["accuracy"] is None else f"is {percent(cached['accuracy'])} right at"
     text = (

@@ -19,6 +19,7 @@ FLOORS = (
         ("losses",),
         ("head", "trl_private", "modeling"),
         ("rows",),
+        ("folds",),
         ("encoding",),
         ("load_errors",),
         ("run_folder",),

@@ -4,14 +4,16 @@
 
 Reads the teacher and the recipe's `datasets`; writes `runs/<name>/cache/{train,validation}/`. Every process writes its
 own shards of the same folder; an interrupted run continues with the shards that are missing, on any number of them.
-The teacher runs here, or on a server (`cache.backend`).
+The teacher runs here, or on a server (`cache.backend`). With `sft.cross_fit` a row is run by one of several teachers,
+that of its fold, which has not learned it. Rows of validation have folds too: the recalibration is then fitted on the
+mixture of teachers that labels the students' rows, at the cost of one.
 """
 
 from collections.abc import Callable
 from functools import partial
 from pathlib import PurePath
 
-from first_trl.pipeline import cached_roles, require, run_work, say, teacher_path
+from first_trl.pipeline import cached_roles, require, run_work, say, teacher_folders, teacher_path
 from first_trl.stage_command import stage_command
 
 
@@ -27,16 +29,20 @@ def cache_splits(recipe) -> list[str]:
     from accelerate.utils import broadcast_object_list
     from transformers import AutoTokenizer
 
-    from first_trl.cache_identity import cache_identity, teacher_identity
+    from first_trl.cache_identity import cache_identity, teachers_identity
+    from first_trl.folds import each_by_its_own_teacher
     from first_trl.training import teacher_section
 
     state, path, section = PartialState(), teacher_path(recipe), teacher_section(recipe)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=recipe.cache.teacher_revision)
     run_teacher, backend = teacher_runner(recipe, path, section, len(tokenizer))
+    if recipe.cross_fit:  # all of them are in memory at once
+        others = [teacher_runner(recipe, other, section, len(tokenizer))[0] for other in teacher_folders(recipe)[1:]]
+        run_teacher = each_by_its_own_teacher([run_teacher, *others], recipe.seed)
     roles = cached_roles(recipe)
     identities: list = [None] * len(roles)
     if state.is_main_process:  # hashing a large teacher takes its time: once is enough
-        teacher = teacher_identity(path, section)
+        teacher = teachers_identity(recipe, path, section)
         identities = [cache_identity(recipe, role, tokenizer, teacher, backend) for role in roles]
     broadcast_object_list(identities)
     for role, identity in zip(roles, identities, strict=True):

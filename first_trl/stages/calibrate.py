@@ -76,6 +76,8 @@ def calibrate(recipe) -> list[str]:
         teacher = {"cached_rows": rows["train"].summary(labelled["train"]), **teacher}
         for line in gap_lines(**teacher):
             say(f"calibrate: {line}")
+    if recipe.cross_fit:
+        teacher["cross_fit"] = recipe.cross_fit
     calibration = {
         "schema_version": 1,
         "method": method,
