@@ -203,3 +203,45 @@ def test_the_push_stage_rehearses_without_a_network_and_then_pushes(hub, tmp_pat
     assert (run / "push" / "README.md").is_file() and not hub.requests
     push(recipe, dry_run=False)
     assert hub.files(REPO) == contents(Path(run / "push"))
+
+
+def finished_command(tmp_path):
+    """A run whose records say that it is finished, for the command; returns its folder and the recipe's file."""
+    from first_trl.pipeline import inputs_of
+    from first_trl.run_folder import RunFolder
+
+    run, recipe = make_run(tmp_path / "work", make_base(tmp_path / "tiny-base"))
+    records = RunFolder(run)
+    for work, outputs in (("distill.first", ["students/first"]), ("evaluate", ["report/metrics.json"])):
+        records.finish(work, inputs_of(recipe, work), outputs, 1.0)
+    return run, str(tmp_path / "work" / "recipe.yaml")
+
+
+def test_the_command_rehearses_pushes_to_a_branch_and_opens_a_pull_request(hub, tmp_path, monkeypatch, capsys):
+    from first_trl.stages import push
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    run, recipe = finished_command(tmp_path)
+    push.main([recipe, "--revision", "v2", "--dry_run"])
+    assert not hub.requests and "next: the same command without --dry_run" in capsys.readouterr().err
+    rehearsed = contents(run / "push")
+    push.main([recipe, "--revision", "v2"])
+    assert hub.files(REPO, "v2") == rehearsed and hub.files(REPO) == {}
+    push.main([recipe, "--create_pr"])
+    assert "uploaded to " in capsys.readouterr().err and hub.files(REPO, "refs/pr/2") == contents(run / "push")
+
+
+def test_a_refused_push_is_one_line_and_no_token_is_in_any_file_of_the_run(hub, tmp_path, monkeypatch, capsys):
+    from first_trl.stages import push
+
+    secret = "hf_" + "sEcReT42" * 4
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("HF_TOKEN", secret)
+    run, recipe = finished_command(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        push.main([recipe])
+    assert stop.value.code.startswith("[first-trl] push failed: The upload to me/tiny-student did not happen: the Hub")
+    assert "run `hf auth login`" in stop.value.code and "Traceback" in (run / "log.txt").read_text()
+    assert secret not in stop.value.code and secret not in "".join(capsys.readouterr())
+    looked = [file for file in run.rglob("*") if file.is_file() and secret.encode() not in file.read_bytes()]
+    assert len(looked) == len([file for file in run.rglob("*") if file.is_file()]) > 10
