@@ -18,6 +18,8 @@ PREDICT_FILE = "predict.json"
 SCHEMA_VERSION = 1
 TARGETS = (0.8, 0.9, 0.95)
 DEFAULT_TARGET = 0.9
+# How far below its target a threshold may lie, with 90 % certainty, on rows like those that it was fitted on.
+SLACK = 0.02
 # How the base model was held in memory when the thresholds were fitted; another way moves the probabilities.
 _LOADING = ("dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
 
@@ -51,12 +53,17 @@ def mean_selective(fitted: list[dict]) -> dict:
     return mean | {"seeds": fitted}
 
 
+def fit_threshold(confidence, correct, target: float) -> float | None:
+    """The lowest confidence that reaches a target accuracy on validation, and not by the luck of a few examples."""
+    return threshold_for_accuracy(confidence, correct, target, SLACK)
+
+
 def fit_thresholds(confidence, correct) -> list[dict]:
     """For each of `TARGETS` the lowest confidence that reaches it, None where none does, and what it does here.
 
     Args: `confidence`, `correct` (n,) of a validation split.
     """
-    thresholds = [(target, threshold_for_accuracy(confidence, correct, target)) for target in TARGETS]
+    thresholds = [(target, fit_threshold(confidence, correct, target)) for target in TARGETS]
     return [
         {"target_accuracy": target, "threshold": threshold, **selective(confidence, correct, threshold)}
         for target, threshold in thresholds

@@ -271,16 +271,32 @@ def risk_coverage_curve(confidence: Any, correct: Any) -> RiskCoverage:
     return RiskCoverage(groups.threshold, answered / answered[-1], errors[0].cumsum() / answered)
 
 
-def threshold_for_accuracy(confidence: Any, correct: Any, target_accuracy: float) -> float | None:
+def _wilson_lower_bound(share: np.ndarray, size: np.ndarray, z: float = 1.2816) -> np.ndarray:
+    """Lower bound of a share seen in `size` draws (Wilson 1927); z = 1.2816 is 90 % on one side."""
+    middle, spread = share + z**2 / (2 * size), z * np.sqrt(share * (1 - share) / size + z**2 / (4 * size**2))
+    return (middle - spread) / (1 + z**2 / size)
+
+
+def threshold_for_accuracy(
+    confidence: Any, correct: Any, target_accuracy: float, slack: float | None = None
+) -> float | None:
     """The lowest confidence such that the examples at or above it are right at least `target_accuracy` of the time.
 
     The lowest, because it answers the most examples. Fit it on validation and check it on test. None if no threshold
     reaches the target, where the honest policy is to abstain always.
+
+    Of many thresholds the lowest that reaches a target does so partly by luck, the more the fewer examples lie above
+    it. With `slack` luck is held back: the lower bound of the accuracy (Wilson, one-sided, 90 %) must also reach
+    `target_accuracy` - `slack`, which a handful of right answers cannot.
     """
     if not 0 < target_accuracy <= 1:
         raise ValueError(f"target_accuracy is {target_accuracy!r}; it must be in (0, 1].")
     curve = risk_coverage_curve(confidence, correct)
-    reached = np.flatnonzero(1 - curve.risk >= target_accuracy - 1e-12)
+    enough = 1 - curve.risk >= target_accuracy - 1e-12
+    if slack is not None:
+        answered = curve.coverage * len(np.asarray(correct))
+        enough &= _wilson_lower_bound(1 - curve.risk, answered) >= target_accuracy - slack
+    reached = np.flatnonzero(enough)
     return float(curve.threshold[reached[-1]]) if reached.size else None
 
 

@@ -20,9 +20,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from .abstention import DEFAULT_TARGET, mean_selective, selective
+from .abstention import DEFAULT_TARGET, fit_threshold, mean_selective, selective
 from .figures import calibration_figure, reliability_figure, risk_coverage_figure, to_png, training_figure
-from .metrics import compare, expected_calibration_error, reliability_bins, risk_coverage_curve, threshold_for_accuracy
+from .metrics import compare, expected_calibration_error, reliability_bins, risk_coverage_curve
 from .verdict import FOCUS, order_arms, percent, verdict
 
 SCHEMA_VERSION = 1
@@ -146,7 +146,7 @@ def add_selective(sets: dict[str, dict], validation, predictions: dict, target_a
         fitted_on: list[Any] = [_view(one, view) for one in by_seed(validation)]
         if not all(fitted_on):
             continue
-        thresholds = [threshold_for_accuracy(values, correct, target_accuracy) for values, correct in fitted_on]
+        thresholds = [fit_threshold(values, correct, target_accuracy) for values, correct in fitted_on]
         for name, summary in sets.items():
             seen: list[Any] = [_view(one, view) for one in by_seed(predictions[name])]
             done = [

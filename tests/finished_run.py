@@ -101,7 +101,7 @@ def make_run(folder, base, base_name=None, **sections):
     AutoTokenizer.from_pretrained(base).save_pretrained(student)
     from first_trl.abstention import describe_student
 
-    validation = {"choice_confidence": [0.5, 0.7, 0.9, 0.95], "choice_correct": [False, True, True, True]}
+    validation = {"choice_confidence": [0.5, 0.7, 0.9, 0.95] * 50, "choice_correct": [False, True, True, True] * 50}
     described = describe_student("first", recipe.task, recipe.arm_section("first"), validation)
     (student / "predict.json").write_text(json.dumps(described))
     (student / "checkpoint-3").mkdir()

@@ -174,6 +174,23 @@ def test_the_threshold_for_an_accuracy_answers_as_many_as_possible():
     assert threshold_for_accuracy(confidence, [1] * 5, 1) == 0.6
 
 
+def test_with_slack_a_threshold_does_not_rest_on_the_luck_of_a_few():
+    lucky = np.r_[np.full(5, 0.99), np.full(100, 0.5)], np.r_[np.ones(5), np.zeros(50), np.ones(50)]
+    assert threshold_for_accuracy(*lucky, 0.9) == 0.99 and threshold_for_accuracy(*lucky, 0.9, slack=0.02) is None
+    many = np.r_[np.full(500, 0.99), np.full(100, 0.5)], np.r_[np.ones(455), np.zeros(95), np.ones(50)]
+    assert threshold_for_accuracy(*many, 0.9, slack=0.02) == 0.99  # 91 % of 500: at least 89 %, with 90 % certainty
+
+
+def test_with_slack_few_promises_are_made_that_new_examples_break():
+    generator, broken = np.random.default_rng(0), {None: 0, 0.02: 0}
+    for _ in range(100):
+        confidence = generator.random(1500)
+        correct = generator.random(1500) < 0.4 + 0.45 * confidence  # at most 85 % right, however sure
+        for slack in broken:
+            broken[slack] += threshold_for_accuracy(confidence, correct, 0.9, slack) is not None
+    assert broken[0.02] < 25 and broken[None] > 80
+
+
 def test_a_threshold_fitted_on_validation_holds_on_test():
     generator = np.random.default_rng(0)
     confidence = generator.uniform(0.5, 1, (2, 4000))
