@@ -21,7 +21,7 @@ from .plan_memory import (
     training_flops,
     training_memory,
 )
-from .plan_rows import Split, cache_bytes, padded_tokens
+from .plan_rows import Split, cache_bytes, id_bytes, padded_tokens
 from .plan_sources import Sources
 
 
@@ -145,8 +145,10 @@ def _cache(recipe, sources: Sources, machine: Machine) -> Work:
     if work.tokens is None:
         return work
     powers = len(TAIL_POWERS) if settings.tail_knots else 0
-    layout = {name: getattr(settings, name) for name in ("support", "dtype", "rows_per_shard")}
+    layout = {name: getattr(settings, name) for name in ("dtype", "rows_per_shard")}
     layout |= {"top_k": kept_tokens(recipe), "tail_powers": powers}
+    closed = recipe.task.choices is not None and work.supervised <= 2 * work.rows  # the answer, and perhaps its end
+    layout["bytes_of_id"] = id_bytes(settings.support, closed, len(sources.tokenizer))
     work.cache_bytes = sum(cache_bytes(split, **layout) for split in splits)
     teacher = _scorer(recipe, sources, "teacher", settings.tokens_per_batch)
     if teacher is not None and settings.backend != "server":

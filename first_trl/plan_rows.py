@@ -19,7 +19,8 @@ from .recipe_rules import looks_local
 
 SAMPLE = 8192  # rows that are tokenised; of a longer split, as many spread evenly over it
 # Measured after compression, in bytes: of a kept token its id and its log-probability; the tail of a position.
-_ID_BYTES, _TAIL_BYTES, _LOG_PROB_BYTES = {"top_k": 0.8, "choices": 0.1}, 2.9, {"float16": 1.6, "float32": 3.4}
+_TAIL_BYTES, _LOG_PROB_BYTES = 2.9, {"float16": 1.6, "float32": 3.4}
+_CLOSED_ID_BYTES, _CHOICE_ID_BYTES, _ID_SHARE = 0.4, 0.1, 0.75
 _TAIL_POWER_BYTES = 3.7  # one power of a cache with tail knots
 _JOB_BYTES = 1100  # what each shard says of the job that made it
 _TEACHER_COLUMNS = ("teacher_ids", "teacher_log_probs", "teacher_tail_log_prob", "teacher_tail_power_log_sums")
@@ -83,17 +84,28 @@ def padded_tokens(tokens: np.ndarray, batch: int) -> float:
     return sum(int(rows.max()) * len(rows) for rows in batches) / len(tokens)
 
 
+def id_bytes(support: str, closed: bool, vocab_size: int) -> float:
+    """Bytes of a kept token's id: three quarters of its bits, and less where the same answers are always kept.
+
+    Args:
+        closed: whether the answer to a closed question is all that is supervised.
+    """
+    if support == "choices":
+        return _CHOICE_ID_BYTES
+    return _CLOSED_ID_BYTES if closed else _ID_SHARE * math.log2(vocab_size) / 8
+
+
 def cache_bytes(
-    split: Split, *, top_k: int, dtype: str, rows_per_shard: int, tail_powers: int = 0, support: str = "top_k"
+    split: Split, *, top_k: int, dtype: str, rows_per_shard: int, bytes_of_id: float, tail_powers: int = 0
 ) -> int:
-    """Bytes of the shards of a split's cache, within a few per cent; the same ids everywhere take next to none."""
+    """Bytes of the shards of a split's cache, within a few per cent."""
     schema = cache_schema(top_k, dtype, tail_powers)
     per_shard, per_row = 0, 0.0
     for shard in _shards(split.examples, rows_per_shard):
         footer, columns = _token_bytes(shard, schema, top_k, tail_powers)
         per_shard, per_row = max(per_shard, footer), per_row + columns
     shards = math.ceil(split.rows / rows_per_shard)
-    kept = top_k * (_ID_BYTES[support] + _LOG_PROB_BYTES[dtype])
+    kept = top_k * (bytes_of_id + _LOG_PROB_BYTES[dtype])
     per_position = _TAIL_BYTES + kept + tail_powers * _TAIL_POWER_BYTES
     tokens = per_row / len(split.examples) * split.rows
     return round(shards * per_shard + tokens + split.total(split.supervised) * per_position)
