@@ -5,7 +5,7 @@ What cannot be looked up, as a model of the Hub without a network, is said and l
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .cache_format import TAIL_POWERS
@@ -75,7 +75,17 @@ def _plan_work(recipe, name: str, sources: Sources, machine: Machine) -> Work:
         arm = name.removeprefix("distill.")
         section, on_labels = recipe.arm_section(arm), recipe.arm_trainer(arm) == "sft"
         role = "train" if on_labels or recipe.datasets.transfer is None else "transfer"
-    return _train(recipe, name, section, sources.splits[role], on_labels, sources, machine)
+    work = _train(recipe, name, section, sources.splits[role], on_labels, sources, machine)
+    return _several_teachers(recipe, work) if name == "sft" and recipe.cross_fit else work
+
+
+def _several_teachers(recipe, work: Work) -> Work:
+    """J teachers one after the other, each for its own `max_steps`, or for its epochs of (J-1)/J of the rows."""
+    times = recipe.cross_fit - (recipe.sft.get("max_steps", -1) <= 0)
+    for figure in ("steps", "flops", "hours"):
+        if getattr(work, figure) is not None:
+            setattr(work, figure, times * getattr(work, figure))
+    return work
 
 
 def _whole(work: Work, splits: list[Split]) -> Work:
@@ -153,6 +163,8 @@ def _cache(recipe, sources: Sources, machine: Machine) -> Work:
     teacher = _scorer(recipe, sources, "teacher", settings.tokens_per_batch)
     if teacher is not None and settings.backend != "server":
         work.memory, work.flops = scoring_cost(teacher, splits, work.supervised)
+        if recipe.cross_fit:  # all of the teachers at once
+            work.memory = replace(work.memory, weights=recipe.cross_fit * work.memory.weights)
         work.hours = machine.hours(work.flops, teacher.dtype)
     return work
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from .cache_format import cache_schema
 from .cache_rows import encode_shard
+from .choices import with_stand_ins
 from .data import IGNORED, encode_row, load_split
 from .recipe_rules import looks_local
 
@@ -58,6 +59,8 @@ def read_split(config, role: str, task, tokenizer: Any | None) -> Split:
     split.rows = len(dataset)
     if tokenizer is None:
         return split
+    if role == "transfer":  # its rows need no answers
+        dataset = with_stand_ins(dataset, task)
     for index in np.unique(np.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).astype(int)):
         try:
             split.examples.append(encode_row(dataset[int(index)], int(index), task, tokenizer))

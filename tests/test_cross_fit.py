@@ -15,6 +15,8 @@ from first_trl.cache_format import CacheError
 from first_trl.cache_identity import open_recipe_cache
 from first_trl.folds import fold_of, rows_outside
 from first_trl.pipeline import is_current, teacher_folders, teacher_path
+from first_trl.plan import make_plan
+from first_trl.plan_machine import Machine
 from first_trl.recipe import RecipeError, load_recipe
 from first_trl.stages import cache, calibrate, distill, evaluate, sft
 from first_trl.training import teacher_section
@@ -141,6 +143,17 @@ def test_the_whole_road_runs_on_several_teachers_and_says_which_one_is_measured(
     assert json.loads((run / "calibration.json").read_text())["teacher"]["cross_fit"] == 2
     summary = (run / "report" / "summary.md").read_text()
     assert "2 teachers were trained" in summary and "The arm `teacher` is the first of them." in summary
+
+
+def test_a_plan_counts_every_teacher(crossed):
+    def works(*overrides):
+        return {work.name: work for work in make_plan(load_recipe(crossed, list(overrides)), Machine()).works}
+
+    one = works("--sft.cross_fit=0")
+    for epochs, times in (("--sft.max_steps=3", 3), ("--sft.max_steps=-1", 2)):
+        alone, several = works("--sft.cross_fit=0", epochs)["sft"], works("--sft.cross_fit=3", epochs)["sft"]
+        assert (several.steps, several.flops) == (times * alone.steps, times * alone.flops)
+    assert works()["cache"].memory.weights == 2 * one["cache"].memory.weights
 
 
 def test_a_cache_of_other_folds_is_refused(crossed):

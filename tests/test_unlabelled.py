@@ -11,6 +11,9 @@ import yaml
 from first_trl.cache import open_cache
 from first_trl.choices import has_answer, with_answer
 from first_trl.config import TaskConfig
+from first_trl.plan import make_plan
+from first_trl.plan_machine import Machine
+from first_trl.recipe import load_recipe
 from first_trl.rows import learned_by_heart
 from first_trl.stages import cache, calibrate, distill, evaluate
 from tests.cache_recipe import write_recipe
@@ -105,6 +108,11 @@ def test_an_interrupted_cache_of_unlabelled_rows_keeps_its_finished_shards(tmp_p
     monkeypatch.setattr("first_trl.scoring.teacher_rows", counted)
     cache.main([str(path)])
     assert made == [4] and before == {file.name: file.read_bytes() for file in folder.glob("train-*")}
+
+
+def test_a_plan_does_not_ask_for_labels(tmp_path):
+    plan = make_plan(load_recipe(unlabelled_recipe(tmp_path)), Machine())
+    assert plan.problems == [] and {work.name: work.rows for work in plan.works}["distill.first"] == 12
 
 
 def test_open_answers_and_other_splits_need_labels(tmp_path):
