@@ -41,6 +41,11 @@ def explain(error: BaseException, stage: str) -> str | None:
         return f"out of memory ({text[:200]}); {memory_advice(stage)}; {AGAIN}"
     if match := re.match(r"\w+Callback requires (\w+) to be installed", text):
         return f"the tracker {match[1]} is not installed; run `pip install {match[1]}`, or set report_to: none"
+    if "support bf16/gpu" in text:
+        return (
+            "the recipe trains in bf16, and this machine has no GPU for it; on a CPU write dtype: float32 and bf16: "
+            "false in sft and distill, as recipes/reviews.yaml does"
+        )
     return _explain_model(chain, text)
 
 

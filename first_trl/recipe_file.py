@@ -77,7 +77,8 @@ class Findings:
     def raise_if_any(self) -> None:
         """Raise the [`RecipeError`] of everything recorded, in the order of the file."""
         if self._found:
-            raise RecipeError(self.file, [text for _, text in sorted(self._found, key=lambda found: found[0])])
+            told = [text for _, text in sorted(self._found, key=lambda found: found[0])]
+            raise RecipeError(self.file, [_SECRET_VALUE.sub("(not shown)", text) for text in told])
 
 
 def is_secret(path: tuple, value: Any) -> bool:

@@ -476,6 +476,9 @@ MISTAKES = [
      "true; or lower task.max_length; then run the same command again: finished work is kept"),
     ("sft", "a tracker that is not installed", no_tracker,
      "the tracker wandb is not installed; run `pip install wandb`, or set report_to: none"),
+    ("sft", "bf16 on a CPU", raises(ValueError("Your setup doesn't support bf16/gpu. You need to assign use_cpu")),
+     "the recipe trains in bf16, and this machine has no GPU for it; on a CPU write dtype: float32 and bf16: "
+     "false in sft and distill, as recipes/reviews.yaml does"),
     ("cache", "out of memory", raises(MemoryError("8 GiB")),
      "out of memory (8 GiB); halve cache.tokens_per_batch; or use a GPU with more memory, or a "
      "configuration such as cache.load_in_4bit: true; then run the same command again: finished work is "
@@ -545,3 +548,9 @@ REMEDIES = (
 def test_the_table_is_long_and_every_message_says_what_to_do():
     assert len(MISTAKES) >= 75 and len({mistake for _, mistake, _, _ in MISTAKES}) == len(MISTAKES)
     assert [mistake for _, mistake, _, told in MISTAKES if not re.search(rf"\b({REMEDIES})\b", told, re.I)] == []
+
+
+def test_a_token_is_not_repeated_in_a_remedy(folder):
+    with pytest.raises(ValueError, match="(?s)not shown.*without the brackets") as error:
+        recipe("name: tiny", "name: [hf_abcdefghijklmnopqrst]")(folder)
+    assert "hf_abc" not in str(error.value)
