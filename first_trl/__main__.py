@@ -16,13 +16,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from . import cache_commands, plan_command
 from .failures import memory_advice
 from .pipeline import is_current, works_of
 from .recipe import STAGES, Recipe
-from .run_log import libraries_into, recording, say
+from .run_log import RunLog, libraries_into, recording, say
 
 SINGLE_PROCESS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 
@@ -32,15 +33,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     if argv[:1] == ["cache"] and argv[1:2] and argv[1] in cache_commands.COMMANDS:
-        return cache_commands.main(argv[1:])
+        return _alone(cache_commands.main, argv[1:])
     if argv[:1] == ["predict"]:
         from .prediction import main as predict
 
-        return predict(argv[1:])
+        return _alone(predict, argv[1:])
     if argv[:1] == ["merge"]:
         from .merging import main as merge
 
-        return merge(argv[1:])
+        return _alone(merge, argv[1:])
     if argv[:1] == ["plan"]:
         return plan_command.main(argv[1:])
     if argv and argv[0] in STAGES:
@@ -58,6 +59,14 @@ def main(argv: list[str] | None = None) -> int:
         return run_pipeline(options.recipe, options.config_file, options.stages, overrides, options.quiet)
     parser.print_help()
     return 2
+
+
+def _alone(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """A command outside any run: what other libraries warn of has no log to go to, and their errors are shown."""
+    if "-h" in arguments or "--help" in arguments or not arguments:
+        return command(arguments)  # answers at once, without importing those libraries
+    with libraries_into(RunLog(os.devnull)):
+        return command(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
