@@ -105,6 +105,11 @@ def _take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
 
 def launch(stage: str, arguments: list[str], config_file: str | None) -> int:
     """Run one stage under `accelerate launch`; one process unless a configuration says otherwise."""
+    if config_file and not Path(config_file).is_file():
+        print(
+            f"There is no {config_file}; give an accelerate configuration, such as configs/cpu.yaml.", file=sys.stderr
+        )
+        return 2
     launcher = [f"--config_file={config_file}"] if config_file else list(SINGLE_PROCESS)
     launcher += ["--quiet"]  # the stage has said what is wrong: no traceback of the launcher on top
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", f"first_trl.stages.{stage}"]

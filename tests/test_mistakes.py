@@ -327,6 +327,8 @@ MISTAKES = [
      "recipe: it cannot be read (No such file or directory); give the path of a recipe, a YAML file."),
     ("run", "no such stage", command("run", "recipe.yaml", "--stages", "cache,distil"),
      "Unknown stage 'distil' in --stages; choose from sft, cache, calibrate, distill, evaluate, push."),
+    ("run", "no such configuration", command("cache", "recipe.yaml", "--config_file", "configs/gpu8.yaml"),
+     "There is no configs/gpu8.yaml; give an accelerate configuration, such as configs/cpu.yaml."),
     ("distill", "no such arm", stage("distill", "--arm", "frist"),
      "first-trl distill: error: unknown arm 'frist'; the recipe has fine_tuned, distilled, first"),
     ("distill", "a stage too early", stage("distill", "--arm", "distilled"),
