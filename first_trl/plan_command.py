@@ -6,10 +6,12 @@ Prints two tables and every problem found; the exit status is 0 without problems
 """
 
 import argparse
+import os
 import sys
 
 from .accelerators import ACCELERATORS, UTILISATION
 from .recipe import RecipeError, load_recipe
+from .run_log import RunLog, libraries_into
 
 MIB = 2**20
 
@@ -32,26 +34,23 @@ def main(argv: list[str]) -> int:
     except (RecipeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    quieten()
-    from .plan import make_plan
-
-    plan = make_plan(recipe, machine)
+    plan = _make_quietly(recipe, machine)
     print("\n".join(describe(plan)))
     return 2 if plan.problems else 0
 
 
-def quieten() -> None:
-    """The libraries' progress bars and warnings are no part of a plan."""
-    import logging
-    import warnings
-
-    warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+def _make_quietly(recipe, machine):
+    """The plan, without the libraries' progress bars and warnings, which are no part of it."""
     import datasets
-    from transformers.utils import logging as transformers_logging
 
-    datasets.disable_progress_bars()
-    transformers_logging.set_verbosity_error()
+    from .plan import make_plan
+
+    with libraries_into(RunLog(os.devnull)):
+        datasets.disable_progress_bars()
+        try:
+            return make_plan(recipe, machine)
+        finally:
+            datasets.enable_progress_bars()
 
 
 def describe(plan) -> list[str]:

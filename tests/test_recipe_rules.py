@@ -1,11 +1,11 @@
 """The rules of the training sections name settings that exist, with the values that the trainer takes."""
 
-from first_trl.field_tables import known_fields
+from first_trl.recipe_keys import training_fields
 from first_trl.recipe_rules import LIMITS, NOT_YOURS
 
 
 def test_every_rule_is_about_a_setting_that_trl_or_first_trl_knows():
-    known = set(known_fields("FIRSTConfig")) | set(known_fields("ModelConfig"))
+    known = set(training_fields("sft")) | set(training_fields("distill"))
     assert set(NOT_YOURS) <= known
     assert set(LIMITS) <= known
 
