@@ -46,7 +46,7 @@ def table_of_bytes(args: argparse.Namespace) -> list[str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from first_trl.config import DatasetConfig, TaskConfig
-    from first_trl.data import encode_row, load_split
+    from first_trl.data.examples import encode_row, load_split
 
     path = DATA / "models" / "reviews-teacher-base"
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -90,8 +90,8 @@ def sizes_of(folder: Path, model, rows, encode, vocab_size: int) -> dict[str, fl
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from first_trl.cache import open_cache
-    from first_trl.cache_inspection import teacher_bytes
+    from first_trl.cache.inspection import teacher_bytes
+    from first_trl.cache.reader import open_cache
 
     cache_of(folder / "cache", model, rows, encode, vocab_size)
     cache = open_cache(folder / "cache")

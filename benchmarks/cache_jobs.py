@@ -51,8 +51,8 @@ def random_rows(count: int, vocab_size: int, supervised: str) -> list[dict]:
 
 def cache_of(folder: Path, model, rows, encode, vocab_limit: int, rows_per_shard: int = 1024):
     """Write a cache of `rows` to `folder`, as the stage does; what it is made from is left out of the manifest."""
-    from first_trl.cache_run import write_shards
-    from first_trl.cache_writer import CacheWriter, library_versions
+    from first_trl.cache.run import write_shards
+    from first_trl.cache.writer import CacheWriter, library_versions
     from first_trl.scoring import teacher_rows
 
     identity = {"teacher": {}, "dataset": {}, "task": {}, "library_versions": library_versions()}
@@ -144,7 +144,7 @@ def stage_in_a_process(recipe: Path, rows: int, streaming: bool) -> dict[str, fl
 
 def stage(arguments: list[str]) -> None:
     """One run of the cache stage in this process; prints what `stage_in_a_process` returns."""
-    from first_trl import cache_run
+    from first_trl.cache import run as cache_run
     from first_trl.stages import cache
 
     write_shards, seconds, tokens = cache_run.write_shards, [], []

@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import cache_commands, plan_command
-from .failures import memory_advice
+from .cache import commands as cache_commands
 from .pipeline import is_current, works_of
-from .recipe import STAGES, Recipe
-from .run_log import RunLog, libraries_into, recording, say
+from .plan import command as plan_command
+from .recipe.loading import STAGES, Recipe
+from .running.failures import memory_advice
+from .running.log import RunLog, libraries_into, recording, say
 
 SINGLE_PROCESS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 
@@ -126,7 +127,7 @@ def run_pipeline(
     recipe_path: str, config_file: str | None, stages: str | None, overrides: list[str], quiet: bool = False
 ) -> int:
     """Every stage of a recipe in order, each in its own process, skipping what is current."""
-    from .recipe import RecipeError, load_recipe
+    from .recipe.loading import RecipeError, load_recipe
 
     try:
         recipe = load_recipe(recipe_path, overrides)

@@ -2,7 +2,7 @@
 
 Nothing heavy is imported here, so that a wrong recipe is refused in a fraction of a second. The sections `sft` and
 `distill` are not here: they hold the settings of TRL (`SFTConfig`, `ModelConfig`) and of `FIRSTConfig`, which
-`first_trl.field_tables` reads from their source. Reading a recipe file is `first_trl.recipe`.
+`first_trl.recipe.field_tables` reads from their source. Reading a recipe file is `first_trl.recipe.loading`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import MISSING, dataclass, field, fields
 
+from .data.rendering import Piece, parse_template
 from .field_types import Problem, Settings
-from .rendering import Piece, parse_template
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SERVER_URL = re.compile(r"https?://[^\s@]+")

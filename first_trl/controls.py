@@ -11,7 +11,7 @@ from pathlib import Path
 from .calibration import error_curve, search
 from .evaluation import predictions, read_answers, recalibrated_answers, tail_of
 from .family import choose_family
-from .recipe import arm_of
+from .recipe.loading import arm_of
 
 VALIDATION = "validation"
 

@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .failures import explain
-from .run_log import say
+from .running.failures import explain
+from .running.log import say
 
 PREDICT_FILE = "predict.json"
 MEASURED = ("accuracy", "ece", "trust_score", "nll")
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipe_job(options: argparse.Namespace) -> dict[str, Any]:
     from .evaluation import test_task
-    from .recipe import load_recipe
+    from .recipe.loading import load_recipe
 
     recipe = load_recipe(options.source)
     arm = options.arm or recipe.push.arm
@@ -109,7 +109,7 @@ def merge(
     """
     from transformers import AutoTokenizer
 
-    from .data import load_split
+    from .data.examples import load_split
     from .scoring import load_model
     from .training import load_arguments
 

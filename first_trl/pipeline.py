@@ -11,9 +11,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from .recipe import STAGES, Recipe, RecipeError, load_recipe
-from .run_folder import RunFolder, path_fingerprint
-from .run_log import say
+from .recipe.loading import STAGES, Recipe, RecipeError, load_recipe
+from .running.folder import RunFolder, path_fingerprint
+from .running.log import say
 
 METHODS_WITHOUT_VALUE = ("none",)
 

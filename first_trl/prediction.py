@@ -69,8 +69,8 @@ class Predictor:
             ValueError: an accuracy for which no threshold was fitted.
         """
         from .abstention import threshold_for
-        from .choices import choice_token_ids
-        from .data import encode_prompt
+        from .data.choices import choice_token_ids
+        from .data.examples import encode_prompt
         from .scoring import sequence_log_probs
 
         threshold, rows, prompts = threshold_for(self.description, accuracy), list(rows), []
@@ -126,7 +126,7 @@ def _folder(adapter: str, revision: str | None) -> Path:
 
 def _check_base(folder: Path) -> None:
     """Refuse an adapter whose base model was a folder that is not here."""
-    from .recipe_rules import looks_local
+    from .recipe.rules import looks_local
 
     config = folder / "adapter_config.json"
     if not config.is_file():
@@ -141,7 +141,7 @@ def _check_base(folder: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit status."""
-    from .failures import explain
+    from .running.failures import explain
 
     options = _parser().parse_args(argv)
     try:
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _answer_lines(options: argparse.Namespace) -> None:
     from .abstention import threshold_for
-    from .run_folder import write_atomically
+    from .running.folder import write_atomically
 
     source = options.input.open("rb") if options.input else sys.stdin.buffer
     with source:

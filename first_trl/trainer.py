@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 from trl import SFTTrainer, pack_dataset
 
-from .cache import TeacherCache, check_cache, check_vocabulary, open_cache
-from .cache_format import TAIL_POWERS_COLUMN
+from .cache.format import TAIL_POWERS_COLUMN
+from .cache.reader import TeacherCache, check_cache, check_vocabulary, open_cache
 from .calibration import recalibrate
 from .first_config import FIRSTConfig
 from .losses import conditional_divergence, mass_divergence, partition_divergence

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from .data import load_split, tokenize_dataset
+from .data.examples import load_split, tokenize_dataset
 from .sharding import launched_sharded, missing_quant_storage
 
 

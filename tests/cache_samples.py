@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from first_trl.cache_writer import CacheWriter
-from first_trl.fingerprints import chat_template_fingerprint, tokenizer_fingerprint
+from first_trl.cache.fingerprints import chat_template_fingerprint, tokenizer_fingerprint
+from first_trl.cache.writer import CacheWriter
 
 VOCABULARY = 40
 

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from first_trl.cache import check_cache, check_vocabulary, open_cache
-from first_trl.cache_format import SEAL, CacheError, cache_schema, read_manifest, render_manifest
-from first_trl.fingerprints import chat_template_fingerprint, dataset_fingerprint, row_key
+from first_trl.cache.fingerprints import chat_template_fingerprint, dataset_fingerprint, row_key
+from first_trl.cache.format import SEAL, CacheError, cache_schema, read_manifest, render_manifest
+from first_trl.cache.reader import check_cache, check_vocabulary, open_cache
 from tests.cache_samples import VOCABULARY, FakeTokenizer, contents, description, make_row, make_rows, write_cache
 
 COLUMNS = ["input_ids", "labels", "teacher_ids", "teacher_log_probs", "teacher_tail_log_prob"]

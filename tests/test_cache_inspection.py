@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from first_trl import __main__ as command
-from first_trl.cache import open_cache
-from first_trl.cache_format import CacheError
-from first_trl.cache_hub import build_card, push_cache
-from first_trl.cache_inspection import describe
-from first_trl.cache_verification import check_content, compare_with_teacher
+from first_trl.cache.format import CacheError
+from first_trl.cache.hub import build_card, push_cache
+from first_trl.cache.inspection import describe
+from first_trl.cache.reader import open_cache
+from first_trl.cache.verification import check_content, compare_with_teacher
 from first_trl.stages import cache as stage
 from tests.cache_recipe import write_recipe
 from tests.cache_samples import contents, make_row, make_rows, write_cache
@@ -90,7 +90,7 @@ def test_inspect_refuses_a_tokenizer_that_would_show_other_words(capsys, path, t
 
 
 def test_the_teachers_bytes_are_those_of_its_three_columns(path):
-    from first_trl.cache_inspection import teacher_bytes
+    from first_trl.cache.inspection import teacher_bytes
 
     size = teacher_bytes(open_cache(path))
     assert 80 * 10 < size < sum(file.stat().st_size for file in path.glob("*.parquet"))
@@ -170,7 +170,7 @@ def test_tokens_that_are_not_the_most_probable_exceed_the_tolerance_even_with_th
 
 
 def test_a_key_that_is_not_its_rows_is_found_where_the_bytes_are_as_the_manifest_says(tmp_path, monkeypatch):
-    monkeypatch.setattr("first_trl.cache_rows.row_key", lambda *_: "ab" * 32)
+    monkeypatch.setattr("first_trl.cache.shard.row_key", lambda *_: "ab" * 32)
     write_cache(tmp_path / "cache", make_rows(6))
     with pytest.raises(CacheError, match=f"row 0 has row_key {'ab' * 32}, its tokens give"):
         check_content(open_cache(tmp_path / "cache"))

@@ -18,11 +18,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from first_trl.cache import parquet_files
-from first_trl.cache_format import CacheError, shard_name
-from first_trl.cache_identity import open_recipe_cache, teacher_identity
-from first_trl.cache_run import write_shards
-from first_trl.recipe import load_recipe
+from first_trl.cache.format import CacheError, shard_name
+from first_trl.cache.identity import open_recipe_cache, teacher_identity
+from first_trl.cache.reader import parquet_files
+from first_trl.cache.run import write_shards
+from first_trl.recipe.loading import load_recipe
 from first_trl.stages import cache as stage
 from first_trl.stages import calibrate, distill
 from tests.cache_recipe import run_stage, write_recipe
@@ -105,7 +105,9 @@ def test_one_two_and_three_processes_and_a_restart_after_a_kill_write_the_same_b
 def processes():
     """Processes that start quickly: forked off a server that has the libraries imported and no threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["first_trl.trainer", "first_trl.scoring", "first_trl.data", "first_trl.cache_run"])
+    context.set_forkserver_preload(
+        ["first_trl.trainer", "first_trl.scoring", "first_trl.data.examples", "first_trl.cache.run"]
+    )
     started = []
 
     def start(target, *arguments):

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from first_trl.cache import open_cache
-from first_trl.cache_format import CacheError
-from first_trl.cache_writer import CacheWriter
+from first_trl.cache.format import CacheError
+from first_trl.cache.reader import open_cache
+from first_trl.cache.writer import CacheWriter
 from tests.cache_samples import (
     contents,
     description,

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from first_trl.choices import choice_token_ids, single_token_ids
 from first_trl.config import DatasetConfig, TaskConfig
-from first_trl.data import (
+from first_trl.data.choices import choice_token_ids, single_token_ids
+from first_trl.data.examples import (
     check_disjoint,
     encode_example,
     encode_prompt,
     load_split,
     tokenize_dataset,
 )
-from first_trl.rendering import render_template, template_fields
+from first_trl.data.rendering import render_template, template_fields
 
 TEMPLATE = "Review: {text}\nSentiment:"
 ROWS = [

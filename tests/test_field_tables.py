@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from first_trl.field_tables import CLASSES, known_fields
+from first_trl.recipe.field_tables import CLASSES, known_fields
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -55,7 +55,8 @@ def test_a_class_that_moved_is_an_error(monkeypatch):
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys; from first_trl.field_tables import CLASSES, known_fields; [known_fields(c) for c in CLASSES];"
+        "import sys; from first_trl.recipe.field_tables import CLASSES, known_fields;"
+        "[known_fields(c) for c in CLASSES];"
         "print([m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

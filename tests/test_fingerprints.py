@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from first_trl.fingerprints import (
+from first_trl.cache.fingerprints import (
     chat_template_fingerprint,
     dataset_fingerprint,
     row_key,

@@ -16,17 +16,17 @@ from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from first_trl.cache import CacheError, open_cache
-from first_trl.cache_format import MANIFEST, SEAL, render_manifest
-from first_trl.card import build_card
+from first_trl.cache.fingerprints import file_sha256
+from first_trl.cache.format import MANIFEST, SEAL, render_manifest
+from first_trl.cache.reader import CacheError, open_cache
 from first_trl.config import TaskConfig
-from first_trl.fingerprints import file_sha256
-from first_trl.recipe import RecipeError, load_recipe
-from first_trl.redaction import redacted
-from first_trl.rendering import render_template
-from first_trl.report import measure, page
-from first_trl.run_log import recording
-from first_trl.verdict import verdict
+from first_trl.data.rendering import render_template
+from first_trl.hub.card import build_card
+from first_trl.recipe.loading import RecipeError, load_recipe
+from first_trl.report.verdict import verdict
+from first_trl.report.writing import measure, page
+from first_trl.running.log import recording
+from first_trl.running.redaction import redacted
 from tests.cache_samples import make_rows, write_cache
 from tests.test_card import facts, measured
 from tests.test_data import Trap, Watched

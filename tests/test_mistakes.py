@@ -10,9 +10,9 @@ import re
 
 import pytest
 
-from first_trl import failures
 from first_trl.config import DatasetConfig, TaskConfig
-from first_trl.recipe import load_recipe
+from first_trl.recipe.loading import load_recipe
+from first_trl.running import failures
 from tests.test_recipe import RECIPE
 from tests.tiny import build_model, build_tokenizer
 
@@ -70,7 +70,7 @@ def data(*lines, tokenizer=None, source=None, **task):
     """Load and encode data/rows.jsonl, which has these lines (rows, or text as it is)."""
 
     def act(folder):
-        from first_trl.data import load_split, tokenize_dataset
+        from first_trl.data.examples import load_split, tokenize_dataset
 
         text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
         (folder / "data" / "rows.jsonl").write_text(text)
@@ -86,7 +86,7 @@ def choices(*words, completion=" {label}", tokenizer=None):
     """Look for the tokens of the choices, as a cache of `support: choices` does."""
 
     def act(folder):
-        from first_trl.choices import single_token_ids
+        from first_trl.data.choices import single_token_ids
 
         task = TaskConfig(**TASK | {"choices": list(words), "completion": completion})
         single_token_ids(task, (tokenizer or build_tokenizer)(), ROW)
@@ -100,7 +100,7 @@ def refused_by_the_hub(error):
     def act(folder, monkeypatch):
         import datasets
 
-        from first_trl.data import load_split
+        from first_trl.data.examples import load_split
 
         def refuse(*args, **kwargs):
             raise error
@@ -165,7 +165,7 @@ def cache(change=lambda folder: None, **expected):
     """Open a small cache after a change, and ask that it fits."""
 
     def act(folder):
-        from first_trl.cache import check_cache, open_cache
+        from first_trl.cache.reader import check_cache, open_cache
         from tests.cache_samples import make_rows, write_cache
 
         write_cache(folder / "cache", make_rows(6))
@@ -182,7 +182,7 @@ def other_tokenizer(folder):
 
 def small_student(folder):
     """Train a student whose vocabulary ends before the teacher's."""
-    from first_trl.cache import check_vocabulary, open_cache
+    from first_trl.cache.reader import check_vocabulary, open_cache
 
     cache()(folder)
     check_vocabulary(open_cache(folder / "cache"), vocab_size=20)
@@ -214,7 +214,7 @@ def no_tracker(folder):
 
 def push(revision=None, create_pr=False, repo="me/student", fault=None):
     def act(folder, hub):
-        from first_trl.hub import push_folder
+        from first_trl.hub.upload import push_folder
 
         (folder / "push").mkdir()
         (folder / "push" / "README.md").write_text("# card\n")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from first_trl import __main__ as command
-from first_trl.footprint import (
+from first_trl.plan.estimate import make_plan
+from first_trl.plan.footprint import (
     attention_flops,
     build_on_meta,
     count_step,
@@ -18,9 +19,8 @@ from first_trl.footprint import (
     optimizer_bytes,
     weights_of,
 )
-from first_trl.plan import make_plan
-from first_trl.plan_machine import Machine, read_machine
-from first_trl.recipe import load_recipe
+from first_trl.plan.machine import Machine, read_machine
+from first_trl.recipe.loading import load_recipe
 from tests.cache_recipe import write_recipe
 from tests.tiny import build_model, build_tokenizer
 

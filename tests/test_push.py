@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from first_trl.card import prepare_upload_folder
-from first_trl.hub import PushError, push_folder
+from first_trl.hub.card import prepare_upload_folder
+from first_trl.hub.upload import PushError, push_folder
 from tests.finished_run import make_base, make_run
 from tests.loopback_hub import ROUTES as loopback_routes
 from tests.loopback_hub import TOKEN
@@ -208,7 +208,7 @@ def test_the_push_stage_rehearses_without_a_network_and_then_pushes(hub, tmp_pat
 def finished_command(tmp_path):
     """A run whose records say that it is finished, for the command; returns its folder and the recipe's file."""
     from first_trl.pipeline import inputs_of
-    from first_trl.run_folder import RunFolder
+    from first_trl.running.folder import RunFolder
 
     run, recipe = make_run(tmp_path / "work", make_base(tmp_path / "tiny-base"))
     records = RunFolder(run)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from first_trl import __main__ as command
-from first_trl.recipe import STAGES
+from first_trl.recipe.loading import STAGES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,6 +41,7 @@ def test_a_command_names_a_stage_a_recipe_and_a_configuration_that_exist(line, m
     started = []
     monkeypatch.setattr(command, "launch", lambda stage, *_: started.append(stage) or 0)
     monkeypatch.setattr(command, "run_pipeline", lambda recipe, *_: started.append(recipe) or 0)
+    monkeypatch.setattr("first_trl.merging._recipe_job", lambda options: {})  # it would look for the recipe's data
     monkeypatch.setattr("first_trl.merging.merge", lambda **job: started.append(job) or {})
     monkeypatch.setattr("first_trl.prediction.main", lambda argv: started.append(argv[0]) or 0)
     cache_command = command.cache_commands._parser().parse_args
@@ -91,7 +92,7 @@ def test_the_sft_script_needs_five_changed_lines():
 
 
 def test_the_recipes_of_the_examples_are_recipes(tmp_path, monkeypatch):
-    from first_trl.recipe import load_recipe
+    from first_trl.recipe.loading import load_recipe
 
     whole, arms, alone = BLOCKS["yaml"]
     (tmp_path / "data").mkdir()

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from first_trl.recipe import DEFAULT_ARMS, STAGES, Recipe, RecipeError, load_recipe
+from first_trl.recipe.loading import DEFAULT_ARMS, STAGES, Recipe, RecipeError, load_recipe
 
 RECIPE = """\
 name: tiny
@@ -480,7 +480,7 @@ def test_a_recipe_is_checked_in_seconds_without_anything_heavy(case, pytestconfi
     path = write(*case[1:3]) if case else write()
     code = (
         f"import sys; sys.path.insert(0, {str(pytestconfig.rootpath)!r})\n"
-        "from first_trl.recipe import RecipeError, load_recipe\n"
+        "from first_trl.recipe.loading import RecipeError, load_recipe\n"
         f"try: load_recipe({path!r}); print('fine')\n"
         "except RecipeError as error: print(error)\n"
         "heavy = ('torch', 'transformers', 'trl', 'datasets', 'peft', 'accelerate', 'numpy', 'pyarrow')\n"

@@ -1,7 +1,7 @@
 """The rules of the training sections name settings that exist, with the values that the trainer takes."""
 
-from first_trl.recipe_keys import training_fields
-from first_trl.recipe_rules import LIMITS, NOT_YOURS
+from first_trl.recipe.keys import training_fields
+from first_trl.recipe.rules import LIMITS, NOT_YOURS
 
 
 def test_every_rule_is_about_a_setting_that_trl_or_first_trl_knows():

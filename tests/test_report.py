@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from first_trl import figures
 from first_trl.metrics import expected_calibration_error, paired_difference, reliability_bins, summarize
-from first_trl.report import measure, table_markdown, write_report
-from first_trl.verdict import ARMS, order_arms, outcome, verdict
+from first_trl.report import figures
+from first_trl.report.verdict import ARMS, order_arms, outcome, verdict
+from first_trl.report.writing import measure, table_markdown, write_report
 
 
 def answers(size, sharpness, seed=0, noise=0.0, ceiling=1.0):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from first_trl.rows import calibration_rows
+from first_trl.cache.arrays import calibration_rows
 from first_trl.stages import cache, calibrate
 from tests.cache_recipe import write_recipe
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from first_trl.run_folder import RunFolder, path_fingerprint, write_atomically
+from first_trl.running.folder import RunFolder, path_fingerprint, write_atomically
 
 
 @pytest.fixture

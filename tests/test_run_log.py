@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from first_trl import failures, stage_command
-from first_trl.redaction import redacted
-from first_trl.run_log import libraries_into, recording, say
+from first_trl.running import command, failures
+from first_trl.running.log import libraries_into, recording, say
+from first_trl.running.redaction import redacted
 from tests.cache_recipe import write_recipe
 
 TOKEN = "hf_" + "a" * 30
@@ -108,13 +108,13 @@ def run(monkeypatch, tmp_path, error, quiet=False):
     """The one line that a stage `cache` ends with when its work raises `error`, and its log."""
     recipe = SimpleNamespace(run_folder=tmp_path)
     options = argparse.Namespace(quiet=quiet)
-    monkeypatch.setattr(stage_command, "parse_stage", lambda stage, argv: (recipe, options))
+    monkeypatch.setattr(command, "parse_stage", lambda stage, argv: (recipe, options))
 
     def work(recipe, options):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        stage_command.stage_command("cache")(work)([])
+        command.stage_command("cache")(work)([])
     return stop.value.code, (tmp_path / "log.txt").read_text()
 
 
@@ -138,7 +138,7 @@ def test_an_error_of_another_process_says_which(monkeypatch, tmp_path):
 
 
 def test_a_mistake_that_we_name_is_told_without_a_word_more():
-    from first_trl.cache import open_cache
+    from first_trl.cache.reader import open_cache
 
     with pytest.raises(ValueError) as error:
         open_cache("nowhere at all")

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from first_trl.pipeline import calibration_methods, works_of
-from first_trl.recipe import load_recipe
+from first_trl.recipe.loading import load_recipe
 from first_trl.stages import cache, calibrate, distill, evaluate
 from tests.cache_recipe import write_recipe, write_rows
 
@@ -192,7 +192,7 @@ def test_a_finished_seed_stays_when_another_is_added_or_made_again(seeded, capsy
 
 
 def test_the_first_seeds_student_is_the_one_that_is_pushed_and_the_card_says_what_its_figures_are(seeded, tmp_path):
-    from first_trl.card import prepare_upload_folder
+    from first_trl.hub.card import prepare_upload_folder
 
     _, recipe, _ = seeded
     folder = prepare_upload_folder(recipe.run_folder, "first", recipe, tmp_path / "push")

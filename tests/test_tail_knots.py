@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 
-from first_trl.cache import open_cache
-from first_trl.cache_format import TAIL_POWERS, TAIL_POWERS_COLUMN
+from first_trl.cache.format import TAIL_POWERS, TAIL_POWERS_COLUMN
+from first_trl.cache.reader import open_cache
 from first_trl.calibration import recalibrate, search
 from first_trl.evaluation import answer_set, recalibrated_answers
 from first_trl.head import top_k_log_probs
-from first_trl.recipe import RecipeError, load_recipe
+from first_trl.recipe.loading import RecipeError, load_recipe
 from first_trl.scoring import load_model
 from first_trl.stages import cache as cache_stage
 from first_trl.stages import calibrate as calibrate_stage

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import PurePath
 
 from first_trl.pipeline import cached_roles, require, run_work, say, teacher_folders, teacher_path
-from first_trl.stage_command import stage_command
+from first_trl.running.command import stage_command
 
 
 @stage_command("cache")
@@ -29,8 +29,8 @@ def cache_splits(recipe) -> list[str]:
     from accelerate.utils import broadcast_object_list
     from transformers import AutoTokenizer
 
-    from first_trl.cache_identity import cache_identity, teachers_identity
-    from first_trl.folds import each_by_its_own_teacher
+    from first_trl.cache.identity import cache_identity, teachers_identity
+    from first_trl.data.folds import each_by_its_own_teacher
     from first_trl.training import teacher_section
 
     state, path, section = PartialState(), teacher_path(recipe), teacher_section(recipe)
@@ -73,7 +73,7 @@ def teacher_runner(recipe, path: str, section: dict, vocab_limit: int) -> tuple[
         options = {"max_length": recipe.task.max_length, "top_k": settings.top_k, "options": settings.vllm_options}
         engine, version = load_vllm(path, revision=revision, dtype=section["dtype"], **options)
         return partial(vllm_teacher_rows, engine, **wanted), {"name": "vllm", "model": None, "version": version}
-    from first_trl.cache_format import TAIL_POWERS
+    from first_trl.cache.format import TAIL_POWERS
     from first_trl.scoring import load_model, teacher_rows
     from first_trl.training import load_arguments
 
@@ -88,11 +88,11 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    from first_trl.cache import parquet_files
-    from first_trl.cache_identity import cached_split, kept_tokens
-    from first_trl.cache_run import write_shards
-    from first_trl.cache_writer import CacheWriter
-    from first_trl.data import load_split
+    from first_trl.cache.identity import cached_split, kept_tokens
+    from first_trl.cache.reader import parquet_files
+    from first_trl.cache.run import write_shards
+    from first_trl.cache.writer import CacheWriter
+    from first_trl.data.examples import load_split
 
     state, settings, folder = PartialState(), recipe.cache, recipe.run_folder / "cache" / role
     with state.local_main_process_first():
@@ -135,8 +135,8 @@ def row_encoder(recipe, role: str, tokenizer, first_row: dict) -> tuple[Callable
 
     Rows of `datasets.transfer` need no labels: the teacher's most probable choice stands in for each.
     """
-    from first_trl.choices import encode_answer_row, has_answer, single_token_ids, unanswered_encoder, with_answer
-    from first_trl.data import encode_row
+    from first_trl.data.choices import encode_answer_row, has_answer, single_token_ids, unanswered_encoder, with_answer
+    from first_trl.data.examples import encode_row
 
     place = "datasets.transfer" if role == "train" and recipe.datasets.transfer else f"datasets.{role}"
     wanted = {"task": recipe.task, "tokenizer": tokenizer, "place": place}

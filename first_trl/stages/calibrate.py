@@ -7,7 +7,9 @@ whole search curve and the errors before and after, for every family that an arm
 """
 
 import json
+from typing import Any
 
+from first_trl.cache.arrays import learned_by_heart
 from first_trl.pipeline import (
     cached_roles,
     calibration_candidates,
@@ -17,8 +19,7 @@ from first_trl.pipeline import (
     say,
     teacher_path,
 )
-from first_trl.rows import learned_by_heart
-from first_trl.stage_command import stage_command
+from first_trl.running.command import stage_command
 
 
 @stage_command("calibrate")
@@ -29,38 +30,22 @@ def main(recipe, options) -> None:
 
 def calibrate(recipe) -> list[str]:
     """Search every family on the validation cache; returns what was written."""
-    import torch
-
-    from first_trl.cache_identity import open_recipe_cache
-    from first_trl.calibration import largest_smoothing, search
+    from first_trl.calibration import search
     from first_trl.family import choose_family
-    from first_trl.rows import calibration_rows
-    from first_trl.run_folder import write_atomically
-    from first_trl.training import teacher_section
+    from first_trl.running.folder import write_atomically
 
     settings = recipe.calibrate
-    rows, labelled, max_smoothing = {}, {}, 1.0
-    for role in cached_roles(recipe):
-        cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe))
-        left_out = None if settings.include_eos else cache.manifest["eos_token_id"]
-        rows[role] = calibration_rows(cache.dataset, settings.positions, left_out)
-        if role == "train":  # the value must also fit every row that students learn from
-            max_smoothing = largest_smoothing(torch.from_numpy(calibration_rows(cache.dataset, "all").log_probs))
-        labelled[role] = cache.manifest.get("labels") != "teacher"
-    log_probs, target, tail_sums = rows["validation"]
-    tail = {"tail_power_knots": cache.manifest.get("tail_powers"), "tail_power_log_sums": tail_sums}
+    rows, tail, max_smoothing, teacher = read_caches(recipe)
     method, choice, families = settings.method, None, {}
     if method == "auto":
-        candidates = calibration_candidates(recipe)
-        choice = choose_family(
-            log_probs, target, candidates, settings.criterion, settings.num_bins, settings.seed, tail=tail
-        )
+        candidates, judged_by = calibration_candidates(recipe), (settings.criterion, settings.num_bins, settings.seed)
+        choice = choose_family(rows.log_probs, rows.target, candidates, *judged_by, tail=tail)
         method = choice.method
         say(f"calibrate: auto chooses {method}: {choice.why}")
     for family in calibration_methods(recipe):
         result = search(
-            log_probs,
-            target,
+            rows.log_probs,
+            rows.target,
             method=family,
             criterion=settings.criterion,
             num_bins=settings.num_bins,
@@ -71,13 +56,6 @@ def calibrate(recipe) -> list[str]:
         )
         families[family] = result.to_dict()
         say(f"calibrate: {search_line(result)}")
-    teacher = {"validation": rows["validation"].summary()}
-    if "train" in rows:
-        teacher = {"cached_rows": rows["train"].summary(labelled["train"]), **teacher}
-        for line in gap_lines(**teacher):
-            say(f"calibrate: {line}")
-    if recipe.cross_fit:
-        teacher["cross_fit"] = recipe.cross_fit
     calibration = {
         "schema_version": 1,
         "method": method,
@@ -86,12 +64,45 @@ def calibrate(recipe) -> list[str]:
         "criterion": settings.criterion,
         "positions": settings.positions,
         "num_bins": settings.num_bins,
-        "num_positions": len(target),
+        "num_positions": len(rows.target),
         "teacher": teacher,
         "families": families,
     }
     write_atomically(recipe.run_folder / "calibration.json", json.dumps(calibration, indent=1))
     return ["calibration.json"]
+
+
+def read_caches(recipe) -> tuple[Any, dict, float, dict]:
+    """(rows of validation, their tail's knots, the most smoothing that every row allows, the teacher on each cache).
+
+    Says the gap between the rows that the teacher labels and validation, where both are cached.
+    """
+    import torch
+
+    from first_trl.cache.arrays import calibration_rows
+    from first_trl.cache.identity import open_recipe_cache
+    from first_trl.calibration import largest_smoothing
+    from first_trl.training import teacher_section
+
+    rows, settings, teacher, max_smoothing = {}, recipe.calibrate, {}, 1.0
+    for role in cached_roles(recipe):
+        cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe))
+        left_out = None if settings.include_eos else cache.manifest["eos_token_id"]
+        rows[role] = calibration_rows(cache.dataset, settings.positions, left_out)
+        if role == "train":  # the value must also fit every row that students learn from
+            max_smoothing = largest_smoothing(torch.from_numpy(calibration_rows(cache.dataset, "all").log_probs))
+            teacher["cached_rows"] = rows[role].summary(cache.manifest.get("labels") != "teacher")
+    teacher["validation"] = rows["validation"].summary()
+    if "cached_rows" in teacher:
+        for line in gap_lines(**teacher):
+            say(f"calibrate: {line}")
+    if recipe.cross_fit:
+        teacher["cross_fit"] = recipe.cross_fit
+    tail = {
+        "tail_power_knots": cache.manifest.get("tail_powers"),
+        "tail_power_log_sums": rows["validation"].tail_power_log_sums,
+    }
+    return rows["validation"], tail, max_smoothing, teacher
 
 
 def gap_lines(cached_rows: dict, validation: dict) -> list[str]:

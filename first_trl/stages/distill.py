@@ -11,8 +11,8 @@ import json
 from functools import partial
 
 from first_trl.pipeline import needs_calibration, recalibration_of, require, run_work, teacher_path
-from first_trl.recipe import arm_of
-from first_trl.stage_command import stage_command
+from first_trl.recipe.loading import arm_of
+from first_trl.running.command import stage_command
 
 
 @stage_command("distill")
@@ -29,7 +29,7 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from first_trl.cache_identity import open_recipe_cache
+    from first_trl.cache.identity import open_recipe_cache
     from first_trl.first_config import FIRSTConfig
     from first_trl.modeling import adapters_to_float32
     from first_trl.trainer import FIRSTTrainer

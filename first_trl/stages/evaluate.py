@@ -11,8 +11,8 @@ import json
 
 from first_trl.abstention import PREDICT_FILE, describe_student
 from first_trl.pipeline import require, run_work, say, teacher_path, works_of
-from first_trl.run_folder import write_atomically
-from first_trl.stage_command import stage_command
+from first_trl.running.command import stage_command
+from first_trl.running.folder import write_atomically
 
 
 @stage_command("evaluate")
@@ -41,7 +41,7 @@ def evaluate(recipe) -> list[str]:
 def report(recipe, arms: list[str]) -> None:
     """Measure what was answered and write the report."""
     from first_trl.controls import VALIDATION, by_arm, collect, teacher_curves
-    from first_trl.report import write_report
+    from first_trl.report.writing import write_report
 
     folder, tests = recipe.run_folder / "report", list(recipe.datasets.test)
     calibration = json.loads((recipe.run_folder / "calibration.json").read_text(encoding="utf-8"))
@@ -76,8 +76,8 @@ def refuse_overlap(recipe) -> None:
     """
     from transformers import AutoTokenizer
 
-    from first_trl.choices import with_stand_ins
-    from first_trl.data import check_disjoint, load_split, tokenize_dataset
+    from first_trl.data.choices import with_stand_ins
+    from first_trl.data.examples import check_disjoint, load_split, tokenize_dataset
     from first_trl.evaluation import test_task
 
     tokenizer = AutoTokenizer.from_pretrained(teacher_path(recipe))
@@ -112,7 +112,7 @@ def answer_all_sets(recipe, arm: str) -> None:
     from accelerate import PartialState
     from transformers import AutoTokenizer
 
-    from first_trl.data import load_split
+    from first_trl.data.examples import load_split
     from first_trl.evaluation import answer_set, test_task
     from first_trl.scoring import load_model
     from first_trl.training import load_arguments, teacher_section

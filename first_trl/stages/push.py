@@ -6,7 +6,7 @@ Reads `runs/<name>/students/<arm>` and `report/`; writes `runs/<name>/push/`, ex
 """
 
 from first_trl.pipeline import require, say
-from first_trl.stage_command import stage_command
+from first_trl.running.command import stage_command
 
 
 @stage_command("push")
@@ -20,7 +20,7 @@ def main(recipe, options) -> None:
 
 def push(recipe, dry_run: bool) -> None:
     """Prepare the folder and upload it, unless this is a rehearsal."""
-    from first_trl.card import prepare_upload_folder, push_folder
+    from first_trl.hub.card import prepare_upload_folder, push_folder
 
     settings = recipe.push
     if settings.hub_model_id is None and not dry_run:

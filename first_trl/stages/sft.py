@@ -9,7 +9,7 @@ Reads the recipe's `task`, `datasets.train` and `sft`; writes `runs/<name>/teach
 from pathlib import Path
 
 from first_trl.pipeline import run_work, teacher_folders
-from first_trl.stage_command import stage_command
+from first_trl.running.command import stage_command
 
 
 @stage_command("sft")
@@ -39,7 +39,7 @@ def fine_tune(recipe, folder: Path, continues: bool, fold: int) -> None:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from first_trl.folds import rows_outside
+    from first_trl.data.folds import rows_outside
     from first_trl.modeling import adapters_to_float32
     from first_trl.training import model_arguments, tokenized_splits, train_and_save, training_arguments
 

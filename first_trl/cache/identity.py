@@ -1,0 +1,174 @@
+"""What a recipe's cache is made from, in the words of its manifest: for the stage that writes it and those that read.
+
+The teacher is known by its weights or its commit, the rows by their files, templates and lengths by their values; no
+path of this machine is among them. Nothing here runs a teacher or reads a shard.
+"""
+
+import json
+from pathlib import Path
+
+from ..config import DatasetConfig
+from ..data.load_errors import local_files
+from .fingerprints import (
+    chat_template_fingerprint,
+    file_sha256,
+    fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+from .format import TAIL_POWERS
+from .reader import TeacherCache, check_cache, open_cache
+from .writer import library_versions
+
+
+def cached_split(recipe, role: str) -> DatasetConfig:
+    """The rows behind `cache/train` and `cache/validation`: with `datasets.transfer`, train is those rows instead."""
+    return (recipe.datasets.transfer if role == "train" else None) or getattr(recipe.datasets, role)
+
+
+def kept_tokens(recipe) -> int:
+    """K: how many tokens the recipe's cache keeps at each supervised position."""
+    return len(recipe.task.choices) if recipe.cache.support == "choices" else recipe.cache.top_k
+
+
+def teacher_identity(path: str, section: dict) -> dict:
+    """The teacher of a manifest.
+
+    Args:
+        path: its folder, or its id on the Hub.
+        section: how it is run, from `first_trl.training.teacher_section`.
+
+    Returns:
+        `id` (a folder's name alone), `revision` (as asked for) and `commit` (as found, on the Hub), `weights_sha256`
+        of a folder, `base` with `base_sha256` of an adapter, `dtype`, `quantization`.
+    """
+    folder = Path(path) if Path(path).is_dir() else None
+    base, base_sha256 = None, None
+    if folder and (folder / "adapter_config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if Path(base).is_dir():
+            base, base_sha256 = Path(base).name, weights_fingerprint(base)
+    return {
+        "id": folder.resolve().name if folder else path,
+        "revision": section["model_revision"],
+        "commit": None if folder else _commit(path, section["model_revision"]),
+        "weights_sha256": weights_fingerprint(folder) if folder else None,
+        "base": base,
+        "base_sha256": base_sha256,
+        **_how_it_runs(section),
+    }
+
+
+def teachers_identity(recipe, path: str, section: dict) -> dict:
+    """`teacher_identity`, or with `sft.cross_fit` that of all its teachers together: `cross_fit` is their number.
+
+    Args:
+        path: the teacher, or the first of several, which lie side by side.
+    """
+    if not recipe.cross_fit:
+        return teacher_identity(path, section)
+    folder = Path(path).parent
+    each = [teacher_identity(str(folder / f"fold-{fold}"), section) for fold in range(recipe.cross_fit)]
+    weights = fingerprint([teacher["weights_sha256"] for teacher in each])
+    together = {"cross_fit": recipe.cross_fit, "fold_seed": recipe.seed}
+    return {**each[0], "id": folder.name, "weights_sha256": weights, **together}
+
+
+def _how_it_runs(section: dict) -> dict:
+    dtype = None if section["backend"] == "server" else section["dtype"]  # a server does not say
+    return {"dtype": dtype, "quantization": "nf4" if section["load_in_4bit"] else None}
+
+
+def _commit(model_id: str, revision: str) -> str | None:
+    """The commit that a branch of the Hub stands for now (or stood for when it was downloaded, without a network)."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    for name in ("config.json", "adapter_config.json"):
+        file = cached_file(model_id, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            return extract_commit_hash(file, None)
+    return None
+
+
+def cache_identity(recipe, role: str, tokenizer, teacher: dict, backend: dict) -> dict:
+    """The entries of `first_trl.cache.format.IDENTITY` for one split of a recipe, and some more.
+
+    Args:
+        tokenizer: the teacher's.
+        teacher: from `teacher_identity`.
+        backend: `name`, `model` and `version` of what runs it; only `hf` sums the tail, the others take what the K
+            tokens leave of 1.
+
+    Returns:
+        Those entries, `support`, `eos_token_id`, `backend`, `tail` (`exact` or `from_top_k`), and with tail knots
+        `tail_powers`.
+    """
+    return {
+        "teacher": teacher,
+        "support": recipe.cache.support,
+        "backend": backend,
+        "tail": "exact" if backend["name"] == "hf" else "from_top_k",
+        **({"tail_powers": list(TAIL_POWERS)} if recipe.cache.tail_knots else {}),
+        "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+        "chat_template_sha256": chat_template_fingerprint(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "dataset": _dataset_identity(cached_split(recipe, role), role),
+        "task": vars(recipe.task),
+        "library_versions": library_versions(),
+    }
+
+
+def _dataset_identity(config: DatasetConfig, role: str) -> dict:
+    named = [config.data_files] if isinstance(config.data_files, str) else config.data_files
+    files = local_files(config.path, named) if named or Path(config.path).is_dir() else []
+    files = [Path(config.path)] if Path(config.path).is_file() else files
+    return {
+        "path": Path(config.path).name if Path(config.path).exists() else config.path,
+        "name": config.name,
+        "files": [Path(file).name for file in named or []],
+        "files_sha256": fingerprint([[file.name, file_sha256(file)] for file in files]) if files else None,
+        "split": config.split,
+        "revision": config.revision,
+        "columns": config.columns,
+        "max_rows": config.max_rows,
+        "shuffle_seed": config.shuffle_seed,
+        "role": role,
+    }
+
+
+def open_recipe_cache(recipe, role: str, teacher_path: str, section: dict) -> TeacherCache:
+    """Open `cache/train` or `cache/validation` of a recipe's run, and refuse it if it is not what the recipe says.
+
+    K, which tokens those are, the type, the templates, the rows' files, the teacher's weights, tokenizer and chat
+    template are compared. A teacher of the Hub is known by its id and revision, without a network; a folder that is no
+    longer here is not compared, for nothing can be made from it.
+
+    Args:
+        teacher_path, section: as for `teacher_identity`.
+
+    Raises:
+        CacheError: the cache is damaged, or one of these differs; both values are named.
+    """
+    from transformers import AutoTokenizer
+
+    cache = open_cache(recipe.run_folder / "cache" / role)
+    expected = {
+        "top_k": kept_tokens(recipe),
+        "support": recipe.cache.support,
+        "dtype": recipe.cache.dtype,
+        "task": vars(recipe.task),
+        "dataset": _dataset_identity(cached_split(recipe, role), role),
+        "backend": {"name": recipe.cache.backend},
+        "tail_powers": list(TAIL_POWERS) if recipe.cache.tail_knots else "absent",
+    }
+    tokenizer, found = None, cache.manifest["teacher"]
+    if Path(teacher_path).is_dir():
+        expected["teacher"] = teachers_identity(recipe, teacher_path, section)
+        tokenizer = AutoTokenizer.from_pretrained(teacher_path)
+        expected["chat_template_sha256"] = chat_template_fingerprint(tokenizer)
+    elif found["weights_sha256"] is not None and (recipe.cross_fit or Path(teacher_path).name == found["id"]):
+        expected["teacher"] = _how_it_runs(section)
+    else:
+        expected["teacher"] = {"id": teacher_path, "revision": section["model_revision"], **_how_it_runs(section)}
+    check_cache(cache, tokenizer=tokenizer, **expected)
+    return cache

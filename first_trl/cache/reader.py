@@ -1,0 +1,247 @@
+"""Reading a teacher cache: every cache that it cannot vouch for is refused.
+
+A cache is a folder of Parquet shards and a `manifest.json` that says what they were made from and seals them. Whatever
+is wrong - a flipped bit, a missing shard, another tokenizer - is a `CacheError` that names what was found, what was
+expected and what to do; nothing is ever a warning. Writing is `first_trl.cache.writer`.
+
+Shapes: N supervised positions, K kept tokens. Log-probabilities are in nats, at temperature 1, over the vocabulary.
+"""
+
+import os
+import re
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from filelock import FileLock
+
+from .fingerprints import canonical_json, file_sha256, tokenizer_fingerprint
+from .format import MAKE_AGAIN, MANIFEST, SEAL, CacheError, manifest_schema, read_manifest
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_REMEDIES = {
+    "tokenizer_sha256": "train a student with the teacher's tokenizer, or make the cache with a teacher that has the "
+    "student's",
+    "top_k": "set cache.top_k to what the cache holds, or make the cache again",
+    "support": "set cache.support to what the cache holds, or make the cache again",
+    "teacher": "point to the teacher that the cache was made with, or make the cache again",
+    "dataset": "use the data that the cache was made from, or make the cache again",
+    "dataset_fingerprint": "use the rows that the cache was made from, in their order, or make the cache again",
+    "task": "use the templates and lengths that the cache was made with, or make the cache again",
+}
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """An opened cache: its folder, its manifest, and its rows in dataset order, memory-mapped."""
+
+    path: Path
+    manifest: dict
+    dataset: datasets.Dataset
+
+
+def open_cache(path: str | Path, verify: bool = True, *, revision: str | None = None) -> TeacherCache:
+    """Open a finished cache.
+
+    Args:
+        path: the folder, or the id of a data set repository on the Hub; a folder of that name comes first.
+        verify: hash every shard. Without it only presence, size and row count are compared with the manifest.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        CacheError: the folder is not a whole, unchanged, finished cache, or the Hub does not give it.
+    """
+    path = local_folder(path, revision)
+    manifest = read_manifest(path)
+    try:
+        check_shards(path, manifest, verify)
+        dataset = datasets.Dataset.from_file(str(_arrow_copy(path, manifest)))
+    except OSError as error:
+        raise CacheError(f"The cache {path} cannot be read: {error}. Mend what the system reports.") from error
+    return TeacherCache(path, manifest, dataset)
+
+
+def local_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The folder of a cache, downloaded if `path` is no folder here and may be an id on the Hub."""
+    if Path(path).is_dir():
+        if revision is not None:
+            raise CacheError(f"{path} is a folder here, which has no revision {revision!r}. Leave the revision out.")
+        return Path(path)
+    if not _HUB_ID.fullmatch(str(path)):
+        raise CacheError(f"There is no cache at {path}: no such folder. Run the cache stage, or correct the path.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                str(path), repo_type="dataset", revision=revision, allow_patterns=[MANIFEST, "*.parquet"]
+            )
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub raises no narrower family
+        raise CacheError(
+            f"There is no folder {path} here, and the Hub does not give a data set {path}"
+            f"{'' if revision is None else f' at revision {revision!r}'}: {' '.join(str(error).split())} "
+            "Correct the path, or check the network, HF_HUB_OFFLINE, and `hf auth login` for a private one."
+        ) from error
+
+
+def parquet_files(path: Path) -> list[str]:
+    """Names of the Parquet files of a folder, relative to it, that `load_dataset` would read; hidden ones are not."""
+    names = (file.relative_to(path) for file in path.rglob("*.parquet"))
+    return sorted(str(name) for name in names if not any(part.startswith(".") for part in name.parts))
+
+
+def check_shards(path: Path, manifest: dict, verify: bool = True) -> None:
+    """Compare the shards on disk with the manifest: which there are, their sizes, their bytes, their rows.
+
+    Raises:
+        CacheError: one is missing, there is one too many, or one differs.
+    """
+    listed, found = {shard["name"] for shard in manifest["shards"]}, set(parquet_files(path))
+    if missing := sorted(listed - found):
+        raise CacheError(
+            f"The cache {path} should have {len(listed)} shards and lacks {len(missing)}: {', '.join(missing[:3])}. "
+            "Run the cache stage again with the same settings to make them, or fetch a whole copy."
+        )
+    if extra := sorted(found - listed):
+        raise CacheError(
+            f"The cache {path} has {len(found)} Parquet files where its manifest lists {len(listed)}; the others "
+            f"are {', '.join(extra[:3])}. Move them out of the folder."
+        )
+    schema = manifest_schema(manifest)
+    for shard in manifest["shards"]:
+        file = path / shard["name"]
+        _compare(file, "size in bytes", file.stat().st_size, shard["bytes"])
+        if verify:
+            _compare(file, "sha256", file_sha256(file), shard["sha256"])
+        try:
+            metadata, columns = pq.read_metadata(file), pq.read_schema(file)
+            same_columns = columns.equals(schema)
+            found_columns = "" if same_columns else columns.remove_metadata().to_string()
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise CacheError(f"{file} is not a readable Parquet file ({error}). {MAKE_AGAIN}") from error
+        _compare(file, "number of rows", metadata.num_rows, shard["rows"])
+        if not same_columns:
+            _compare(file, "columns", found_columns, schema.to_string())
+
+
+def _compare(file: Path, what: str, found, expected) -> None:
+    if found != expected:
+        raise CacheError(
+            f"{file} is damaged: its {what} is {found}, the manifest has {expected}. Delete this file and run the "
+            "cache stage again with the same settings, or fetch a whole copy."
+        )
+
+
+def _arrow_copy(path: Path, manifest: dict) -> Path:
+    """The rows as one Arrow file among those of `datasets`, which can be memory-mapped as Parquet cannot.
+
+    It is named after the manifest's SHA-256, and so after every byte of the shards: another cache in the same folder
+    never meets it. Processes that open the same cache at the same time make it once.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "first_trl"
+    target = folder / f"{manifest[SEAL]}.arrow"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{manifest[SEAL]}.lock"):
+        if not target.exists():
+            temporary = folder / f"{manifest[SEAL]}.{uuid.uuid4().hex}.tmp"
+            try:
+                _write_arrow(temporary, path, manifest)
+                os.replace(temporary, target)
+            except (pa.ArrowException, UnicodeDecodeError) as error:
+                raise CacheError(f"The shards of {path} cannot be decoded ({error}). {MAKE_AGAIN}") from error
+            finally:
+                temporary.unlink(missing_ok=True)
+    return target
+
+
+def _write_arrow(target: Path, path: Path, manifest: dict) -> None:
+    schema = manifest_schema(manifest)
+    with open(target, "wb") as file:
+        with pa.ipc.new_stream(file, schema) as writer:
+            for shard in manifest["shards"]:
+                with pq.ParquetFile(path / shard["name"]) as parquet:
+                    writer.write_table(parquet.read().cast(schema))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def describe_differences(found: dict, expected: dict) -> dict[str, str]:
+    """Entries of `expected` that `found` does not have: dotted name -> both values, in words.
+
+    A section (`teacher`, `task`, `dataset`, ...) is compared entry by entry, and only those that `expected` names.
+    """
+    differences = {}
+    for name, wanted in expected.items():
+        have = found.get(name)
+        if isinstance(wanted, dict) and isinstance(have, dict):
+            pairs = {f"{name}.{key}": (have.get(key, "absent"), value) for key, value in wanted.items()}
+        else:
+            pairs = {name: (found.get(name, "absent"), wanted)}
+        for place, (left, right) in pairs.items():
+            if canonical_json(left) != canonical_json(right):
+                differences[place] = f"{place} is {left!r}, expected {right!r}"
+    return differences
+
+
+def check_cache(cache: TeacherCache, *, tokenizer=None, **expected) -> None:
+    """Refuse a cache that was made from something else than is expected.
+
+    Args:
+        tokenizer: the student's, or any that must give every id of the cache the same meaning.
+        expected: entries of the manifest and their values, e.g. `top_k=5`, `teacher={"revision": "main"}`,
+            `task={"max_length": 512}`, `chat_template_sha256=None`. In a section only the entries named are compared.
+
+    Raises:
+        CacheError: an entry differs; the message has both values of each, and the remedy.
+    """
+    if tokenizer is not None:
+        expected["tokenizer_sha256"] = tokenizer_fingerprint(tokenizer)
+    differences = describe_differences(cache.manifest, expected)
+    if differences:
+        sections = dict.fromkeys(name.partition(".")[0] for name in differences)
+        remedies = dict.fromkeys(_REMEDIES.get(name, "make the cache again with these settings") for name in sections)
+        raise CacheError(
+            f"The cache {cache.path} does not fit: {'; '.join(differences.values())}. "
+            f"To mend it, {'; '.join(remedies)}."
+        )
+
+
+def check_vocabulary(cache: TeacherCache, vocab_size: int, tokenizer=None) -> None:
+    """Refuse a cache with a token that the student cannot have: ids must be below its head, and its tokenizer's end.
+
+    Args:
+        vocab_size: rows of the student's head.
+        tokenizer: names the offending token; its largest id is a limit too, as a head may have rows for padding.
+
+    Raises:
+        CacheError: an id is too large; the message names the column, the row and the token.
+    """
+    limit, whose = vocab_size, f"the student's vocabulary has {vocab_size} entries"
+    if tokenizer is not None:
+        end = max(tokenizer.get_vocab().values()) + 1
+        if end < limit:
+            limit, whose = end, f"the student's tokenizer ends at id {end - 1}"
+    for column in ("teacher_ids", "input_ids"):
+        first_row = 0
+        for chunk in cache.dataset.data.column(column).chunks:
+            if _largest_id(chunk) >= limit:
+                row = next(i for i in range(len(chunk)) if _largest_id(chunk.slice(i, 1)) >= limit)
+                token_id = _largest_id(chunk.slice(row, 1))
+                token = None if tokenizer is None else tokenizer.convert_ids_to_tokens(token_id)
+                raise CacheError(
+                    f"{column} of row {first_row + row} of the cache {cache.path} has token id {token_id} "
+                    f"({'a token without a name' if token is None else repr(token)}), but {whose}. Take a "
+                    "student with the teacher's vocabulary, or make the cache with a teacher that has the student's."
+                )
+            first_row += len(chunk)
+
+
+def _largest_id(lists: pa.Array) -> int:
+    """The largest token id in nested lists, -1 if they are empty."""
+    largest = pc.max(pc.list_flatten(lists, recursive=True)).as_py()
+    return -1 if largest is None else largest

@@ -1,0 +1,212 @@
+"""The declared choices of a closed-answer task as tokens: what each is after a prompt, and what rows may be cached so.
+
+Everything here follows from `first_trl.data.examples`, which encodes whole rows; probabilities are those of
+`first_trl.scoring`.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..config import TaskConfig
+from .encoding import chat_ids, check_prefix, text_ids
+from .examples import IGNORED, encode_prompt, encode_row, is_conversational, split_messages, templates_of, with_end
+from .rendering import parse_template, render_template, text_around_field
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def choice_token_ids(task: TaskConfig, tokenizer, prompt_row: Mapping[str, Any] | None = None) -> list[list[int]]:
+    """The tokens of each choice after the prompt of `prompt_row`, in the order of `task.choices`.
+
+    Without a row, the context is the text that ends the prompt template. Where every choice is one token, that token
+    is the answer. Otherwise an answer is the whole completion, as training supervises it: what the template writes
+    after the choice and the end of sequence too, so that no answer is the beginning of another.
+
+    Raises:
+        ValueError: a choice is unknown to the tokenizer, or the tokens of one choice begin or are another's.
+    """
+    if not task.choices:
+        raise ValueError("task.choices is not set; list the closed answers, such as choices: [good, bad]")
+    both = [_answer_ids(task, tokenizer, prompt_row, choice) for choice in task.choices]
+    one_token_each = all(len(answer) == 1 for answer, _ in both)
+    answers = [answer if one_token_each else whole for answer, whole in both]
+    for choice, (answer, _) in zip(task.choices, both, strict=True):
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in answer:
+            raise ValueError(
+                f"task.choices: the tokenizer has no token for {choice!r} (it reads "
+                f"{tokenizer.convert_ids_to_tokens(answer)}); choose another word"
+            )
+    _refuse_beginnings(task, tokenizer, answers)
+    return answers
+
+
+def _refuse_beginnings(task: TaskConfig, tokenizer, answers: list[list[int]]) -> None:
+    """Probabilities of whole answers sum to at most 1 only where no answer is the beginning of another."""
+    taken: dict[tuple[int, ...], str] = {}
+    for choice, ids in sorted(zip(task.choices or (), answers, strict=True), key=lambda pair: len(pair[1])):
+        for length in range(1, len(ids) + 1):
+            if (earlier := taken.get(tuple(ids[:length]))) is None:
+                continue
+            names = tokenizer.convert_ids_to_tokens(ids[:length])
+            if length == len(ids):
+                raise ValueError(
+                    f"task.choices: {earlier!r} and {choice!r} are the same token{'s' * (length > 1)} "
+                    f"{names[0] if length == 1 else names!r}; choose answers that differ for this tokenizer"
+                )
+            raise ValueError(
+                f"task.choices: {earlier!r} is the beginning of {choice!r} (tokens {names}), so that it would always "
+                "be the likelier one; end both, with task.append_eos: true or a text after the answer"
+            )
+        taken[tuple(ids)] = choice
+
+
+def _answer_ids(
+    task: TaskConfig, tokenizer, row: Mapping[str, Any] | None, choice: str
+) -> tuple[list[int], list[int]]:
+    """The tokens of one choice after its prompt, alone and with all that is written after it."""
+    if row is not None and is_conversational(task, row):
+        prompt_ids = encode_prompt(task, tokenizer, row, check_length=False)
+        messages = split_messages(row, labelled=False)[0] + [{"role": "assistant", "content": choice}]
+        answered = chat_ids(tokenizer, messages, task.chat_template_kwargs, continue_final_message=True)
+        ended = chat_ids(tokenizer, messages, task.chat_template_kwargs)
+    else:
+        prompt_template, completion_template = templates_of(task, row)
+        before, after = text_around_field(completion_template)
+        prompt = text_around_field(prompt_template)[1] if row is None else render_template(prompt_template, row)
+        prompt_ids = text_ids(tokenizer, prompt)
+        answered = text_ids(tokenizer, prompt + before + choice)
+        ended = text_ids(tokenizer, prompt + before + choice + after)
+    check_prefix(tokenizer, prompt_ids, answered)
+    if ended[: len(answered)] != answered:
+        raise ValueError(
+            f"task.choices: {choice!r} melts into the text after it ({tokenizer.convert_ids_to_tokens(ended[-3:])}); "
+            "end the completion template with the answer"
+        )
+    if not (row is not None and is_conversational(task, row)):
+        ended = with_end(task, tokenizer, ended)
+    return answered[len(prompt_ids) :], ended[len(prompt_ids) :]
+
+
+def single_token_ids(task: TaskConfig, tokenizer, prompt_row: Mapping[str, Any]) -> list[int]:
+    """The token of each choice, where a cache keeps the choices alone; ValueError where one has several."""
+    answers = choice_token_ids(task, tokenizer, prompt_row)
+    longest = max(range(len(answers)), key=lambda i: len(answers[i]))
+    if len(answers[longest]) > 1:
+        assert task.choices is not None
+        raise ValueError(
+            f"task.choices: {task.choices[longest]!r} is {len(answers[longest])} tokens after the prompt "
+            f"({tokenizer.convert_ids_to_tokens(answers[longest])}), and cache.support: choices keeps one token for "
+            "each. Choose answers of one token, such as letters, or set cache.support: top_k"
+        )
+    return [token for (token,) in answers]
+
+
+def encode_answer_row(
+    row: Mapping[str, Any], index: int, task: TaskConfig, tokenizer, choice_ids: list[int], place: str = ""
+) -> dict[str, list[int]]:
+    """As `encode_row`, for a cache that keeps the tokens of the choices alone: the answer is all that is supervised.
+
+    Raises:
+        ValueError: as `encode_row`; or more than the answer is supervised, or it is none of `choice_ids`.
+    """
+    example = encode_row(row, index, task, tokenizer, place)
+    row_name = f"{place}{', ' if place else ''}row {index}"
+    supervised = [label for label in example["labels"] if label != IGNORED]
+    if len(supervised) != 1:
+        raise ValueError(
+            f"{row_name}: {len(supervised)} tokens are supervised "
+            f"({tokenizer.convert_ids_to_tokens(supervised[:4])}), and cache.support: choices keeps the choices' "
+            "tokens, which only the answer can be. Set task.append_eos: false and end the completion template with "
+            "the answer, or set cache.support: top_k"
+        )
+    if supervised[0] not in choice_ids:
+        raise ValueError(
+            f"{row_name}: its answer is the token {tokenizer.convert_ids_to_tokens(supervised)[0]!r}, and after the "
+            f"first row's prompt the choices are {tokenizer.convert_ids_to_tokens(choice_ids)}. Let every prompt end "
+            "in the same text, or set cache.support: top_k"
+        )
+    return example
+
+
+# Rows without an answer
+
+
+def has_answer(task: TaskConfig, row: Mapping[str, Any]) -> bool:
+    """Whether a row says what its answer is; what the answer is, and whether it is a choice, is not looked at."""
+    if is_conversational(task, row) and "messages" in row:
+        return bool(row["messages"]) and row["messages"][-1].get("role") == "assistant"
+    return all(row.get(name) is not None for name in _answer_columns(task, row))
+
+
+def _answer_columns(task: TaskConfig, row: Mapping[str, Any]) -> list[str]:
+    if is_conversational(task, row):
+        return ["completion"]
+    return [piece.column for piece in parse_template(templates_of(task, row)[1]) if piece.column is not None]
+
+
+def with_answer(row: Mapping[str, Any], task: TaskConfig, choice: str) -> dict[str, Any]:
+    """The row, answered with one of the choices.
+
+    Raises:
+        ValueError: the completion looks into its column, which a choice alone cannot fill.
+    """
+    message = {"role": "assistant", "content": choice}
+    if is_conversational(task, row) and "messages" in row:
+        return {**row, "messages": [*split_messages(row, labelled=False)[0], message]}
+    if is_conversational(task, row):
+        return {**row, "completion": [message]}
+    template = templates_of(task, row)[1]
+    (field,) = (piece for piece in parse_template(template) if piece.column is not None)
+    assert field.column is not None
+    if field.indices:
+        raise ValueError(
+            f"the rows have no {field.column!r}, and the completion {template!r} looks into it; write the answer as a "
+            "column of its own, or label datasets.transfer"
+        )
+    return {**row, field.column: choice}
+
+
+def with_stand_ins(dataset: "Dataset", task: TaskConfig) -> "Dataset":
+    """Rows without answers, with the first choice as everyone's, for where prompts matter; others as they are."""
+    if not task.choices or has_answer(task, dataset[0]):
+        return dataset
+    return dataset.map(partial(with_answer, task=task, choice=task.choices[0]))
+
+
+def unanswered_encoder(task: TaskConfig, tokenizer, first_row: Mapping[str, Any], place: str):
+    """How rows without answers become examples, and the answers that a teacher may give them.
+
+    Returns:
+        A function from a row and its number to an example that ends in the first choice, and
+        `first_trl.scoring.Candidates` as a pair: the tokens by which the choices are compared, and their completions.
+
+    Raises:
+        ValueError: there are no choices; nothing else can be asked of a teacher at one position.
+    """
+    if not task.choices:
+        raise ValueError(
+            f"{place}: the rows have no answer, and task.choices is not set. A teacher gives rows without labels one "
+            "of the declared answers; list them, or give the rows their answers"
+        )
+
+    def completion(row: Mapping[str, Any], choice: str) -> list[int]:
+        example = encode_row(with_answer(row, task, choice), 0, task, tokenizer, place)
+        return [label for label in example["labels"] if label != IGNORED]
+
+    choices, answers = task.choices, choice_token_ids(task, tokenizer, first_row)
+    completions = [completion(first_row, choice) for choice in choices]
+
+    def encode(row: Mapping[str, Any], index: int) -> dict[str, list[int]]:
+        example = encode_row(with_answer(row, task, choices[0]), index, task, tokenizer, place)
+        written = [label for label in example["labels"] if label != IGNORED]
+        room = len(example["labels"]) - len(written) + max(map(len, completions))
+        if written != completions[0] or room > task.max_length:
+            raise ValueError(
+                f"{place}, row {index}: after its prompt the choices are not the tokens that they are after the first "
+                "row's, or do not fit. Let every prompt end in the same text, and raise task.max_length if it is long."
+            )
+        return example
+
+    return encode, (answers, completions)

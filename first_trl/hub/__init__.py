@@ -1,0 +1,1 @@
+"""The folder and the card of a student, and their upload: start at `card`."""
