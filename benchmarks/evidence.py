@@ -37,6 +37,16 @@ EXPERIMENTS = {
         REVIEWS,
         ("--sft.num_train_epochs", "2", "--distill.max_steps", "150"),
     ),
+    "reviews-own-rows": (
+        "the same, but students learn the 3,000 rows that the teacher was trained on, and no others",
+        REVIEWS,
+        ("--datasets.transfer", "null"),
+    ),
+    "reviews-cross-fit": (
+        "those rows again, each labelled by that of two teachers which was trained on the other half",
+        REVIEWS,
+        ("--datasets.transfer", "null", "--sft.cross_fit", "2"),
+    ),
     "banking77": ("77 intents of bank customers, each with a two-letter code as its answer", BANKING77, ()),
 }
 METRICS = ("accuracy", "ece", "trust_score")
