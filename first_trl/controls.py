@@ -17,14 +17,14 @@ VALIDATION = "validation"
 
 
 def collect(
-    folder: Path, models: list[str], labelled: list[str], tests: list[str], calibration: dict
+    folder: Path, models: list[str], uncalibrated: list[str], tests: list[str], calibration: dict
 ) -> tuple[dict[str, dict], dict[str, tuple[str, float | None]]]:
     """What every arm and every recalibrated control predicts.
 
     Args:
         folder: holds `<model>/<set>.parquet` for validation and every test set.
         models: those that answered.
-        labelled: which of them are controls trained on labels, each of which gets a `<arm>_post_hoc`.
+        uncalibrated: students that learned from nothing recalibrated, each of which gets a `<arm>_post_hoc`.
         calibration: the content of `calibration.json`.
 
     Returns:
@@ -43,7 +43,7 @@ def collect(
             method, value = _fit(own[VALIDATION], calibration)
         fitted["teacher_recalibrated"] = method, value
         collected["teacher_recalibrated"] = _recalibrated(own, method, value)
-        for model in labelled:
+        for model in uncalibrated:
             method, value = _fit(answers[model][VALIDATION], calibration)
             arm, slash, seed = model.partition("/")
             control = f"{arm}_post_hoc{slash}{seed}"

@@ -31,7 +31,7 @@ def answers(size, sharpness, seed=0, noise=0.0, ceiling=1.0):
 
 SHARPNESS = {
     "teacher": 3, "teacher_recalibrated": 1, "base": 1.5, "fine_tuned": 4, "fine_tuned_post_hoc": 1.6, "distilled": 3,
-    "first": 1,
+    "distilled_post_hoc": 1.4, "first": 1,
 }  # fmt: skip
 CALIBRATION = {
     "method": "temperature",
@@ -201,7 +201,7 @@ def test_the_summary_names_missing_controls_the_teachers_gap_and_what_one_seed_c
     assert any("trained once" in s["text"] for s in written[1]["summary"])
     said = sentences(answers(100, 1), {"fine_tuned": answers(100, 2)})
     missing = next(s["text"] for s in said if "Not measured" in s["text"])
-    for arm in ("teacher", "teacher_recalibrated", "base", "fine_tuned_post_hoc", "distilled"):
+    for arm in ("teacher", "teacher_recalibrated", "base", "fine_tuned_post_hoc", "distilled", "distilled_post_hoc"):
         assert f"`{arm}`" in missing
     assert "`fine_tuned`" not in missing
 
@@ -242,7 +242,7 @@ def test_the_page_is_self_contained_escaped_and_describes_its_pictures(written):
     assert page.links and all(link.startswith("data:") for link in page.links)
     assert "script" not in page.tags and "iframe" not in page.tags and "link" in page.tags
     assert not re.search(r"@import|url\(", html)
-    assert len(page.alts) == 14 + 2 + 2 and all(len(alt) > 30 for alt in page.alts)
+    assert len(page.alts) == 2 * len(SHARPNESS) + 2 + 2 and all(len(alt) > 30 for alt in page.alts)
     assert "&lt;/pre&gt;&lt;script&gt;alert(&#39;x&#39;)" in html and "long &lt;b&gt;" in html
     assert "b" not in page.tags
     assert 'name="viewport"' in html and "@media print" in html and "<code>fine_tuned</code>" in html

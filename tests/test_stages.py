@@ -62,15 +62,15 @@ def run_stages(path, *stages):
 def whole(tmp_path_factory):
     """(recipe, metrics) of a run with a control, the method, and the method by two more families."""
     others = {f"first_{method}": {"recalibration_method": method} for method in ("label_smoothing", "probability")}
-    arms = {"fine_tuned": {"trainer": "sft"}, **others, "first": {}}
+    arms = {"fine_tuned": {"trainer": "sft"}, "distilled": {"recalibration_method": "none"}, **others, "first": {}}
     return run_stages(tiny_recipe(tmp_path_factory.mktemp("whole"), arms=arms))
 
 
 def test_the_report_of_a_run_has_thresholds_fitted_on_validation_for_every_arm_and_control(whole):
     recipe, metrics = whole
     arms = {"teacher", "teacher_recalibrated", "base", "fine_tuned", "fine_tuned_post_hoc", "first"}
-    arms |= {"first_label_smoothing", "first_probability"}
-    assert set(metrics["arms"]) == arms
+    arms |= {"distilled", "distilled_post_hoc", "first_label_smoothing", "first_probability"}
+    assert set(metrics["arms"]) == arms, "only a student that learned from nothing recalibrated has a post-hoc control"
     assert set(metrics["calibration"]["families"]) == {"temperature", "label_smoothing", "probability"}
     for arm in arms:
         assert set(metrics["arms"][arm]) == {"test"}, "validation is for fitting, and no column of the report"

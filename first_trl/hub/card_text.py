@@ -19,6 +19,7 @@ ARMS = {
     "fine_tuned": "the same base model, fine-tuned on the labels",
     "fine_tuned_post_hoc": "the same, its confidence recalibrated on validation",
     "distilled": "distilled, without recalibration",
+    "distilled_post_hoc": "the same, its confidence recalibrated on validation",
     "first": "distilled from the recalibrated teacher",
 }
 

@@ -17,7 +17,7 @@ from .rules import LIMITS, NOT_YOURS, broken_model_path, broken_training_rules
 
 TRAINERS = ("first", "sft")
 # Columns of the report that are no trained student.
-REPORT_ARMS = ("teacher", "teacher_recalibrated", "base", "fine_tuned_post_hoc")
+REPORT_ARMS = ("teacher", "teacher_recalibrated", "base", "fine_tuned_post_hoc", "distilled_post_hoc")
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,99}", re.ASCII)

@@ -8,8 +8,8 @@ fair controls are the trained students and what is laid over them; the teacher a
 from ..cache.arrays import learned_by_heart
 
 FOCUS = "first"
-ARMS = ("teacher", "teacher_recalibrated", "base", "fine_tuned", "fine_tuned_post_hoc", "distilled", FOCUS)
 REFERENCES = ("teacher", "teacher_recalibrated", "base")
+ARMS = (*REFERENCES, "fine_tuned", "fine_tuned_post_hoc", "distilled", "distilled_post_hoc", FOCUS)
 
 
 def order_arms(arms) -> list[str]:
@@ -98,8 +98,8 @@ def _against(difference: dict, control: str, name: str) -> dict:
     if results[0] != "win" and control.endswith("_post_hoc"):
         better = "is better calibrated" if results[0] == "loss" else "is as well calibrated, as far as can be told"
         text += (
-            f" `{FOCUS}` does not beat `{control}` here: one scalar, fitted on validation and laid over the "
-            f"fine-tuned student, {better}."
+            f" `{FOCUS}` does not beat `{control}` here: one scalar, fitted on validation and laid over "
+            f"`{control.removesuffix('_post_hoc')}`, {better}."
         )
     kind = "loss" if "loss" in results else results[0]
     return _say("note" if kind == "unknown" else kind, text, name)

@@ -3,14 +3,14 @@
     accelerate launch -m first_trl.stages.evaluate RECIPE [--key value ...]
 
 Reads the teacher, the students and the test sets; writes `runs/<name>/report/`. The arms are shared out over the
-processes of the job. `teacher_recalibrated` and `fine_tuned_post_hoc` are the same answers with a recalibration laid
-over them (`first_trl.controls`).
+processes of the job. `teacher_recalibrated`, `fine_tuned_post_hoc` and `distilled_post_hoc` are the same answers with
+a recalibration laid over them (`first_trl.controls`).
 """
 
 import json
 
 from first_trl.abstention import PREDICT_FILE, describe_student
-from first_trl.pipeline import require, run_work, say, teacher_path, works_of
+from first_trl.pipeline import recalibration_of, require, run_work, say, teacher_path, works_of
 from first_trl.running.command import stage_command
 from first_trl.running.folder import write_atomically
 
@@ -45,8 +45,8 @@ def report(recipe, arms: list[str]) -> None:
 
     folder, tests = recipe.run_folder / "report", list(recipe.datasets.test)
     calibration = json.loads((recipe.run_folder / "calibration.json").read_text(encoding="utf-8"))
-    labelled = [arm for arm in recipe.students if recipe.arm_trainer(arm) == "sft"]
-    predictions, fitted = collect(folder / "answers", arms, labelled, tests, calibration)
+    uncalibrated = [student for student in recipe.students if recalibration_of(recipe, student)[0] == "none"]
+    predictions, fitted = collect(folder / "answers", arms, uncalibrated, tests, calibration)
     for name, (method, value) in fitted.items():
         say(f"evaluate: {name} is measured with {method} {value:.3g}, fitted on validation")
     for student in recipe.students:
