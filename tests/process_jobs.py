@@ -15,11 +15,12 @@ import torch
 def train(job: dict) -> None:
     """A few AdamW steps of an adapter on 32 examples; the main process writes the adapter and what was evaluated.
 
-    Every rank writes `ranks/RANK.json`: a digest of its weights, and how often it wrote an adapter.
+    Every rank writes `ranks/RANK.json`: a digest of the weights that it holds, which of them it shares with others,
+    and how often it wrote an adapter.
     """
     import peft
     from peft import LoraConfig
-    from safetensors.torch import save_file
+    from torch.distributed.tensor import DTensor
 
     from tests.test_trainer import cache_of, random_examples, trainer_for
     from tests.tiny import build_model, build_tokenizer
@@ -44,24 +45,29 @@ def train(job: dict) -> None:
         **job.get("settings", {}),
     }
     adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True, task_type="CAUSAL_LM")
+    student = build_model(len(tokenizer), seed=1, tie_word_embeddings=job.get("adapter", True))
     trainer = trainer_for(
-        build_model(len(tokenizer), seed=1), dataset, tokenizer, folder / "out", peft_config=adapter, **settings
+        student,
+        dataset,
+        tokenizer,
+        folder / "out",
+        peft_config=adapter if job.get("adapter", True) else None,
+        **settings,
     )
     trainer.eval_dataset = trainer.eval_dataset.select(range(job.get("eval_rows", 32)))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=job.get("resume"))
     metrics = trainer.evaluate()
     trainer.save_model(folder / "adapter")
-    weights = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
-    weights = {
-        name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in weights.items()
-    }
-    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    weights = {name: value.detach() for name, value in trainer.model.named_parameters() if value.requires_grad}
     rank = trainer.accelerator.process_index
     (folder / "ranks").mkdir(exist_ok=True, parents=True)
-    total = sum(value.double().sum().item() for value in weights.values())
-    (folder / "ranks" / f"{rank}.json").write_text(json.dumps({"total": total, "writes": writes}))
+    digest = {
+        "total": sum(value.double().sum().item() for value in weights.values()),
+        "in_pieces": all(isinstance(value, DTensor) or value.numel() == 0 for value in weights.values()),
+        "writes": writes,
+    }
+    (folder / "ranks" / f"{rank}.json").write_text(json.dumps(digest))
     if trainer.is_world_process_zero():
-        save_file(weights, folder / "weights.safetensors")
         history = [entry for entry in trainer.state.log_history if "kl" in entry]
         (folder / "metrics.json").write_text(json.dumps({"evaluated": metrics, "trained": history}))
 
@@ -97,63 +103,16 @@ def distill(job: dict) -> None:
     stage.main([job["recipe"], *job.get("overrides", [])])
 
 
-def fsdp2(job: dict) -> None:
-    """Three AdamW steps of whole weights or of an adapter, sharded by torch's FSDP2 and not; writes the difference.
+def train_sharded(job: dict) -> None:
+    """`train` under FSDP2 or DeepSpeed on a CPU: accelerate shards on accelerators alone, so gloo passes for one."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
 
-    accelerate shards on accelerators alone, so on a CPU torch's own `fully_shard` does what it would do there.
-    """
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    plain, sharded = (shard_and_step(job["adapter"], chosen) for chosen in (None, mesh))
-    assert plain.keys() == sharded.keys()
-    difference = max(float((sharded[name] - plain[name]).norm() / plain[name].norm()) for name in plain)
-    if dist.get_rank() == 0:
-        Path(job["out"]).write_text(json.dumps({"difference": difference, "tensors": len(plain)}))
-    dist.destroy_process_group()
-
-
-def shard_and_step(adapter: bool, mesh) -> dict[str, torch.Tensor]:
-    """The trained weights, whole, after three steps on four rows: all four here, or shared out over `mesh`."""
-    from peft import LoraConfig, get_peft_model
-    from torch.distributed.fsdp import fully_shard
-
-    from first_trl.modeling import add_partition_head
-    from tests.tiny import build_model
-
-    model = build_model(seed=1, tie_word_embeddings=False)
-    if adapter:
-        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-        model = get_peft_model(model, config)
-    base = model.get_base_model() if adapter else model
-    add_partition_head(base)
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(3, 27, (4, 7), generator=generator)
-    labels = input_ids.masked_fill(torch.arange(7) < 4, -100)
-    scale = 1
-    if mesh is not None:
-        for block in base.model.layers:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        own, scale = torch.arange(4).chunk(mesh.size())[mesh.get_rank()], mesh.size()
-        input_ids, labels = input_ids[own], labels[own]
-    ids_NK = torch.arange(5).expand(3 * len(labels), 5)
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
-    for _ in range(3):
-        output = model(input_ids=input_ids, labels=labels, partition_ids=ids_NK)
-        (-output.log_probs.sum() / 12 * scale).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert mesh is None or all(hasattr(weight, "full_tensor") for weight in trained.values())
-    return {
-        name: (weight.detach().full_tensor() if mesh is not None else weight.detach())
-        for name, weight in trained.items()
-    }
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    train({**job, "settings": {**job.get("settings", {}), "use_cpu": False}})
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"train": train, "distill": distill, "fsdp2": fsdp2}[sys.argv[1]](json.loads(sys.argv[2]))
+    {"train": train, "distill": distill, "train_sharded": train_sharded}[sys.argv[1]](json.loads(sys.argv[2]))

@@ -20,17 +20,18 @@ ROOT = Path(__file__).parent.parent
 SPLITS = {"1x8": (1, 8, 1), "2x4": (2, 4, 1), "4x2": (4, 2, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2)}
 
 
-def launch(processes: int, name: str, job: dict) -> subprocess.CompletedProcess:
+def launch(processes: int, name: str, job: dict, *options: str) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}", "--num_machines=1"]
     launcher += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    launcher += ["--multi_gpu"] if processes > 1 else []  # accelerate's name for torchrun
+    launcher += options or (["--multi_gpu"] if processes > 1 else [])  # accelerate's name for torchrun
     command = [*launcher, "-m", "tests.process_jobs", name, json.dumps(job)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment |= {"DS_ACCELERATOR": "cpu"} if options else {"ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
 
 
-def finish(processes: int, name: str, job: dict) -> None:
-    result = launch(processes, name, job)
+def finish(processes: int, name: str, job: dict, *options: str) -> None:
+    result = launch(processes, name, job, *options)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -38,6 +39,10 @@ def relative_difference(ours: dict, theirs: dict) -> float:
     """Largest over the tensors of |ours - theirs| / |theirs|."""
     assert ours.keys() == theirs.keys() and len(ours) > 10
     return max(float((ours[name] - value).norm() / value.norm().clamp(min=1e-12)) for name, value in theirs.items())
+
+
+def saved_weights(folder: Path) -> dict:
+    return load_file(next((folder / "adapter").glob("*model.safetensors")))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,7 @@ def trained(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_processes_batches_and_accumulation_end_with_the_same_adapter(split, trained):
-    reference, ours = (load_file(trained[name] / "weights.safetensors") for name in ("1x8", split))
+    reference, ours = (saved_weights(trained[name]) for name in ("1x8", split))
     difference = relative_difference(ours, reference)
     print(f"{split}: relative difference {difference:.1e}")
     assert difference <= 1e-5
@@ -88,16 +93,42 @@ def test_metrics_are_those_of_all_ranks_with_no_row_counted_twice(split, trained
 # Sharded
 
 
+def sharded_by(name: str, folder: Path) -> list[str]:
+    """Options of `accelerate launch`: those of configs/, with ZeRO-3 told to leave no weight whole for being small."""
+    if not name.startswith("zero"):
+        return ["--config_file", str(ROOT / "configs" / f"{name}.yaml")]
+    pytest.importorskip("deepspeed", reason="ZeRO needs DeepSpeed, which the package does not")
+    automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    zero = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0}
+    zero["stage3_gather_16bit_weights_on_model_save"] = True
+    settings = {"zero_optimization": zero, "gradient_clipping": "auto", **dict.fromkeys(automatic, "auto")}
+    (folder / "deepspeed.json").write_text(json.dumps(settings))
+    return ["--use_deepspeed", "--deepspeed_config_file", str(folder / "deepspeed.json"), "--zero3_init_flag", "true"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [False, True])
-def test_two_processes_that_share_the_weights_take_the_steps_of_one(adapter, tmp_path):
-    """FSDP2 on a CPU: whole weights and adapters, the head in pieces. Not 4-bit weights, whose sharded backward
-    bitsandbytes gets wrong on CPUs (its forward is right); and through torch, as accelerate shards on devices alone.
+@pytest.mark.parametrize("adapter", [True, False])
+@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
+def test_two_processes_that_share_the_weights_take_the_steps_of_one_and_resume(name, adapter, tmp_path):
+    """An adapter, or all weights and an untied head. Not 4-bit weights, whose sharded backward bitsandbytes gets wrong
+    on CPUs (its forward is right).
     """
-    finish(2, "fsdp2", {"adapter": adapter, "out": str(tmp_path / "out.json")})
-    result = json.loads((tmp_path / "out.json").read_text())
-    print(f"FSDP2, adapter {adapter}: relative difference {result['difference']:.1e}")
-    assert result["tensors"] > 10 and result["difference"] <= 1e-5
+    job = {"adapter": adapter, "eval_rows": 17, "accumulation": 1}
+    finish(1, "train", {**job, "folder": str(tmp_path / "one"), "batch": 8})
+    options, saving = sharded_by(name, tmp_path), {"save_strategy": "steps", "save_steps": 3}
+    job |= {"folder": str(tmp_path / "two"), "batch": 4, "settings": saving}
+    finish(2, "train_sharded", job, *options)
+    reference, ours = saved_weights(tmp_path / "one"), saved_weights(tmp_path / "two")
+    digest = json.loads((tmp_path / "two" / "ranks" / "0.json").read_text())
+    assert digest["in_pieces"] == (name != "zero2")
+    evaluated = [json.loads((tmp_path / run / "metrics.json").read_text())["evaluated"] for run in ("one", "two")]
+    assert evaluated[1]["eval_kl"] == pytest.approx(evaluated[0]["eval_kl"], rel=1e-5)
+    resumed = {**job, "folder": str(tmp_path / "again"), "resume": str(tmp_path / "two" / "out" / "checkpoint-3")}
+    finish(2, "train_sharded", resumed, *options)
+    assert [path.name for path in (tmp_path / "again" / "out").glob("checkpoint-*")] == ["checkpoint-6"]
+    differences = [relative_difference(weights, reference) for weights in (ours, saved_weights(tmp_path / "again"))]
+    print(f"{name}, adapter {adapter}: relative differences {differences[0]:.1e}, resumed {differences[1]:.1e}")
+    assert max(differences) <= 1e-5
 
 
 # Killed and resumed
