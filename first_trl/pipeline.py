@@ -8,6 +8,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -225,7 +226,7 @@ def join_processes(patient: bool = False):
 
 
 def run_work(recipe: Recipe, work: str, make: Callable[[bool], list[str]], patient: bool = False) -> None:
-    """Make a piece of work unless it is current, and record it.
+    """Make a piece of work unless it is current, and record it. The main process holds its lock meanwhile.
 
     Args:
         make: makes it on every process of the job, given whether this continues an interrupted attempt; returns the
@@ -234,21 +235,22 @@ def run_work(recipe: Recipe, work: str, make: Callable[[bool], list[str]], patie
     """
     from accelerate.utils import broadcast_object_list
 
-    state = join_processes(patient)
-    run, inputs = RunFolder(recipe.run_folder), inputs_of(recipe, work)
-    decision: list = [None]
-    if state.is_main_process:
-        decision = ["current" if run.is_current(work, inputs) else run.start(work, inputs)]
-        recipe.write_resolved(recipe.run_folder / "recipe.resolved.yaml")
-    continues = broadcast_object_list(decision)[0]
-    if continues == "current":
-        say(f"{work}: up to date, nothing to do")
-        return
-    started = time.monotonic()
-    outputs = make(continues)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        run.finish(work, inputs, outputs, time.monotonic() - started)
+    state, run = join_processes(patient), RunFolder(recipe.run_folder)
+    with run.held(work) if state.is_main_process else nullcontext():
+        inputs = inputs_of(recipe, work)
+        decision: list = [None]
+        if state.is_main_process:
+            decision = ["current" if run.is_current(work, inputs) else run.start(work, inputs)]
+            recipe.write_resolved(recipe.run_folder / "recipe.resolved.yaml")
+        continues = broadcast_object_list(decision)[0]
+        if continues == "current":
+            say(f"{work}: up to date, nothing to do")
+            return
+        started = time.monotonic()
+        outputs = make(continues)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            run.finish(work, inputs, outputs, time.monotonic() - started)
     read, written = ", ".join(reads_of(recipe, work)), ", ".join(str(recipe.run_folder / name) for name in outputs)
     say(f"{work}: read {read}; wrote {written} in {time.monotonic() - started:.0f} s; next: {_next(recipe, work)}")
 

@@ -1,5 +1,7 @@
 """Work is skipped exactly when nothing it was made from has changed and its outputs are there."""
 
+import os
+
 import pytest
 
 from first_trl.running.folder import RunFolder, path_fingerprint, write_atomically
@@ -37,6 +39,18 @@ def test_an_interrupted_attempt_continues_only_from_the_same_inputs(run):
     assert run.start("distill.first", {"rate": 1}) is False
     assert run.start("distill.first", {"rate": 1}) is True
     assert run.start("distill.first", {"rate": 2}) is False
+
+
+def test_work_that_another_process_makes_is_refused_by_name_until_that_ends(run):
+    with run.held("sft"):
+        with pytest.raises(ValueError, match=rf"sft of .* is being made by process {os.getpid()} on host"):
+            with RunFolder(run.path).held("sft"):
+                pass
+        with RunFolder(run.path).held("cache"):
+            pass  # other work is free
+    with RunFolder(run.path).held("sft"):
+        pass
+    assert not (run.path / ".records" / "sft.holder").exists()
 
 
 def test_tuples_and_lists_are_the_same_input(run):

@@ -3,15 +3,20 @@
 A record is one JSON file per piece of work in `<run>/.records`. It holds the inputs (settings, fingerprints of files,
 identities of the records that came before) and the files that came out. A piece is current when a record exists, its
 inputs equal today's, and its outputs are still there. Each record has an identity of its own, new at every making, so
-redoing one piece makes everything built on it stale, and nothing else.
+redoing one piece makes everything built on it stale, and nothing else. Who makes a piece holds its lock meanwhile.
 """
 
 import hashlib
 import json
 import os
+import socket
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 HASHED_BELOW = 64 * 2**20  # bytes; larger files are known by size and time of change
 
@@ -78,6 +83,33 @@ class RunFolder:
 
     def _outputs_exist(self, record: dict) -> bool:
         return all((self.path / name).exists() for name in record["outputs"])
+
+    @contextmanager
+    def held(self, work: str) -> Iterator[None]:
+        """Hold `work`, so that no second command makes it at the same time, over the files of the first.
+
+        The system lets go of the lock of a process that dies.
+
+        Raises:
+            ValueError: another process holds it; its pid and host are named.
+        """
+        folder = self.path / ".records"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock, holder = FileLock(folder / f"{work}.lock"), folder / f"{work}.holder"
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+            raise ValueError(
+                f"{work} of {self.path} is being made by {who}. Wait until it ends, or end it, and run again; or give "
+                "this run a --name of its own."
+            ) from None
+        try:
+            write_atomically(holder, f"process {os.getpid()} on host {socket.gethostname()}")
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()  # its empty file stays: removing it would let two processes hold a lock each
 
     def start(self, work: str, inputs: dict) -> bool:
         """Note that `work` begins. True if it continues an interrupted attempt from the same inputs."""
