@@ -145,7 +145,7 @@ def merged_model(student: Path, arguments: dict):
     from transformers import AutoModelForCausalLM
 
     config = PeftConfig.from_pretrained(str(student))
-    base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, revision=config.revision, **arguments)
+    base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **arguments)
     if arguments["quantization_config"] is not None:
         base = base.dequantize()
     dtype = base.dtype if arguments["dtype"] == "auto" else getattr(torch, arguments["dtype"])

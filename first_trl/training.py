@@ -9,8 +9,7 @@ import shutil
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from .data.examples import load_split, tokenize_dataset
 from .sharding import launched_sharded, missing_quant_storage
@@ -51,12 +50,21 @@ def training_arguments(section: dict, config_class: type, folder: Path, seed: in
     return args, model_args
 
 
+def label_arguments(recipe, section: dict, folder: Path, seed: int):
+    """`training_arguments` of a training on labels. Its rows are cut already; `max_length` is that of packed rows."""
+    length = recipe.task.max_length if section.get("packing") or section.get("eval_packing") else None
+    return training_arguments({**section, "max_length": length}, SFTConfig, folder, seed)
+
+
 def model_arguments(model_args: ModelConfig) -> dict:
     """The trainer's arguments that describe the model: id, quantisation and adapter."""
+    adapter = get_peft_config(model_args)
+    if adapter is not None and model_args.model_revision != "main":
+        adapter.revision = model_args.model_revision  # PEFT loads the base of an adapter at the revision that it names
     return {
         "model": model_args.model_name_or_path,
         "quantization_config": get_quantization_config(model_args),
-        "peft_config": get_peft_config(model_args),
+        "peft_config": adapter,
     }
 
 
@@ -73,14 +81,32 @@ def tokenized_splits(recipe, roles: tuple[str, ...], tokenizer) -> dict:
 
 def train_and_save(trainer, folder: Path, continues: bool) -> None:
     """Train, from the last checkpoint if this continues an interrupted attempt, and save the model to `folder`."""
-    checkpoint = get_last_checkpoint(folder) if continues and folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(folder)
-    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if continues else None)
+    save_whole(trainer, folder)
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         for old in folder.glob("checkpoint-*"):
             shutil.rmtree(old)  # the finished model replaces them
+
+
+def save_whole(trainer, folder: Path) -> None:
+    """Save the model in one piece, however it is sharded.
+
+    Raises:
+        RuntimeError: no weights were written.
+    """
+    if trainer.is_fsdp_enabled:  # checkpoints may be in pieces; a model that is set to be so, Trainer does not save
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(folder)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero() and not any(folder.glob("*model*.safetensors")):
+        raise RuntimeError(f"training has ended and {folder} has no weights; its checkpoints are kept")
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: its state comes last, so a crash leaves none in a part."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
 
 
 def clear_unfinished(folder: Path, continues: bool) -> None:
@@ -94,6 +120,7 @@ def load_arguments(section: dict) -> dict:
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     model_args = ModelConfig(**{key: value for key, value in section.items() if key in names})
     return {
+        "revision": model_args.model_revision,
         "dtype": model_args.dtype,
         "attn_implementation": model_args.attn_implementation,
         "quantization_config": get_quantization_config(model_args),

@@ -22,6 +22,7 @@ def train(job: dict) -> None:
     from peft import LoraConfig
     from torch.distributed.tensor import DTensor
 
+    from first_trl.training import save_whole
     from tests.test_trainer import cache_of, random_examples, trainer_for
     from tests.tiny import build_model, build_tokenizer
 
@@ -57,7 +58,7 @@ def train(job: dict) -> None:
     trainer.eval_dataset = trainer.eval_dataset.select(range(job.get("eval_rows", 32)))
     trainer.train(resume_from_checkpoint=job.get("resume"))
     metrics = trainer.evaluate()
-    trainer.save_model(folder / "adapter")
+    save_whole(trainer, folder / "adapter")
     weights = {name: value.detach() for name, value in trainer.model.named_parameters() if value.requires_grad}
     rank = trainer.accelerator.process_index
     (folder / "ranks").mkdir(exist_ok=True, parents=True)

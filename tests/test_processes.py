@@ -96,7 +96,11 @@ def test_metrics_are_those_of_all_ranks_with_no_row_counted_twice(split, trained
 def sharded_by(name: str, folder: Path) -> list[str]:
     """Options of `accelerate launch`: those of configs/, with ZeRO-3 told to leave no weight whole for being small."""
     if not name.startswith("zero"):
-        return ["--config_file", str(ROOT / "configs" / f"{name}.yaml")]
+        settings = (ROOT / "configs" / "fsdp2.yaml").read_text()
+        if name == "fsdp2-checkpoints-in-pieces":
+            settings = settings.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+        (folder / "fsdp2.yaml").write_text(settings)
+        return ["--config_file", str(folder / "fsdp2.yaml")]
     pytest.importorskip("deepspeed", reason="ZeRO needs DeepSpeed, which the package does not")
     automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     zero = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0}
@@ -108,7 +112,7 @@ def sharded_by(name: str, folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [True, False])
-@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2-checkpoints-in-pieces", "zero2", "zero3"])
 def test_two_processes_that_share_the_weights_take_the_steps_of_one_and_resume(name, adapter, tmp_path):
     """An adapter, or all weights and an untied head. Not 4-bit weights, whose sharded backward bitsandbytes gets wrong
     on CPUs (its forward is right).

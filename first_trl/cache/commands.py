@@ -126,8 +126,9 @@ def _load_teacher(cache, path: str):
     weights = {"teacher": {"weights_sha256": weights_fingerprint(path)}} if known else {}
     check_cache(cache, tokenizer=tokenizer, **weights)
     section = {"dtype": made_by["dtype"] or "auto", "load_in_4bit": made_by["quantization"] is not None}
+    section["model_revision"] = revision or "main"
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return load_model(path, revision=revision, device=device, **load_arguments(section)), tokenizer
+    return load_model(path, device=device, **load_arguments(section)), tokenizer
 
 
 def push(options: argparse.Namespace) -> None:

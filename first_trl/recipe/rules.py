@@ -34,6 +34,10 @@ NOT_YOURS = {
     "do_eval": ("a stage does one thing", _THE_STAGE_DECIDES),
     "do_predict": ("a stage does one thing", _THE_STAGE_DECIDES),
     "local_rank": ("accelerate sets it", "remove it and use `accelerate launch`"),
+    "trust_remote_code": (
+        "code from a model's repository is never run",
+        "remove it, and take a model that transformers has a class for",
+    ),
     "resume_from_checkpoint": (
         "stages continue from their last checkpoint by themselves",
         "remove it; to start again, delete the stage's folder",

@@ -77,7 +77,7 @@ def teacher_runner(recipe, path: str, section: dict, vocab_limit: int) -> tuple[
     from first_trl.scoring import load_model, teacher_rows
     from first_trl.training import load_arguments
 
-    model = load_model(path, revision=revision, device=state.device, **load_arguments(section))
+    model = load_model(path, device=state.device, **load_arguments(section))
     wanted |= {"tail_powers": TAIL_POWERS} if settings.tail_knots else {}
     run_teacher = partial(teacher_rows, model, tokens_per_batch=settings.tokens_per_batch, **wanted)
     return run_teacher, {"name": "hf", "model": None, "version": None}  # the library versions have it

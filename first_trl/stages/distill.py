@@ -27,7 +27,7 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
     """Train one student, of an arm or of one of its seeds; returns what was written."""
     from accelerate import PartialState
     from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     from first_trl.cache.identity import open_recipe_cache
     from first_trl.first_config import FIRSTConfig
@@ -35,6 +35,7 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
     from first_trl.trainer import FIRSTTrainer
     from first_trl.training import (
         clear_unfinished,
+        label_arguments,
         model_arguments,
         teacher_section,
         tokenized_splits,
@@ -46,9 +47,9 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
     if PartialState().is_main_process:
         clear_unfinished(folder, continues)
     on_labels = recipe.arm_trainer(arm) == "sft"
-    section, calibration = recipe.arm_section(arm), None
+    section, seed = recipe.arm_section(arm), recipe.seed_of(arm)
     if on_labels:
-        section = {**section, "max_length": recipe.task.max_length}
+        args, model_args = label_arguments(recipe, section, folder, seed)
     else:
         method, value = recalibration_of(recipe, arm)
         if needs_calibration(recipe, arm):
@@ -56,9 +57,7 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
             method = calibration["method"] if method == "auto" else method
             value = calibration["families"][method]["value"]
         section = {**section, "recalibration_method": method, "recalibration_value": value}
-    args, model_args = training_arguments(
-        section, SFTConfig if on_labels else FIRSTConfig, folder, recipe.seed_of(arm)
-    )
+        args, model_args = training_arguments(section, FIRSTConfig, folder, seed)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     roles = ("train", "validation") if args.eval_strategy != "no" else ("train",)
     if on_labels:

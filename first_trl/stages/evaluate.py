@@ -80,7 +80,7 @@ def refuse_overlap(recipe) -> None:
     from first_trl.data.examples import check_disjoint, load_split, tokenize_dataset
     from first_trl.evaluation import test_task
 
-    tokenizer = AutoTokenizer.from_pretrained(teacher_path(recipe))
+    tokenizer = AutoTokenizer.from_pretrained(teacher_path(recipe), revision=recipe.cache.teacher_revision or "main")
     data = recipe.datasets
     learnt = {"train": data.train, "transfer": data.transfer, "validation": data.validation}
     splits = {role: (config, role, recipe.task) for role, config in learnt.items() if config is not None}
@@ -124,7 +124,7 @@ def answer_all_sets(recipe, arm: str) -> None:
     else:
         path, section = str(recipe.run_folder / "students" / arm), recipe.arm_section(arm)
     model = load_model(path, device=PartialState().device, **load_arguments(section))
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=section.get("model_revision", "main"))
     folder = recipe.run_folder / "report" / "answers" / arm
     folder.mkdir(parents=True, exist_ok=True)
     sets = {"validation": (recipe.datasets.validation, recipe.task)}

@@ -37,15 +37,13 @@ def fine_tune_all(recipe, continues: bool) -> list[str]:
 def fine_tune(recipe, folder: Path, continues: bool, fold: int) -> None:
     """Train one teacher on the labels, of all rows or of those outside its fold."""
     from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     from first_trl.data.folds import rows_outside
     from first_trl.modeling import adapters_to_float32
-    from first_trl.training import model_arguments, tokenized_splits, train_and_save, training_arguments
+    from first_trl.training import label_arguments, model_arguments, tokenized_splits, train_and_save
 
-    args, model_args = training_arguments(
-        {**recipe.sft, "max_length": recipe.task.max_length}, SFTConfig, folder, recipe.seed
-    )
+    args, model_args = label_arguments(recipe, recipe.sft, folder, recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     splits = tokenized_splits(recipe, ("train", "validation") if args.eval_strategy != "no" else ("train",), tokenizer)
     if recipe.cross_fit:

@@ -1,0 +1,60 @@
+"""What both trainings share: their arguments, the checkpoint to resume from, and the model that is kept."""
+
+from types import SimpleNamespace
+
+import pytest
+from trl import ModelConfig
+
+from first_trl.recipe.loading import load_recipe
+from first_trl.training import (
+    label_arguments,
+    last_whole_checkpoint,
+    load_arguments,
+    model_arguments,
+    save_whole,
+    teacher_section,
+)
+from tests.cache_recipe import write_recipe
+
+
+def test_a_checkpoint_that_a_crash_left_in_a_part_is_passed_over(tmp_path):
+    assert last_whole_checkpoint(tmp_path / "nothing") is None
+    for step in (9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 11:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_an_adapter_names_the_revision_of_its_base():
+    def adapter(**settings):
+        return model_arguments(ModelConfig(model_name_or_path="me/base", use_peft=True, **settings))["peft_config"]
+
+    assert adapter(model_revision="v3").revision == "v3"
+    assert adapter().revision is None
+
+
+def test_models_are_loaded_at_the_revision_of_the_recipe(tmp_path):
+    assert load_arguments({"model_revision": "v3"})["revision"] == "v3" and load_arguments({})["revision"] == "main"
+    recipe = load_recipe(write_recipe(tmp_path), ["--cache.teacher", "me/teacher", "--cache.teacher_revision", "v2"])
+    assert load_arguments(teacher_section(recipe))["revision"] == "v2"
+
+
+@pytest.mark.parametrize(("settings", "length"), [({}, None), ({"padding_free": True}, None), ({"packing": True}, 32)])
+def test_labels_are_trained_on_with_every_layout_that_the_cache_is(settings, length, tmp_path):
+    recipe = SimpleNamespace(task=SimpleNamespace(max_length=32))
+    args, _ = label_arguments(recipe, {**settings, "use_cpu": True}, tmp_path, 0)
+    assert args.max_length == length
+
+
+def test_a_model_that_was_not_written_is_an_error_and_not_a_finished_training(tmp_path):
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=False,
+        save_model=lambda folder: None,
+        accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
+        is_world_process_zero=lambda: True,
+    )
+    with pytest.raises(RuntimeError, match="has no weights; its checkpoints are kept"):
+        save_whole(trainer, tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    save_whole(trainer, tmp_path)
