@@ -13,6 +13,7 @@ Shapes: N examples, K kept tokens, C choices.
 """
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -40,23 +41,24 @@ def answer_set(
     tokens_per_batch: int,
     support: str = "top_k",
     tail_knots: bool = False,
+    recalibrations: Collection[str] = (),
 ) -> Dataset:
     """A model's answers to a labelled set: one row per example, in order, with the columns named above.
 
     With `support` "choices" the K tokens are those of the choices, as in such a cache, and `tail_max_log_prob` is the
     likeliest token of the tail. With `tail_knots` also `tail_power_log_sums`, without which a
     `vocabulary_temperature` cannot be laid over them. Choices of several tokens have `answer_tokens` (N,), the length
-    of the label.
+    of the label, and no sums. `recalibrations` are the families that may be laid over the answers.
 
     Raises:
         ValueError: as `encode_example` and `choice_token_ids`; or a choice of several tokens stands against `support`,
-            `tail_knots` or a row.
+            `recalibrations` or a row.
     """
     examples = [encode_example(task, tokenizer, row) for row in dataset]
     prompts = [example["input_ids"][: example["num_prompt_tokens"]] for example in examples]
     answers = choice_token_ids(task, tokenizer, dataset[0]) if task.choices else []
     if any(len(ids) > 1 for ids in answers):
-        if support == "choices" or tail_knots:
+        if support == "choices" or "vocabulary_temperature" in recalibrations:
             setting = "cache.support: choices" if support == "choices" else "vocabulary_temperature"
             remedy = "cache.support: top_k" if support == "choices" else "calibrate.method: temperature"
             raise ValueError(f"{setting} needs answers of one token, and task.choices has longer ones; set {remedy}.")

@@ -67,10 +67,15 @@ def needs_calibration(recipe: Recipe, arm: str) -> bool:
 
 def calibration_methods(recipe: Recipe) -> list[str]:
     """The families that `calibrate` fits: the recipe's own, and those that an arm asks for."""
-    method = recipe.calibrate.method
-    wanted = calibration_candidates(recipe) if method == "auto" else [method]
+    wanted = control_methods(recipe)
     wanted += [recalibration_of(recipe, arm)[0] for arm in recipe.arms if needs_calibration(recipe, arm)]
     return [method for method in dict.fromkeys(wanted) if method != "auto"]
+
+
+def control_methods(recipe: Recipe) -> list[str]:
+    """The families that `evaluate` may lay over answers: the recipe's own, or all that `auto` chooses among."""
+    method = recipe.calibrate.method
+    return calibration_candidates(recipe) if method == "auto" else [method]
 
 
 def calibration_candidates(recipe: Recipe) -> list[str]:

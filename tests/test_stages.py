@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from first_trl.controls import teacher_curves
 from first_trl.pipeline import calibration_methods, works_of
 from first_trl.recipe.loading import load_recipe
 from first_trl.stages import cache, calibrate, distill, evaluate
@@ -95,8 +96,6 @@ def test_a_student_can_predict_from_its_own_folder_and_abstains_as_the_report_sa
 
 
 def test_the_report_of_a_run_draws_the_curve_on_validation_and_test_and_the_training(whole):
-    from first_trl.controls import teacher_curves
-
     recipe, metrics = whole
     report = recipe.run_folder / "report"
     assert (report / "calibration.png").is_file() and (report / "training.png").is_file()
@@ -137,6 +136,21 @@ def test_an_automatic_choice_of_the_family_is_what_the_students_and_the_controls
     assert f"calibrate: auto chooses {chosen}: lowest ECE on rows" in said
     assert f"evaluate: teacher_recalibrated is measured with {chosen} {calibration['value']:.3g}" in said
     assert "evaluate: fine_tuned_post_hoc is measured with" in said
+
+
+@pytest.mark.parametrize("answers", [["good", "bad"], ["good film", "bad plot"]])
+def test_an_arm_can_be_recalibrated_over_the_vocabulary_where_the_teacher_is_not(tmp_path, answers):
+    arms = {"first": {"recalibration_method": "vocabulary_temperature"}}
+    task = {**TASK, "choices": answers, "append_eos": True}
+    path = tiny_recipe(tmp_path, task=task, cache={"tail_knots": True, "top_k": 3}, arms=arms)
+    for file in tmp_path.glob("*.jsonl"):
+        written = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [{"text": row["text"], "label": answers[row["label"] == "bad"]} for row in written]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe, metrics = run_stages(path)
+    assert set(metrics["calibration"]["families"]) == {"temperature", "vocabulary_temperature"}
+    curves = teacher_curves(recipe.run_folder / "report" / "answers", ["test"], metrics["calibration"])
+    assert bool(curves["vocabulary_temperature"]) == (answers[0] == "good"), "answers of several tokens have no curve"
 
 
 def test_smoothing_takes_no_more_than_the_rows_to_learn_from_allow(tmp_path, monkeypatch):

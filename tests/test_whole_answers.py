@@ -92,7 +92,10 @@ def test_both_recalibrated_controls_are_fitted_on_whole_answers(answers, tmp_pat
     ("options", "message"),
     [
         ({"support": "choices"}, "cache.support: choices needs answers of one token.*set cache.support: top_k"),
-        ({"tail_knots": True}, "vocabulary_temperature needs answers of one token.*set calibrate.method: temperature"),
+        (
+            {"tail_knots": True, "recalibrations": ["temperature", "vocabulary_temperature"]},
+            "vocabulary_temperature needs answers of one token.*set calibrate.method: temperature",
+        ),
     ],
 )
 def test_what_is_for_single_tokens_is_refused(make_model, tokenizer, options, message):

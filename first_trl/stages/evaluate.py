@@ -10,7 +10,16 @@ a recalibration laid over them (`first_trl.controls`).
 import json
 
 from first_trl.abstention import PREDICT_FILE, describe_student
-from first_trl.pipeline import recalibration_of, require, run_work, say, teacher_path, works_of
+from first_trl.pipeline import (
+    calibration_methods,
+    control_methods,
+    recalibration_of,
+    require,
+    run_work,
+    say,
+    teacher_path,
+    works_of,
+)
 from first_trl.running.command import stage_command
 from first_trl.running.folder import write_atomically
 
@@ -139,7 +148,8 @@ def answer_all_sets(recipe, arm: str) -> None:
             top_k=recipe.cache.top_k,
             tokens_per_batch=recipe.evaluate.tokens_per_batch,
             support=recipe.cache.support,
-            tail_knots=recipe.cache.tail_knots and recipe.calibrate.method in ("vocabulary_temperature", "auto"),
+            tail_knots="vocabulary_temperature" in calibration_methods(recipe),  # the report draws each one's curve
+            recalibrations=control_methods(recipe),
         )
         pq.write_table(answers.data.table, folder / f"{name}.parquet")
         say(f"evaluate: {arm} answered {len(answers)} rows of {name}")
