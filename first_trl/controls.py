@@ -3,12 +3,16 @@
 `teacher_recalibrated` and `<arm>_post_hoc` are answers that were already given, under a recalibration: the teacher's
 is the one in `calibration.json`, the control's is searched on its own validation answers, by the same family and
 criterion. So is the teacher's where answers have several tokens: the one in `calibration.json` is for single tokens.
+A smoothing can be more than an unseen row has on its first token; that control is then left out, and its reason told.
 Reads answers files (`first_trl.evaluation`); runs no model and measures nothing.
 """
 
 from pathlib import Path
 
-from .calibration import error_curve, search
+import numpy as np
+import torch
+
+from .calibration import error_curve, largest_smoothing, search
 from .evaluation import predictions, read_answers, recalibrated_answers, tail_of
 from .family import choose_family
 from .recipe.loading import arm_of
@@ -18,7 +22,7 @@ VALIDATION = "validation"
 
 def collect(
     folder: Path, models: list[str], uncalibrated: list[str], tests: list[str], calibration: dict
-) -> tuple[dict[str, dict], dict[str, tuple[str, float | None]]]:
+) -> tuple[dict[str, dict], dict[str, tuple[str, float | None]], dict[str, str]]:
     """What every arm and every recalibrated control predicts.
 
     Args:
@@ -28,28 +32,34 @@ def collect(
         calibration: the content of `calibration.json`.
 
     Returns:
-        ({arm: {set: predictions}}, validation among the sets, and {recalibrated arm: (method, value)}).
+        {arm: {set: predictions}}, validation among the sets; {recalibrated arm: (method, value)}; and, for arms of
+        the report that are in neither, {arm: why it cannot be measured}.
     """
     answers = {
         model: {name: read_answers(folder / model / f"{name}.parquet") for name in (VALIDATION, *tests)}
         for model in models
     }
     collected = {model: {name: predictions(rows) for name, rows in sets.items()} for model, sets in answers.items()}
-    method, fitted = calibration["method"], {}
-    if method != "none":
-        own = answers["teacher"]
-        value = calibration["value"]
-        if _are_whole(own[VALIDATION]):
-            method, value = _fit(own[VALIDATION], calibration)
-        fitted["teacher_recalibrated"] = method, value
-        collected["teacher_recalibrated"] = _recalibrated(own, method, value)
-        for model in uncalibrated:
-            method, value = _fit(answers[model][VALIDATION], calibration)
-            arm, slash, seed = model.partition("/")
-            control = f"{arm}_post_hoc{slash}{seed}"
-            fitted[control] = method, value
-            collected[control] = _recalibrated(answers[model], method, value)
-    return collected, fitted
+    if calibration["method"] == "none":
+        return collected, {}, {}
+    own = answers["teacher"]
+    recalibration = calibration["method"], calibration["value"]
+    if _are_whole(own[VALIDATION]):
+        recalibration = _fit(own[VALIDATION], calibration)
+    controls = {"teacher_recalibrated": (own, recalibration)}
+    for model in uncalibrated:
+        arm, slash, seed = model.partition("/")
+        recalibration = _fit(answers[model][VALIDATION], calibration)
+        controls[f"{arm}_post_hoc{slash}{seed}"] = answers[model], recalibration
+    fitted, omitted = {}, {}
+    for name, (sets, (method, value)) in controls.items():
+        if reason := _not_allowed(sets, method, value):
+            omitted[arm_of(name)] = reason
+    for name, (sets, (method, value)) in controls.items():
+        if arm_of(name) not in omitted:  # all of its seeds, or none
+            fitted[name] = method, value
+            collected[name] = _recalibrated(sets, method, value)
+    return collected, fitted, omitted
 
 
 def by_arm(collected: dict[str, dict]) -> dict[str, dict]:
@@ -77,6 +87,21 @@ def _fit(rows: dict, calibration: dict) -> tuple[str, float | None]:
     if "choice" in calibration:
         method = choose_family(log_probs, target, list(calibration["choice"]["scores"]), **settings, tail=tail).method
     return method, search(log_probs, target, method=method, **settings, **tail).value
+
+
+def _not_allowed(sets: dict[str, dict], method: str, value: float | None) -> str | None:
+    """Why a recalibration cannot be laid over some of these answers; None where it can be laid over all.
+
+    Only label smoothing can be too much. A row that gave less than the others would be another recalibration.
+    """
+    if method != "label_smoothing" or value is None:
+        return None
+    rows = {name: torch.from_numpy(answers["log_probs"].astype(np.float32)) for name, answers in sets.items()}
+    least = {name: largest_smoothing(log_probs[:, :-1]) for name, log_probs in rows.items()}
+    short = [f"of the rows of {name}, one has {first:.3g} there" for name, first in least.items() if first < value]
+    if not short:
+        return None
+    return f"label smoothing takes {value:.3g} from the first token's probability, and {'; '.join(short)}"
 
 
 def _recalibrated(sets: dict[str, dict], method: str, value: float | None) -> dict[str, dict]:

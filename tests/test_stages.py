@@ -153,6 +153,24 @@ def test_an_arm_can_be_recalibrated_over_the_vocabulary_where_the_teacher_is_not
     assert bool(curves["vocabulary_temperature"]) == (answers[0] == "good"), "answers of several tokens have no curve"
 
 
+def test_a_smoothing_that_test_rows_do_not_allow_is_left_out_of_the_report_with_its_reason(tmp_path, capsys):
+    arms = {"fine_tuned": {"trainer": "sft"}, "first": {}}
+    path = tiny_recipe(tmp_path, calibrate={"method": "label_smoothing", "bootstrap": 0}, arms=arms)
+    for stage in (cache, calibrate, distill):
+        stage.main([str(path)])
+    file = tmp_path / "runs" / "tiny" / "calibration.json"
+    calibration = json.loads(file.read_text())
+    file.write_text(json.dumps(calibration | {"value": 0.9}))  # as if every row of the caches had allowed it
+    recipe, metrics = run_stages(path, evaluate)
+    assert set(metrics["arms"]) == {"teacher", "base", "fine_tuned", "fine_tuned_post_hoc", "first"}
+    assert "label smoothing takes 0.9 from the first token" in metrics["omitted"]["teacher_recalibrated"]
+    said = capsys.readouterr().err
+    assert "evaluate: teacher_recalibrated is left out: label smoothing takes 0.9" in said
+    assert "teacher_recalibrated is measured" not in said and "fine_tuned_post_hoc is measured" in said
+    summary = (recipe.run_folder / "report" / "summary.md").read_text()
+    assert "`teacher_recalibrated` is left out: label smoothing takes 0.9" in summary
+
+
 def test_smoothing_takes_no_more_than_the_rows_to_learn_from_allow(tmp_path, monkeypatch):
     import first_trl.calibration
 

@@ -84,7 +84,7 @@ def test_both_recalibrated_controls_are_fitted_on_whole_answers(answers, tmp_pat
         for name in ("validation", "test"):
             Dataset.from_parquet(str(tmp_path / "answers.parquet")).to_parquet(tmp_path / model / f"{name}.parquet")
     calibration = {"method": "temperature", "value": 7.77, "criterion": "nll", "num_bins": 10, "families": {}}
-    _, fitted = collect(tmp_path, ["teacher", "fine_tuned"], ["fine_tuned"], ["test"], calibration)
+    _, fitted, _ = collect(tmp_path, ["teacher", "fine_tuned"], ["fine_tuned"], ["test"], calibration)
     assert fitted["teacher_recalibrated"] == fitted["fine_tuned_post_hoc"] != ("temperature", 7.77)
 
 

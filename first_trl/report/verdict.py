@@ -45,7 +45,12 @@ def verdict(metrics: dict) -> list[dict]:
             sentences += _one_set(metrics, name)
     else:
         sentences = [_say("headline", f"This run has no `{FOCUS}` arm: the table compares the others only.")]
-    return sentences + _missing(arms) + _teacher_gap(metrics["calibration"]) + _limits(metrics)
+    return (
+        sentences
+        + _missing(arms, metrics.get("omitted", {}))
+        + _teacher_gap(metrics["calibration"])
+        + _limits(metrics)
+    )
 
 
 def _say(kind: str, text: str, name: str | None = None) -> dict:
@@ -144,12 +149,17 @@ def _selective(own: dict, name: str) -> list[dict]:
     return [_say("note", text, name)]
 
 
-def _missing(arms: dict) -> list[dict]:
-    missing = [f"`{arm}`" for arm in ARMS if arm not in arms and arm != FOCUS]
-    if not missing:
-        return []
-    text = f"Not measured in this run: {_join(missing)}. A missing control leaves its question open."
-    return [_say("warning", text)]
+def _missing(arms: dict, omitted: dict[str, str]) -> list[dict]:
+    """What the table lacks, and why where an arm was meant to be there."""
+    sentences = [
+        _say("warning", f"`{arm}` is left out: {reason}. Another `calibrate.method` serves every row.")
+        for arm, reason in omitted.items()
+    ]
+    missing = [f"`{arm}`" for arm in ARMS if arm not in (*arms, *omitted, FOCUS)]
+    if missing:
+        text = f"Not measured in this run: {_join(missing)}. A missing control leaves its question open."
+        sentences.append(_say("warning", text))
+    return sentences
 
 
 def _teacher_gap(calibration: dict | None) -> list[dict]:

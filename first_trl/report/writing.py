@@ -45,6 +45,7 @@ def write_report(
     target_accuracy: float = DEFAULT_TARGET,
     test_curves: dict[str, dict[str, list[dict]]] | None = None,
     training: dict[str, list[dict]] | None = None,
+    omitted: dict[str, str] | None = None,
 ) -> dict:
     """Measure, draw and write; returns what `metrics.json` holds.
 
@@ -60,6 +61,7 @@ def write_report(
         validation: {arm: as one test set's}, from which the confidence threshold for `target_accuracy` is fitted.
         test_curves: {method: {test set: [{"value", "ece"}, ...]}}, the teacher's error against the value on test sets.
         training: {arm: the trainer's `log_history`}, from which the losses are drawn.
+        omitted: {arm that should be among the predictions: why it could not be measured}.
 
     Raises:
         ValueError: no predictions, arms with different numbers of examples, or what `metrics` refuses.
@@ -70,6 +72,7 @@ def write_report(
     metrics = measure(predictions, calibration, out_of_domain, num_bins, bootstrap, seed)
     for arm, values in (validation or {}).items():
         add_selective(metrics["arms"][arm], values, predictions[arm], target_accuracy)
+    metrics["omitted"] = omitted or {}
     metrics["summary"] = verdict(metrics)
     pictures = draw(metrics, predictions, calibration, num_bins, test_curves or {}, training or {})
     files = {f"{name}.png": png for name, png in pictures["files"].items()}

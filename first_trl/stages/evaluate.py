@@ -55,9 +55,11 @@ def report(recipe, arms: list[str]) -> None:
     folder, tests = recipe.run_folder / "report", list(recipe.datasets.test)
     calibration = json.loads((recipe.run_folder / "calibration.json").read_text(encoding="utf-8"))
     uncalibrated = [student for student in recipe.students if recalibration_of(recipe, student)[0] == "none"]
-    predictions, fitted = collect(folder / "answers", arms, uncalibrated, tests, calibration)
+    predictions, fitted, omitted = collect(folder / "answers", arms, uncalibrated, tests, calibration)
     for name, (method, value) in fitted.items():
         say(f"evaluate: {name} is measured with {method} {value:.3g}, fitted on validation")
+    for name, reason in omitted.items():
+        say(f"evaluate: {name} is left out: {reason}; another calibrate.method serves every row")
     for student in recipe.students:
         make_self_contained(recipe, student, calibration, predictions[student][VALIDATION])
     predictions = by_arm(predictions)
@@ -73,6 +75,7 @@ def report(recipe, arms: list[str]) -> None:
         seed=recipe.evaluate.seed,
         validation=validation,
         test_curves=teacher_curves(folder / "answers", tests, calibration),
+        omitted=omitted,
         training={arm: training_log(recipe, arm) for arm in recipe.students},
     )
 
