@@ -22,6 +22,7 @@ from first_trl.cache.format import CacheError, shard_name
 from first_trl.cache.identity import open_recipe_cache, teacher_identity
 from first_trl.cache.reader import parquet_files
 from first_trl.cache.run import write_shards
+from first_trl.cache.writer import library_versions
 from first_trl.recipe.loading import load_recipe
 from first_trl.stages import cache as stage
 from first_trl.stages import calibrate, distill
@@ -36,6 +37,11 @@ ROLES = ("train", "validation")
 @pytest.fixture(autouse=True)
 def arrow_files(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 def launch(recipe, processes, *overrides):
@@ -254,6 +260,22 @@ def test_a_shard_that_cannot_be_written_ends_the_run_with_its_error(tmp_path, mo
         assert sorted(parquet_files(tmp_path / "cache")) == [shard_name(i) for i in range(failing)]
 
 
+def test_an_interrupted_cache_outlives_an_upgrade(tmp_path, on_cpu, monkeypatch):
+    recipe, folder = write_recipe(tmp_path), tmp_path / "runs" / "tiny"
+    stage.main([str(recipe)])
+    for name in (".records/cache.json", "cache/train/manifest.json", "cache/train/train-000007.parquet"):
+        (folder / name).unlink()
+    before, versions = contents(folder / "cache" / "train"), library_versions()
+    upgraded = {**versions, "transformers": "99.0.0"}
+    monkeypatch.setattr("first_trl.cache.identity.library_versions", lambda: upgraded)
+    with pytest.raises(SystemExit, match=f"transformers is '{versions['transformers']}', expected '99.0.0'"):
+        stage.main([str(recipe)])
+    assert contents(folder / "cache" / "train") == before
+    monkeypatch.setattr("first_trl.cache.identity.library_versions", lambda: versions)
+    stage.main([str(recipe)])
+    assert num_shards(tmp_path / "runs", "train") == 10
+
+
 # What the stages after it refuse
 
 
@@ -454,11 +476,6 @@ def run_copy(finished, tmp_path, name, command):
     with pytest.raises(SystemExit, match=message) as raised:
         command([str(folder / "recipe.yaml"), *arguments])
     assert str(raised.value).rstrip().endswith(".")  # the remedy is a sentence of its own
-
-
-@pytest.fixture
-def on_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 @pytest.mark.parametrize("name", MISMATCHES)

@@ -256,6 +256,27 @@ def test_the_work_of_another_job_is_removed_when_told_to_with_a_word_about_it(pa
     assert num_shards(path) == 1 and open_cache(path).manifest["tokenizer_sha256"] == "0" * 64
 
 
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"library_versions": {"torch": "2.14.0"}}, "library_versions.torch is '2.13.0', expected '2.14.0'"),
+        ({"backend": {"name": "vllm", "version": "0.11"}}, "backend.version is '0.10', expected '0.11'"),
+    ],
+)
+def test_work_of_other_versions_alone_is_never_removed(path, finished, changes, remedy):
+    write_cache(path, make_rows(9), backend={"name": "vllm", "version": "0.10"})
+    if not finished:
+        (path / "manifest.json").unlink()
+    before, changes = contents(path), {"backend": {"name": "vllm", "version": "0.10"}, **changes}
+    for overwrite in (False, True):
+        with pytest.raises(CacheError, match=f"{remedy}.* Install those versions again .* or delete the folder"):
+            write_cache(path, make_rows(9), overwrite=overwrite, **changes)
+    assert contents(path) == before
+    write_cache(path, make_rows(9), overwrite=True, tokenizer_sha256="0" * 64, **changes)
+    assert open_cache(path).manifest["tokenizer_sha256"] == "0" * 64, "another job's work is removed, as it says"
+
+
 def test_foreign_parquet_files_are_never_overwritten(path):
     path.mkdir()
     pq.write_table(pa.table({"text": ["mine"]}), path / "train-000000.parquet")

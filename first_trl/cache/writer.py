@@ -41,6 +41,7 @@ from .shard import Statistics, encode_shard
 LOGGER = logging.getLogger(__name__)
 LIBRARIES = ("first-trl", "torch", "transformers", "peft", "bitsandbytes", "datasets", "pyarrow")
 
+_BACKEND = "backend.version"  # of the engine or the server, beside those of the libraries
 _LOCK, _HOLDER, _TEMPORARY = ".lock", ".holder.json", ".tmp-"
 _SHARD_NAME = re.compile(r"train-\d{6,}\.parquet")
 _JOB_KEY, _SHARD_KEY = b"first_trl.job", b"first_trl.shard"
@@ -105,10 +106,12 @@ class CacheWriter:
         """Take the folder for this job: lock it, clear what a killed run left, refuse the work of another job.
 
         Args:
-            overwrite: remove the work of another job instead of refusing it.
+            overwrite: remove the work of another job instead of refusing it. An upgrade does not make another job:
+                work that only differs in the versions that made it is refused all the same.
 
         Raises:
-            CacheError: another process holds the folder (its pid and host are named), or it has another job's work.
+            CacheError: another process holds the folder (its pid and host are named), or it has another job's work,
+                or this one's of other versions.
         """
         with _clear_errors(f"taking the folder {self.path}"):
             _make_folder(self.path)
@@ -152,17 +155,23 @@ class CacheWriter:
                 damage = error
         names = parquet_files(self.path)
         jobs = [manifest, *(self._job_of(self.path / name) for name in names)]
-        differences = next((found for job in jobs if job and (found := self._differences(job))), None)
+        each = (self._differences(job) for job in jobs if job)
+        differences: dict[str, str] = next(filter(None, each), {})
+        found, state = "; ".join(differences.values()), "finished" if manifest else "unfinished"
+        if differences and all(name.startswith("library_versions.") or name == _BACKEND for name in differences):
+            raise CacheError(
+                f"{self.path} holds the {state} cache of this job, made with other versions than are here now: "
+                f"{found}. Install those versions again to go on with it, for two would give one cache two roundings, "
+                "or delete the folder to run the teacher from the start."
+            )
         if differences and not overwrite:
             raise CacheError(
-                f"{self.path} holds the {'finished' if manifest else 'unfinished'} cache of another job: "
-                f"{'; '.join(differences)}. Choose another folder, delete this one, or go back to that job's settings."
+                f"{self.path} holds the {state} cache of another job: {found}. Choose another folder, delete this "
+                "one, or go back to that job's settings."
             )
         unwanted = []
         if differences:
-            LOGGER.warning(
-                "%s held the cache of another job, which is removed: %s.", self.path, "; ".join(differences)
-            )
+            LOGGER.warning("%s held the cache of another job, which is removed: %s.", self.path, found)
             unwanted = [name for name in names if _SHARD_NAME.fullmatch(name)]
         elif manifest:
             unwanted = [shard["name"] for shard in manifest["shards"] if not self._has(shard["name"], shard["sha256"])]
@@ -177,14 +186,14 @@ class CacheWriter:
     def _has(self, name: str, sha256: str) -> bool:
         return (self.path / name).is_file() and file_sha256(self.path / name) == sha256
 
-    def _differences(self, job: dict) -> list[str]:
-        """What a job or a manifest has that this job has not, and the other way round."""
+    def _differences(self, job: dict) -> dict[str, str]:
+        """What a job or a manifest has that this job has not, and the other way round: dotted name -> in words."""
         mine = dict(self.job)
         for name in job.keys() - RESULT.keys():
             if isinstance(job[name], dict) and isinstance(mine.get(name), dict):
                 mine[name] = {**dict.fromkeys(job[name], "absent"), **mine[name]}
             mine.setdefault(name, "absent")
-        return list(describe_differences(job, mine).values())
+        return describe_differences(job, mine)
 
     def _job_of(self, file: Path) -> dict | None:
         """The job that wrote a shard; None for a damaged one, which is made again."""
