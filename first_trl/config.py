@@ -26,6 +26,9 @@ _ONLY_WITH = {
     "tail_knots": ("hf",),  # the others never show the tail
     "support": ("hf",),  # nor tokens of one's choice
 }
+# Settings of the cache that say how fast it is made. Other batches round differently, as far as the teacher's own dtype
+# rounds, and a server batches as it likes: neither tells two caches apart, in the manifest or in the run's record.
+SPEED_SETTINGS = ("tokens_per_batch", "server_requests")
 # One list for calibration and for recalibrated training: the value found is the value used.
 RECALIBRATION_METHODS = ("temperature", "probability", "label_smoothing", "vocabulary_temperature", "none")
 
@@ -136,7 +139,9 @@ class CacheConfig(Settings):
     rows_per_shard: int = setting(
         1024, "Examples in one file of the cache: the work that a crash can lose.", minimum=1
     )
-    tokens_per_batch: int = setting(8192, "Tokens of one teacher batch, padding included.", minimum=1)
+    tokens_per_batch: int = setting(
+        8192, "Tokens of one teacher batch, padding included. A change makes nothing again.", minimum=1
+    )
     teacher: str | None = setting(None, "Model or adapter to cache, instead of the teacher that `sft` made.")
     teacher_revision: str | None = setting(None, "Branch, tag or commit of that teacher on the Hub.")
     teacher_dtype: str | None = setting(
@@ -151,7 +156,9 @@ class CacheConfig(Settings):
         choices=("hf", "vllm", "server"),
     )
     server_url: str | None = setting(None, "The server, e.g. http://127.0.0.1:8000; any that gives prompt_logprobs.")
-    server_requests: int = setting(16, "Requests under way to the server at one time.", minimum=1)
+    server_requests: int = setting(
+        16, "Requests under way to the server at one time. A change makes nothing again.", minimum=1
+    )
     tail_knots: bool = setting(
         False, "Keep what vocabulary_temperature needs of the tail: some 70 bytes more at each position."
     )

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
+from .config import SPEED_SETTINGS
 from .recipe.loading import STAGES, Recipe, RecipeError, load_recipe
 from .running.folder import RunFolder, path_fingerprint
 from .running.log import say
@@ -135,7 +136,7 @@ def inputs_of(recipe: Recipe, work: str) -> dict:
             "task": vars(recipe.task),
             "train": _dataset(data.transfer or data.train),
             "validation": _dataset(data.validation),
-            "settings": vars(recipe.cache),
+            "settings": {name: value for name, value in vars(recipe.cache).items() if name not in SPEED_SETTINGS},
             "teacher": _local(given) if given else run.identity("sft"),
         }
     if work == "calibrate":

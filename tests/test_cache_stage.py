@@ -18,11 +18,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import first_trl.scoring
 from first_trl.cache.format import CacheError, shard_name
 from first_trl.cache.identity import open_recipe_cache, teacher_identity
 from first_trl.cache.reader import parquet_files
 from first_trl.cache.run import write_shards
 from first_trl.cache.writer import library_versions
+from first_trl.pipeline import inputs_of
 from first_trl.recipe.loading import load_recipe
 from first_trl.stages import cache as stage
 from first_trl.stages import calibrate, distill
@@ -274,6 +276,33 @@ def test_an_interrupted_cache_outlives_an_upgrade(tmp_path, on_cpu, monkeypatch)
     monkeypatch.setattr("first_trl.cache.identity.library_versions", lambda: versions)
     stage.main([str(recipe)])
     assert num_shards(tmp_path / "runs", "train") == 10
+
+
+def test_settings_of_speed_alone_make_nothing_again(tmp_path, on_cpu, monkeypatch, capsys):
+    recipe, folder = write_recipe(tmp_path), tmp_path / "runs" / "tiny"
+    stage.main([str(recipe)])
+    stage.main([str(recipe), "--cache.tokens_per_batch=64"])
+    assert "cache: up to date, nothing to do" in capsys.readouterr().err
+    for name in (".records/cache.json", "cache/train/manifest.json", "cache/train/train-000007.parquet"):
+        (folder / name).unlink()
+    before, made, teacher_rows = contents(folder / "cache" / "train"), [], first_trl.scoring.teacher_rows
+
+    def counted(model, examples, **options):
+        made.append(options["tokens_per_batch"])
+        return teacher_rows(model, examples, **options)
+
+    monkeypatch.setattr("first_trl.scoring.teacher_rows", counted)
+    stage.main([str(recipe), "--cache.tokens_per_batch=32"])
+    assert made == [32], "the one shard that was missing"
+    assert before.items() <= contents(folder / "cache" / "train").items()
+
+
+def test_every_setting_of_the_cache_but_those_of_speed_is_among_what_it_is_made_from(tmp_path):
+    path, server = write_recipe(tmp_path), ["--cache.backend=server", "--cache.server_url=http://127.0.0.1:1"]
+    settings = inputs_of(load_recipe(path), "cache")["settings"]
+    assert vars(load_recipe(path).cache).keys() - settings.keys() == {"tokens_per_batch", "server_requests"}
+    few, many = (load_recipe(path, [*server, f"--cache.server_requests={n}"]) for n in (1, 64))
+    assert inputs_of(few, "cache") == inputs_of(many, "cache") != inputs_of(load_recipe(path), "cache")
 
 
 # What the stages after it refuse
