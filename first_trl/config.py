@@ -26,7 +26,7 @@ _ONLY_WITH = {
     "tail_knots": ("hf",),  # the others never show the tail
     "support": ("hf",),  # nor tokens of one's choice
 }
-# Settings of the cache that say how fast it is made. Other batches round differently, as far as the teacher's own dtype
+# Settings of the cache that say how fast it is made. Other batches round differently, as far as the teacher's dtype
 # rounds, and a server batches as it likes: neither tells two caches apart, in the manifest or in the run's record.
 SPEED_SETTINGS = ("tokens_per_batch", "server_requests")
 # One list for calibration and for recalibrated training: the value found is the value used.
