@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
-from first_trl.cache.arrays import calibration_rows
+from first_trl.cache import arrays
+from first_trl.cache.arrays import Rows, calibration_rows, row_blocks, summary
 from first_trl.stages import cache, calibrate
 from tests.cache_recipe import write_recipe
 
@@ -48,10 +49,70 @@ def test_a_selection_of_rows_reads_its_own_teacher():
     assert rows.target.tolist() == [2, 0]
 
 
-def test_the_summary_is_accuracy_beside_confidence():
-    summary = calibration_rows(CACHE, "answer").summary()
-    assert summary["accuracy"] == pytest.approx(1 / 3)
-    assert summary["confidence"] == pytest.approx(np.exp([-0.1, -0.7, -0.5]).mean(), abs=1e-6)
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_the_summary_is_accuracy_beside_confidence(monkeypatch, size):
+    monkeypatch.setattr(arrays, "BLOCK", size)
+    found = summary(row_blocks(CACHE, "answer"))
+    assert found["num_positions"] == 3 and found["accuracy"] == pytest.approx(1 / 3)
+    assert found["confidence"] == pytest.approx(np.exp([-0.1, -0.7, -0.5]).mean(), abs=1e-6)
+    assert summary(row_blocks(CACHE, "answer"), labelled=False)["accuracy"] is None
+
+
+@pytest.mark.parametrize("positions", ["answer", "all"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_blocks_are_the_rows_in_their_order_whatever_their_size(monkeypatch, positions, size):
+    without_answer = {
+        "labels": [[-100]],
+        "teacher_ids": [[]],
+        "teacher_log_probs": [[]],
+        "teacher_tail_log_prob": [[]],
+    }
+    empty = Dataset.from_dict(without_answer, features=CACHE.features)
+    dataset = concatenate_datasets([CACHE, empty, empty, empty, CACHE.select([2, 0])])
+    whole = calibration_rows(dataset, positions, eos_token_id=0)
+    monkeypatch.setattr(arrays, "BLOCK", size)
+    blocks = list(row_blocks(dataset, positions, eos_token_id=0))
+    assert len(blocks) > 1 and max(len(block.target) for block in blocks) <= 3 * size
+    again = calibration_rows(dataset, positions, eos_token_id=0)
+    for rows in (again, *(Rows(*map(np.concatenate, zip(*(b[:2] for b in blocks), strict=True))),)):
+        np.testing.assert_array_equal(rows.log_probs, whole.log_probs)
+        np.testing.assert_array_equal(rows.target, whole.target)
+
+
+def test_no_position_that_is_left_is_an_error_after_the_last_block():
+    with pytest.raises(ValueError, match="No supervised position is left under positions='all'"):
+        list(row_blocks(CACHE.select([2]), "all", eos_token_id=6))
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_the_stage_never_has_the_rows_to_learn_from_in_memory_at_once(tmp_path, monkeypatch, smoothed):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    arms = {"first": {"recalibration_method": "label_smoothing"} if smoothed else {}}
+    path = str(write_recipe(tmp_path, arms=arms, calibrate={"bootstrap": 0}))
+    cache.main([path])
+    read, iterate, file = [], Dataset.iter, tmp_path / "runs/tiny/calibration.json"
+
+    def counted(self, batch_size, **options):
+        for batch in iterate(self, batch_size, **options):
+            read.append(len(batch))
+            yield batch
+
+    def refuse(self, key):
+        raise AssertionError(f"rows {key} are read at once")
+
+    monkeypatch.setattr(Dataset, "iter", counted)
+    monkeypatch.setattr(Dataset, "__getitem__", refuse)
+    calibrate.main([path])
+    expected = json.loads(file.read_text())
+    file.unlink()
+    read.clear()
+    monkeypatch.setattr(arrays, "BLOCK", 4)
+    calibrate.main([path])
+    assert max(read) == 4 and sum(read) == 40 + 43 + 40 * smoothed, "another pass is for label smoothing alone"
+    found = json.loads(file.read_text())
+    assert found["teacher"].pop("cached_rows") == pytest.approx(expected["teacher"].pop("cached_rows"))
+    assert found["teacher"].pop("validation") == pytest.approx(expected["teacher"].pop("validation"))
+    assert found == expected
 
 
 def test_unknown_positions_are_refused():

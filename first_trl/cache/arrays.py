@@ -4,15 +4,20 @@ A row is one supervised position: K log-probabilities, the tail's, and which of 
 of choosing positions are the recipe's `calibrate.positions`: `answer`, the first completion token of each example, and
 `all`, every supervised token but the end of sequence, which is forced and would fill the most confident bin.
 
+Rows come in blocks of examples, so that a cache of any size can be looked through; only what a search sorts and bins
+again and again, the validation rows, is put together.
+
 Shapes: E examples, T tokens, N supervised positions, K kept tokens.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 POSITIONS = ("answer", "all")
+BLOCK = 256  # examples read at a time: with 1,024 tokens each, all in the loss, some 30 MB
 # A teacher that is this much more accurate or confident on the rows it labels than on validation knows them by heart.
 GAP = 0.05
 
@@ -27,17 +32,23 @@ class Rows(NamedTuple):
     target: np.ndarray
     tail_power_log_sums: np.ndarray | None = None
 
-    def summary(self, labelled: bool = True) -> dict[str, float | None]:
-        """Accuracy of the first token, and its mean probability: the two numbers whose gap is the miscalibration.
 
-        Without labels, where the targets are the teacher's own answers, the accuracy is None.
-        """
-        confidence = np.exp(self.log_probs[:, :-1]).max(axis=1)
-        return {
-            "num_positions": len(self.target),
-            "accuracy": float((self.target == self.log_probs[:, :-1].argmax(axis=1)).mean()) if labelled else None,
-            "confidence": float(confidence.mean()),
-        }
+def summary(blocks: Iterable[Rows], labelled: bool = True) -> dict[str, float | None]:
+    """Accuracy of the first token, and its mean probability: the two numbers whose gap is the miscalibration.
+
+    Without labels, where the targets are the teacher's own answers, the accuracy is None.
+    """
+    num_positions, correct, confidence = 0, 0, 0.0
+    for log_probs_NK1, target_N, _ in blocks:
+        kept_NK = log_probs_NK1[:, :-1]
+        num_positions += len(target_N)
+        correct += int((target_N == kept_NK.argmax(axis=1)).sum())
+        confidence += float(np.exp(kept_NK.max(axis=1)).sum(dtype=np.float64))
+    return {
+        "num_positions": num_positions,
+        "accuracy": correct / num_positions if labelled else None,
+        "confidence": confidence / num_positions,
+    }
 
 
 def learned_by_heart(cached: dict, validation: dict) -> bool:
@@ -47,7 +58,14 @@ def learned_by_heart(cached: dict, validation: dict) -> bool:
 
 
 def calibration_rows(dataset, positions: str = "answer", eos_token_id: int | None = None) -> Rows:
-    """The rows of a cache that a calibration looks at.
+    """All of `row_blocks` in one: (N, K+1) in memory, for validation."""
+    log_probs, targets, tail_sums = zip(*row_blocks(dataset, positions, eos_token_id), strict=True)
+    together = None if tail_sums[0] is None else np.concatenate(tail_sums)
+    return Rows(np.concatenate(log_probs), np.concatenate(targets), together)
+
+
+def row_blocks(dataset, positions: str = "answer", eos_token_id: int | None = None) -> Iterator[Rows]:
+    """The rows of a cache that a calibration looks at, those of at most `BLOCK` examples at a time.
 
     Args:
         dataset: `datasets.Dataset` with the cache's columns.
@@ -59,7 +77,20 @@ def calibration_rows(dataset, positions: str = "answer", eos_token_id: int | Non
     """
     if positions not in POSITIONS:
         raise ValueError(f"positions is {positions!r}; choose one of {', '.join(POSITIONS)}.")
-    table = dataset.with_format("arrow")[:]
+    found = False
+    for table in dataset.with_format("arrow").iter(batch_size=BLOCK):
+        rows = _rows(table, positions, eos_token_id)
+        if rows is not None:
+            found = True
+            yield rows
+    if not found:
+        raise ValueError(
+            f"No supervised position is left under positions={positions!r}; the split is empty of answers."
+        )
+
+
+def _rows(table: pa.Table, positions: str, eos_token_id: int | None) -> Rows | None:
+    """The rows of some examples; None where none is left."""
     labels = table["labels"].combine_chunks()
     starts = np.asarray(labels.offsets)[:-1] - int(labels.offsets[0].as_py())
     labels_T = labels.flatten().to_numpy()
@@ -67,6 +98,8 @@ def calibration_rows(dataset, positions: str = "answer", eos_token_id: int | Non
     supervised_T[starts] = False  # a document's first token is nobody's target
     document_T = np.repeat(np.arange(len(starts)), np.asarray(pa.compute.list_value_length(labels)))
     target_ids_N, document_N = labels_T[supervised_T], document_T[supervised_T]
+    if not supervised_T.any():
+        return None
     ids_NK = _flat(table["teacher_ids"])
     log_probs_NK1 = np.column_stack([_flat(table["teacher_log_probs"]), _flat(table["teacher_tail_log_prob"])])
     assert len(ids_NK) == len(target_ids_N), "teacher rows and supervised positions differ"
@@ -75,9 +108,7 @@ def calibration_rows(dataset, positions: str = "answer", eos_token_id: int | Non
     else:
         kept_N = target_ids_N != (-1 if eos_token_id is None else eos_token_id)
     if not kept_N.any():
-        raise ValueError(
-            f"No supervised position is left under positions={positions!r}; the split is empty of answers."
-        )
+        return None
     is_label_NK = ids_NK[kept_N] == target_ids_N[kept_N, None]
     target_N = np.where(is_label_NK.any(axis=1), is_label_NK.argmax(axis=1), ids_NK.shape[1])
     tail_sums = None

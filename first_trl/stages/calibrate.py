@@ -75,24 +75,29 @@ def calibrate(recipe) -> list[str]:
 def read_caches(recipe) -> tuple[Any, dict, float, dict]:
     """(rows of validation, their tail's knots, the most smoothing that every row allows, the teacher on each cache).
 
-    Says the gap between the rows that the teacher labels and validation, where both are cached.
+    Says the gap between the rows that the teacher labels and validation, where both are cached. The rows to learn from
+    are looked through in blocks, and are never in memory together.
     """
     import torch
 
-    from first_trl.cache.arrays import calibration_rows
+    from first_trl.cache.arrays import calibration_rows, row_blocks, summary
     from first_trl.cache.identity import open_recipe_cache
     from first_trl.calibration import largest_smoothing
     from first_trl.training import teacher_section
 
-    rows, settings, teacher, max_smoothing = {}, recipe.calibrate, {}, 1.0
+    settings, teacher, max_smoothing = recipe.calibrate, {}, 1.0
     for role in cached_roles(recipe):
         cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe))
         left_out = None if settings.include_eos else cache.manifest["eos_token_id"]
-        rows[role] = calibration_rows(cache.dataset, settings.positions, left_out)
-        if role == "train":  # the value must also fit every row that students learn from
-            max_smoothing = largest_smoothing(torch.from_numpy(calibration_rows(cache.dataset, "all").log_probs))
-            teacher["cached_rows"] = rows[role].summary(cache.manifest.get("labels") != "teacher")
-    teacher["validation"] = rows["validation"].summary()
+        if role == "validation":
+            rows = calibration_rows(cache.dataset, settings.positions, left_out)
+            continue
+        labelled = cache.manifest.get("labels") != "teacher"
+        teacher["cached_rows"] = summary(row_blocks(cache.dataset, settings.positions, left_out), labelled)
+        if "label_smoothing" in calibration_methods(recipe):  # its value must fit every row that students learn from
+            blocks = row_blocks(cache.dataset, "all")
+            max_smoothing = min(largest_smoothing(torch.from_numpy(block.log_probs)) for block in blocks)
+    teacher["validation"] = summary([rows])
     if "cached_rows" in teacher:
         for line in gap_lines(**teacher):
             say(f"calibrate: {line}")
@@ -100,9 +105,9 @@ def read_caches(recipe) -> tuple[Any, dict, float, dict]:
         teacher["cross_fit"] = recipe.cross_fit
     tail = {
         "tail_power_knots": cache.manifest.get("tail_powers"),
-        "tail_power_log_sums": rows["validation"].tail_power_log_sums,
+        "tail_power_log_sums": rows.tail_power_log_sums,
     }
-    return rows["validation"], tail, max_smoothing, teacher
+    return rows, tail, max_smoothing, teacher
 
 
 def gap_lines(cached_rows: dict, validation: dict) -> list[str]:
