@@ -97,7 +97,12 @@ class FIRSTConfig(SFTConfig):
         ):
             if getattr(self, name) != allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect in FIRSTTrainer; {remedy}.")
-        if self.packing and self.packing_strategy == "wrapped":
+        if self.eval_packing and not (self.packing or self.padding_free):
+            raise ValueError(
+                "eval_packing=True needs packing=True or padding_free=True: otherwise TRL's collator pads, and "
+                "the documents of a packed row would see each other."
+            )
+        if (self.packing or self.eval_packing) and self.packing_strategy == "wrapped":
             raise ValueError(
                 "packing_strategy='wrapped' makes a document's first token a target of the previous document, for "
                 "which no teacher exists; use 'bfd'."

@@ -46,7 +46,8 @@ class TeacherCollator:
     tail power sums give those too, (N, P) float32.
 
     Raises:
-        ValueError: rows and supervised positions do not match, so the example is not as the cache wrote it.
+        ValueError: rows and supervised positions do not match, so the example is not as the cache wrote it; or a row
+            has no supervised position.
     """
 
     tokens: DataCollatorForLanguageModeling
@@ -56,6 +57,11 @@ class TeacherCollator:
         batch = self.tokens([{name: row[name] for name in token_columns if name in row} for row in examples])
         supervised = batch["labels"][:, 1:] != IGNORED
         names = _teacher_columns_in(examples[0])
+        if not all(len(row["teacher_ids"]) for row in examples):
+            raise ValueError(
+                "A row of the dataset has no supervised position, so a student learns nothing from it: leave it out, "
+                'as in dataset.filter(lambda row: len(row["teacher_ids"]) > 0).'
+            )
         rows = {name: np.concatenate([np.asarray(row[name]) for row in examples]) for name in names}
         if "seq_lengths" in examples[0]:  # packed: one entry per token, see `_one_entry_per_token`
             num_tokens = len(rows["teacher_ids"])
@@ -380,15 +386,27 @@ class FIRSTTrainer(SFTTrainer):
         num_tokens = sums.pop("num_tokens", None)
         if num_tokens is not None:
             self._total_train_tokens += int(self.accelerator.reduce(num_tokens.to(self.args.device), "sum").item())
-        for name in sorted(sums):
-            total, count = self.accelerator.reduce(sums[name], "sum").tolist()
-            self._metrics[mode][name] = [total / count]
+        # Every name on every rank: one without a genuine row would otherwise leave the others waiting for its sums.
+        empty = torch.zeros(2, dtype=torch.double)
+        sums_N2 = torch.stack([torch.as_tensor(sums.get(name, empty)).to(self.args.device) for name in self._logged()])
+        means = {
+            name: total / count
+            for name, (total, count) in zip(
+                self._logged(), self.accelerator.reduce(sums_N2, "sum").tolist(), strict=True
+            )
+            if count
+        }
+        self._metrics[mode].update({name: [mean] for name, mean in means.items()})
         if self._total_train_tokens:
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        if mode == "train" and "student_mass" in sums:
-            self._warn_on_low_mass(self._metrics[mode]["student_mass"][0])
+        if mode == "train" and "student_mass" in means:
+            self._warn_on_low_mass(means["student_mass"])
         sums.clear()
         super().log(logs, start_time)
+
+    def _logged(self) -> list[str]:
+        names = ["kl", "teacher_mass", "student_mass", "teacher_agreement"]
+        return [*names, "cross_entropy"] if self.args.ce_weight > 0 else names
 
     def _warn_on_low_mass(self, student_mass: float) -> None:
         self._low_mass_logs = self._low_mass_logs + 1 if student_mass < LOW_MASS else 0

@@ -246,3 +246,43 @@ def test_rows_repeated_to_fill_the_last_evaluation_batch_are_not_counted(
     assert torch.equal(supervised, batch["labels"][:, 1:][batch["labels"][:, 1:] != -100][:positions])
     state.end_of_dataloader = False
     assert trainer._without_repeated_rows(batch) is batch
+
+
+def test_a_rank_without_evaluation_rows_takes_part_in_the_same_reductions(
+    make_model, tokenizer, tmp_path, monkeypatch
+):
+    vocab_size = len(tokenizer)
+    dataset = cache_of(make_model(vocab_size=vocab_size), random_examples(4, vocab_size))
+    trainer = trainer_for(make_model(vocab_size=vocab_size, seed=1), dataset, tokenizer, tmp_path)
+    reduce, shapes = trainer.accelerator.reduce, []
+    monkeypatch.setattr(
+        trainer.accelerator, "reduce", lambda sums, how: (shapes.append(sums.shape), reduce(sums, how))[1]
+    )
+    trainer.model.eval()
+    trainer.log({"eval_loss": 1.0})  # as on a rank whose batches held repeated rows alone
+    without_rows, logged = list(shapes), dict(trainer.state.log_history[-1])
+    trainer.evaluate()
+    assert without_rows == shapes[1:] and len(without_rows) == 1
+    assert "eval_kl" not in logged and trainer.state.log_history[-1]["eval_kl"] > 0
+
+
+def test_a_row_without_supervised_positions_is_refused(make_model, tokenizer, tmp_path):
+    vocab_size = len(tokenizer)
+    dataset = cache_of(make_model(vocab_size=vocab_size), random_examples(2, vocab_size))
+    trainer = trainer_for(make_model(vocab_size=vocab_size), dataset, tokenizer, tmp_path)
+    row = {name: np.asarray(value) for name, value in trainer.train_dataset[0].items()}
+    empty = {**row, "labels": np.full_like(row["labels"], -100)} | {
+        name: row[name][:0] for name in ("teacher_ids", "teacher_log_probs", "teacher_tail_log_prob")
+    }
+    with pytest.raises(ValueError, match="no supervised position.*leave it out"):
+        trainer.data_collator([row, empty])
+
+
+@pytest.mark.parametrize("settings", [{"eval_packing": True}, {"eval_packing": True, "packing_strategy": "wrapped"}])
+def test_packed_evaluation_rows_are_refused_where_documents_would_mix(settings, tmp_path):
+    with pytest.raises(ValueError, match="eval_packing=True needs"):
+        FIRSTConfig(output_dir=str(tmp_path), bf16=False, **settings)
+    with pytest.raises(ValueError, match="'wrapped'"):
+        FIRSTConfig(
+            output_dir=str(tmp_path), bf16=False, padding_free=True, **settings | {"packing_strategy": "wrapped"}
+        )
