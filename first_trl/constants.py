@@ -1,0 +1,23 @@
+"""Names and rules that several parts of the package must agree on, each written once. Nothing is computed here."""
+
+import re
+
+IGNORED = -100  # label of a token outside the loss, as in torch and TRL
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+TAILS = ("bucket", "renormalize")
+RECALIBRATION_METHODS = ("temperature", "probability", "label_smoothing", "none")
+CRITERIA = ("ece", "nll")
+POSITIONS = ("answer", "all")
+
+STAGES = ("sft", "cache", "calibrate", "distill", "evaluate", "push")
+
+# Arms that the report adds to those of a recipe, so that no recipe may call an arm so.
+REPORT_ARMS = ("teacher", "teacher_recalibrated", "base")
+DEFAULT_ARMS = {"fine_tuned": {"trainer": "sft"}, "distilled": {"recalibration_method": "none"}, "first": {}}
+POST_HOC = "_post_hoc"  # suffix of an arm's name: the same answers under the student's closing scalar
+
+PREDICT_FILE = "predict.json"
+
+# A repository on the Hub, `owner/name`, or `name` alone for the oldest models and datasets.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
