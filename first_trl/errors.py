@@ -1,4 +1,4 @@
-"""The one class of the errors whose message was written for the user: what is wrong, where, and what to do about it."""
+"""The class of the errors whose message was written for the user: what is wrong, where, and what to do about it."""
 
 
 class FirstTrlError(ValueError):

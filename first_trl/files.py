@@ -60,8 +60,8 @@ def locked(path: str | Path, job: str) -> Iterator[None]:
     except Timeout:
         who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
         raise FirstTrlError(
-            f"{job} is being written by {who}. Wait until it ends, or stop it, and run again; or give this run a --name "
-            "of its own."
+            f"{job} is being written by {who}. Wait until it ends, or stop it, and run again; or give this run a "
+            "--name of its own."
         ) from None
     try:
         write_atomically(holder, f"process {os.getpid()} on host {socket.gethostname()}")
