@@ -46,7 +46,8 @@ def table_of_bytes(args: argparse.Namespace) -> list[str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from first_trl.config import DatasetConfig, TaskConfig
-    from first_trl.data.examples import encode_row, load_split
+    from first_trl.data.encoding import encode_row
+    from first_trl.data.loading import load_split
 
     path = DATA / "models" / "reviews-teacher-base"
     tokenizer = AutoTokenizer.from_pretrained(path)

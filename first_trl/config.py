@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import MISSING, dataclass, field, fields
 
-from .data.rendering import Piece, parse_template
 from .field_types import Problem, Settings
+from .templates import Piece, parse_template
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SERVER_URL = re.compile(r"https?://[^\s@]+")

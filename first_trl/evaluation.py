@@ -25,7 +25,7 @@ from .cache.format import TAIL_POWERS
 from .calibration import recalibrate
 from .config import TaskConfig
 from .data.choices import choice_token_ids
-from .data.examples import encode_example
+from .data.encoding import encode_example
 from .scoring import answer_scores, sequence_log_probs
 
 SMALLEST_TAIL = 2.0**-24  # what float32 probabilities of the choices cannot tell from a sum of 1

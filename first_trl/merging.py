@@ -109,7 +109,7 @@ def merge(
     """
     from transformers import AutoTokenizer
 
-    from .data.examples import load_split
+    from .data.loading import load_split
     from .scoring import load_model
     from .training import load_arguments
 

@@ -70,7 +70,7 @@ class Predictor:
         """
         from .abstention import threshold_for
         from .data.choices import choice_token_ids
-        from .data.examples import encode_prompt
+        from .data.encoding import encode_prompt
         from .scoring import sequence_log_probs
 
         threshold, rows, prompts = threshold_for(self.description, accuracy), list(rows), []

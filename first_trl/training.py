@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate import PartialState
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
-from .data.examples import load_split, tokenize_dataset
+from .data.loading import load_split, tokenize_dataset
 from .sharding import launched_sharded, missing_quant_storage
 
 

@@ -114,7 +114,7 @@ def processes():
     """Processes that start quickly: forked off a server that has the libraries imported and no threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["first_trl.trainer", "first_trl.scoring", "first_trl.data.examples", "first_trl.cache.run"]
+        ["first_trl.trainer", "first_trl.scoring", "first_trl.data.encoding", "first_trl.cache.run"]
     )
     started = []
 

@@ -13,14 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from first_trl.config import DatasetConfig, TaskConfig
 from first_trl.data.choices import choice_token_ids, single_token_ids
-from first_trl.data.examples import (
-    check_disjoint,
-    encode_example,
-    encode_prompt,
-    load_split,
-    tokenize_dataset,
-)
-from first_trl.data.rendering import render_template, template_fields
+from first_trl.data.encoding import encode_example, encode_prompt
+from first_trl.data.loading import check_disjoint, load_split, tokenize_dataset
+from first_trl.templates import render_template, template_fields
 
 TEMPLATE = "Review: {text}\nSentiment:"
 ROWS = [

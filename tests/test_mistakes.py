@@ -70,7 +70,7 @@ def data(*lines, tokenizer=None, source=None, **task):
     """Load and encode data/rows.jsonl, which has these lines (rows, or text as it is)."""
 
     def act(folder):
-        from first_trl.data.examples import load_split, tokenize_dataset
+        from first_trl.data.loading import load_split, tokenize_dataset
 
         text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
         (folder / "data" / "rows.jsonl").write_text(text)
@@ -100,7 +100,7 @@ def refused_by_the_hub(error):
     def act(folder, monkeypatch):
         import datasets
 
-        from first_trl.data.examples import load_split
+        from first_trl.data.loading import load_split
 
         def refuse(*args, **kwargs):
             raise error

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from first_trl.data.rendering import render_template
 from first_trl.recipe.loading import DEFAULT_ARMS, load_recipe
+from first_trl.templates import render_template
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))

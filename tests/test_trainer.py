@@ -17,7 +17,7 @@ from first_trl.trainer import FIRSTTrainer
 
 
 def random_examples(num: int, vocab_size: int, seed: int = 0, completion: tuple[int, int] = (1, 4)) -> list[dict]:
-    """Tokenised examples of many lengths, 1 to 3 supervised tokens each, as `first_trl.data.examples` writes them."""
+    """Tokenised examples of many lengths, 1 to 3 supervised tokens each, as `first_trl.data.encoding` writes them."""
     generator = np.random.default_rng(seed)
     examples = []
     for _ in range(num):

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from ..config import DatasetConfig
-from ..data.load_errors import local_files
+from ..data.loading import local_files
 from .fingerprints import (
     chat_template_fingerprint,
     file_sha256,

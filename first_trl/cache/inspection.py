@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from ..data.examples import IGNORED
+from ..constants import IGNORED
 from .reader import TeacherCache
 
 NUM_EXAMPLES = 10

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from ..data.examples import IGNORED
+from ..constants import IGNORED
 from ..head import partition_log_probs, top_k_log_probs
 from ..modeling import language_model_head
 from ..scoring import hidden_states_at, innermost

@@ -1,6 +1,6 @@
 """The declared choices of a closed-answer task as tokens: what each is after a prompt, and what rows may be cached so.
 
-Everything here follows from `first_trl.data.examples`, which encodes whole rows; probabilities are those of
+Everything here follows from `first_trl.data.encoding`, which encodes whole rows; probabilities are those of
 `first_trl.scoring`.
 """
 
@@ -9,9 +9,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..config import TaskConfig
-from .encoding import chat_ids, check_prefix, text_ids
-from .examples import IGNORED, encode_prompt, encode_row, is_conversational, split_messages, templates_of, with_end
-from .rendering import parse_template, render_template, text_around_field
+from ..constants import IGNORED
+from ..templates import parse_template, render_template, text_around_field
+from .encoding import (
+    chat_ids,
+    check_prefix,
+    encode_prompt,
+    encode_row,
+    is_conversational,
+    split_messages,
+    templates_of,
+    text_ids,
+    with_end,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,11 +48,11 @@ def choice_token_ids(task: TaskConfig, tokenizer, prompt_row: Mapping[str, Any] 
                 f"task.choices: the tokenizer has no token for {choice!r} (it reads "
                 f"{tokenizer.convert_ids_to_tokens(answer)}); choose another word"
             )
-    _refuse_beginnings(task, tokenizer, answers)
+    _refuse_prefixes(task, tokenizer, answers)
     return answers
 
 
-def _refuse_beginnings(task: TaskConfig, tokenizer, answers: list[list[int]]) -> None:
+def _refuse_prefixes(task: TaskConfig, tokenizer, answers: list[list[int]]) -> None:
     """Probabilities of whole answers sum to at most 1 only where no answer is the beginning of another."""
     taken: dict[tuple[int, ...], str] = {}
     for choice, ids in sorted(zip(task.choices or (), answers, strict=True), key=lambda pair: len(pair[1])):
@@ -168,14 +178,14 @@ def with_answer(row: Mapping[str, Any], task: TaskConfig, choice: str) -> dict[s
     return {**row, field.column: choice}
 
 
-def with_stand_ins(dataset: "Dataset", task: TaskConfig) -> "Dataset":
+def with_placeholder_answers(dataset: "Dataset", task: TaskConfig) -> "Dataset":
     """Rows without answers, with the first choice as everyone's, for where prompts matter; others as they are."""
     if not task.choices or has_answer(task, dataset[0]):
         return dataset
     return dataset.map(partial(with_answer, task=task, choice=task.choices[0]))
 
 
-def unanswered_encoder(task: TaskConfig, tokenizer, first_row: Mapping[str, Any], place: str):
+def unlabelled_encoder(task: TaskConfig, tokenizer, first_row: Mapping[str, Any], place: str):
     """How rows without answers become examples, and the answers that a teacher may give them.
 
     Returns:

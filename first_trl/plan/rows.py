@@ -14,8 +14,10 @@ import numpy as np
 
 from ..cache.format import cache_schema
 from ..cache.shard import encode_shard
-from ..data.choices import with_stand_ins
-from ..data.examples import IGNORED, encode_row, load_split
+from ..constants import IGNORED
+from ..data.choices import with_placeholder_answers
+from ..data.encoding import encode_row
+from ..data.loading import load_split
 from ..recipe.rules import looks_local
 
 SAMPLE = 8192  # rows that are tokenised; of a longer split, as many spread evenly over it
@@ -60,7 +62,7 @@ def read_split(config, role: str, task, tokenizer: Any | None) -> Split:
     if tokenizer is None:
         return split
     if role == "transfer":  # its rows need no answers
-        dataset = with_stand_ins(dataset, task)
+        dataset = with_placeholder_answers(dataset, task)
     for index in np.unique(np.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).astype(int)):
         try:
             split.examples.append(encode_row(dataset[int(index)], int(index), task, tokenizer))

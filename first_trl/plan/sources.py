@@ -10,7 +10,7 @@ from typing import Any
 
 from ..cache.fingerprints import tokenizer_fingerprint
 from ..data.choices import choice_token_ids
-from ..data.examples import check_disjoint
+from ..data.loading import check_disjoint
 from ..evaluation import test_task
 from .rows import Split, read_split
 

@@ -1,7 +1,7 @@
 """Where the splits of a recipe come from, checked without loading them: files that are missing, rows used twice.
 
 What settings alone can tell. Whether two differently named sources hold the same examples is found by
-`first_trl.data.examples` when it reads them.
+`first_trl.data.encoding` when it reads them.
 """
 
 import glob
@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from ..config import DatasetConfig
-from ..data.load_errors import BUILDERS
+from ..data.loading import BUILDERS
 from ..field_types import Problem
 from .rules import HUB_NAME, exists, looks_local
 

@@ -2,7 +2,7 @@
 
 A mistake that this package found has said so itself: its own `raise` is taken at its word. What other libraries raise
 for a gated model, a full disk or too little memory is translated. Anything else is unexpected, and not for this module
-to guess at: its traceback is in the log. Failures of datasets are `first_trl.data.load_errors`.
+to guess at: its traceback is in the log. Failures of datasets are `first_trl.data.loading`.
 """
 
 import errno

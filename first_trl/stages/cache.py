@@ -92,7 +92,7 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
     from first_trl.cache.reader import parquet_files
     from first_trl.cache.run import write_shards
     from first_trl.cache.writer import CacheWriter
-    from first_trl.data.examples import load_split
+    from first_trl.data.loading import load_split
 
     state, settings, folder = PartialState(), recipe.cache, recipe.run_folder / "cache" / role
     with state.local_main_process_first():
@@ -135,8 +135,8 @@ def row_encoder(recipe, role: str, tokenizer, first_row: dict) -> tuple[Callable
 
     Rows of `datasets.transfer` need no labels: the teacher's most probable choice stands in for each.
     """
-    from first_trl.data.choices import encode_answer_row, has_answer, single_token_ids, unanswered_encoder, with_answer
-    from first_trl.data.examples import encode_row
+    from first_trl.data.choices import encode_answer_row, has_answer, single_token_ids, unlabelled_encoder, with_answer
+    from first_trl.data.encoding import encode_row
 
     place = "datasets.transfer" if role == "train" and recipe.datasets.transfer else f"datasets.{role}"
     wanted = {"task": recipe.task, "tokenizer": tokenizer, "place": place}
@@ -150,7 +150,7 @@ def row_encoder(recipe, role: str, tokenizer, first_row: dict) -> tuple[Callable
     if recipe.cache.backend != "hf":
         raise ValueError(f"{place}: rows without labels need cache.backend: hf, not {recipe.cache.backend}.")
     encode_answered = encode
-    encode, candidates = unanswered_encoder(recipe.task, tokenizer, first_row, place)
+    encode, candidates = unlabelled_encoder(recipe.task, tokenizer, first_row, place)
     encode_answered(with_answer(first_row, recipe.task, recipe.task.choices[0]), 0)  # refuses what labels would be
     say(f"cache: {place} has no labels: the teacher's most probable choice stands in for each")
     return encode, {**asked, "candidates": candidates}

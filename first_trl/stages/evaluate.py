@@ -88,8 +88,8 @@ def refuse_overlap(recipe) -> None:
     """
     from transformers import AutoTokenizer
 
-    from first_trl.data.choices import with_stand_ins
-    from first_trl.data.examples import check_disjoint, load_split, tokenize_dataset
+    from first_trl.data.choices import with_placeholder_answers
+    from first_trl.data.loading import check_disjoint, load_split, tokenize_dataset
     from first_trl.evaluation import test_task
 
     tokenizer = AutoTokenizer.from_pretrained(teacher_path(recipe), revision=recipe.cache.teacher_revision or "main")
@@ -99,7 +99,9 @@ def refuse_overlap(recipe) -> None:
     splits |= {name: (config, "test", test_task(recipe.task, config.task)) for name, config in data.test.items()}
     tokenized = {
         name: tokenize_dataset(
-            with_stand_ins(load_split(config, role), task) if role == "transfer" else load_split(config, role),
+            with_placeholder_answers(load_split(config, role), task)
+            if role == "transfer"
+            else load_split(config, role),
             task,
             tokenizer,
             place=f"datasets.{'test.' * (role == 'test')}{name}",
@@ -124,7 +126,7 @@ def answer_all_sets(recipe, arm: str) -> None:
     from accelerate import PartialState
     from transformers import AutoTokenizer
 
-    from first_trl.data.examples import load_split
+    from first_trl.data.loading import load_split
     from first_trl.evaluation import answer_set, test_task
     from first_trl.scoring import load_model
     from first_trl.training import load_arguments, teacher_section
