@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-TAILS = ("bucket", "renormalize")
+from .constants import DIVERGENCES, TAILS
 
 
 @dataclass

@@ -17,8 +17,7 @@ import math
 
 import torch
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-TAILS = ("bucket", "renormalize")
+from .constants import DIVERGENCES, TAILS
 
 
 def partition_divergence(

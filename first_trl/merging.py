@@ -110,7 +110,7 @@ def merge(
     from transformers import AutoTokenizer
 
     from .data.loading import load_split
-    from .scoring import load_model
+    from .modeling import load_model
     from .training import load_arguments
 
     if output.exists():

@@ -45,7 +45,7 @@ class Predictor:
         from transformers import AutoTokenizer
 
         from .abstention import read_student
-        from .scoring import load_model
+        from .modeling import load_model
         from .training import load_arguments
 
         folder = _folder(str(adapter), revision)

@@ -8,54 +8,13 @@ Shapes: N positions, D hidden, V vocabulary, K kept tokens, C choices.
 
 import copy
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from .constants import IGNORED
 from .head import partition_log_probs, partition_log_probs_and_tail_max, selected_logits, top_k_log_probs
-from .modeling import IGNORED, Head, backbone_hidden_states, language_model_head
-
-
-def load_model(
-    path: str,
-    *,
-    revision: str | None = None,
-    dtype: str = "float32",
-    quantization_config=None,
-    attn_implementation: str | None = None,
-    device: torch.device | str = "cpu",
-    trust_remote_code: bool = False,
-) -> torch.nn.Module:
-    """A causal language model in evaluation mode: a Hub id, a model folder, or an adapter folder with its base.
-
-    Args:
-        path: model id or folder; a folder with `adapter_config.json` is loaded on the base that it names.
-        dtype: `float32`, `bfloat16`, ... of the weights that are not quantised.
-        quantization_config: `transformers.BitsAndBytesConfig` for a 4-bit base, or None.
-    """
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
-
-    is_adapter = (Path(path) / "adapter_config.json").is_file()
-    auto_class = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
-    model = auto_class.from_pretrained(
-        path,
-        revision=revision,
-        dtype=dtype,
-        quantization_config=quantization_config,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        device_map=None if quantization_config is None else {"": device},
-    )
-    if quantization_config is None:
-        model = model.to(device)
-    return model.eval()
-
-
-def innermost(model: torch.nn.Module) -> torch.nn.Module:
-    """The transformers model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+from .modeling import Head, backbone_hidden_states, innermost, language_model_head
 
 
 def length_batches(lengths: list[int], tokens_per_batch: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ Shapes: N supervised positions of a batch in row-major order, M a subset of them
 
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from trl import SFTTrainer, pack_dataset
 from .cache.format import TAIL_POWERS_COLUMN
 from .cache.reader import TeacherCache, check_cache, check_vocabulary, open_cache
 from .calibration import recalibrate
+from .constants import IGNORED
 from .first_config import FIRSTConfig
 from .losses import conditional_divergence, mass_divergence, partition_divergence
-from .modeling import IGNORED, PartitionOutput, adapters_to_float32, add_partition_head, supervised_mask
-from .trl_private import DataCollatorForLanguageModeling, get_config_model_id
+from .modeling import PartitionOutput, adapters_to_float32, add_partition_head, supervised_mask
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +51,7 @@ class TeacherCollator:
             has no supervised position.
     """
 
-    tokens: DataCollatorForLanguageModeling
+    tokens: Callable[[list[dict]], dict[str, torch.Tensor]]
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         token_columns = ("input_ids", "labels", "seq_lengths")
@@ -199,7 +200,7 @@ class FIRSTTrainer(SFTTrainer):
                     f"{name} has no place in FIRSTTrainer: the cache is already tokenised, and no logits are built."
                 )
         if processing_class is None:
-            source = model if isinstance(model, str) else get_config_model_id(model.config)
+            source = model if isinstance(model, str) else model.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
         eval_packing = args.packing if args.eval_packing is None else args.eval_packing
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset} if eval_dataset else {}
@@ -421,7 +422,7 @@ class FIRSTTrainer(SFTTrainer):
         """A short card in the checkpoint folder; `first-trl push` writes the full one, with its measurements."""
         if not self.is_world_process_zero():
             return
-        base_model = get_config_model_id(self.model.config)
+        base_model = self.model.config._name_or_path
         data = ModelCardData(
             library_name="peft" if hasattr(self.model, "peft_config") else "transformers",
             base_model=base_model if base_model and not os.path.isdir(base_model) else None,

@@ -5,6 +5,7 @@ set here: where to write, how often to save, and what to resume from.
 """
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from accelerate import PartialState
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from .data.loading import load_split, tokenize_dataset
-from .sharding import launched_sharded, missing_quant_storage
 
 
 def split_section(section: dict, config_class: type) -> tuple[dict, ModelConfig]:
@@ -116,7 +116,7 @@ def clear_unfinished(folder: Path, continues: bool) -> None:
 
 
 def load_arguments(section: dict) -> dict:
-    """The arguments of `first_trl.scoring.load_model` for a model that a recipe section describes."""
+    """The arguments of `first_trl.modeling.load_model` for a model that a recipe section describes."""
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     model_args = ModelConfig(**{key: value for key, value in section.items() if key in names})
     return {
@@ -137,3 +137,31 @@ def teacher_section(recipe) -> dict:
         "load_in_4bit": settings.load_in_4bit,
         "backend": settings.backend,
     }
+
+
+def launched_sharded() -> bool:
+    """Whether `accelerate launch` was told to share the weights out over the processes of this job."""
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return fsdp or (deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3")
+
+
+def missing_quant_storage(section: dict) -> str | None:
+    """Why a training section cannot be sharded (FSDP2, ZeRO-3), with the remedy; None where it can.
+
+    4-bit weights are stored in bytes unless told otherwise, and a sharding that packs parameters of one type together
+    cannot put them beside bfloat16 ones: the storage has to be declared of the type of the others.
+
+    Args:
+        section: settings of `sft`, `distill` or an arm, as the recipe has them.
+    """
+    if not section.get("load_in_4bit"):
+        return None
+    dtype, storage = section.get("dtype") or "float32", section.get("bnb_4bit_quant_storage")
+    if storage == dtype:
+        return None
+    said = "it is missing" if storage is None else f"it is {storage}"
+    return (
+        f"{said}, and sharded 4-bit weights must be stored in the type of the others ({dtype}); write "
+        f"bnb_4bit_quant_storage: {dtype} beside dtype: {dtype}"
+    )

@@ -69,8 +69,7 @@ def test_four_bit_weights_are_refused_by_a_sharded_launch_unless_stored_as_the_o
     from trl import get_quantization_config
 
     from first_trl.first_config import FIRSTConfig
-    from first_trl.sharding import launched_sharded, missing_quant_storage
-    from first_trl.training import training_arguments
+    from first_trl.training import launched_sharded, missing_quant_storage, training_arguments
 
     section = {"model_name_or_path": "m", "dtype": "bfloat16", "load_in_4bit": True, "use_cpu": True}
     wrong = section if storage is None else {**section, "bnb_4bit_quant_storage": storage}

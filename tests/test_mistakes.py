@@ -118,7 +118,7 @@ def model(change=lambda folder: None, path="models/mine"):
     def act(folder):
         from transformers import AutoTokenizer
 
-        from first_trl.scoring import load_model
+        from first_trl.modeling import load_model
 
         build_model().save_pretrained(folder / "models" / "mine")
         build_tokenizer().save_pretrained(folder / "models" / "mine")

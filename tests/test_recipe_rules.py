@@ -11,7 +11,7 @@ def test_every_rule_is_about_a_setting_that_trl_or_first_trl_knows():
 
 
 def test_the_choices_of_the_loss_are_those_of_the_trainer():
-    from first_trl.first_config import DIVERGENCES, TAILS
+    from first_trl.constants import DIVERGENCES, TAILS
 
     assert LIMITS["divergence"]["choices"] == DIVERGENCES
     assert LIMITS["tail"]["choices"] == TAILS

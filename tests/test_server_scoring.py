@@ -22,8 +22,9 @@ import torch
 from first_trl.cache.reader import open_cache
 from first_trl.config import CacheConfig
 from first_trl.field_types import SettingsError
+from first_trl.modeling import load_model
 from first_trl.recipe.loading import load_recipe
-from first_trl.scoring import load_model, teacher_rows
+from first_trl.scoring import teacher_rows
 from first_trl.server_scoring import (
     SMALLEST_TAIL,
     PromptServer,

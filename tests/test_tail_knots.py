@@ -16,8 +16,8 @@ from first_trl.cache.reader import open_cache
 from first_trl.calibration import recalibrate, search
 from first_trl.evaluation import answer_set, recalibrated_answers
 from first_trl.head import top_k_log_probs
+from first_trl.modeling import load_model
 from first_trl.recipe.loading import RecipeError, load_recipe
-from first_trl.scoring import load_model
 from first_trl.stages import cache as cache_stage
 from first_trl.stages import calibrate as calibrate_stage
 from tests.cache_recipe import write_recipe

@@ -109,7 +109,7 @@ def _load_teacher(cache, path: str):
     import torch
     from transformers import AutoTokenizer
 
-    from ..scoring import load_model
+    from ..modeling import load_model
     from ..training import load_arguments
     from .fingerprints import weights_fingerprint
     from .reader import check_cache

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..sharding import missing_quant_storage
+from ..training import missing_quant_storage
 from .accelerators import ACCELERATORS, UTILISATION, Accelerator
 
 _LESS_MEMORY = (

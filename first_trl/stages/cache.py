@@ -74,7 +74,8 @@ def teacher_runner(recipe, path: str, section: dict, vocab_limit: int) -> tuple[
         engine, version = load_vllm(path, revision=revision, dtype=section["dtype"], **options)
         return partial(vllm_teacher_rows, engine, **wanted), {"name": "vllm", "model": None, "version": version}
     from first_trl.cache.format import TAIL_POWERS
-    from first_trl.scoring import load_model, teacher_rows
+    from first_trl.modeling import load_model
+    from first_trl.scoring import teacher_rows
     from first_trl.training import load_arguments
 
     model = load_model(path, device=state.device, **load_arguments(section))

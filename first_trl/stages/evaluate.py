@@ -128,7 +128,7 @@ def answer_all_sets(recipe, arm: str) -> None:
 
     from first_trl.data.loading import load_split
     from first_trl.evaluation import answer_set, test_task
-    from first_trl.scoring import load_model
+    from first_trl.modeling import load_model
     from first_trl.training import load_arguments, teacher_section
 
     if arm == "teacher":
