@@ -20,11 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .cache import commands as cache_commands
-from .pipeline import is_current, works_of
+from .failures import memory_advice
+from .log import RunLog, libraries_into, recording, status
 from .plan import command as plan_command
 from .recipe.loading import STAGES, Recipe
-from .running.failures import memory_advice
-from .running.log import RunLog, libraries_into, recording, say
+from .run import is_current, jobs_of
 
 SINGLE_PROCESS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 
@@ -142,35 +142,33 @@ def run_pipeline(
     arguments = [recipe_path, *["--quiet"] * quiet, *overrides]
     started = time.monotonic()
     for stage in (stage for stage in STAGES if stage in wanted):
-        for work in works_of(recipe, stage) or [stage] * (stage == "push"):
-            status = _run_work(recipe, stage, work, arguments, config_file, quiet)
-            if status != 0:
-                return status
+        for job in jobs_of(recipe, stage) or [stage] * (stage == "push"):
+            code = _run_job(recipe, stage, job, arguments, config_file, quiet)
+            if code != 0:
+                return code
     with recording(recipe.run_folder / "log.txt", quiet=quiet):
         _print_result(recipe, time.monotonic() - started)
     return 0
 
 
-def _run_work(
-    recipe: Recipe, stage: str, work: str, arguments: list[str], config_file: str | None, quiet: bool
-) -> int:
-    """One piece of work in a process of its own; returns its exit status."""
+def _run_job(recipe: Recipe, stage: str, job: str, arguments: list[str], config_file: str | None, quiet: bool) -> int:
+    """One job in a process of its own; returns its exit status."""
     path = recipe.run_folder / "log.txt"
-    if work != "push" and is_current(recipe, work):
+    if job != "push" and is_current(recipe, job):
         with recording(path, quiet=quiet):
-            say(f"{work}: up to date, nothing to do")
+            status(f"{job}: up to date, nothing to do")
         return 0
     size = path.stat().st_size if path.is_file() else 0
-    arm = ["--arm", work.removeprefix("distill.")] if stage == "distill" else []
-    status = launch(stage, [*arguments[:1], *arm, *arguments[1:]], config_file)
-    if status == 0:
+    arm = ["--arm", job.removeprefix("distill.")] if stage == "distill" else []
+    code = launch(stage, [*arguments[:1], *arm, *arguments[1:]], config_file)
+    if code == 0:
         return 0
     said = path.read_bytes()[size:] if path.is_file() else b""
     with recording(path):
         if said and f"{stage} failed".encode() not in said:
-            say(f"{work} ended without a word, as a system ends what takes too much memory: {memory_advice(stage)}")
-        say(f"{work} failed (exit status {status}); run the same command again to continue from here")
-    return status
+            status(f"{job} ended without a word, as a system ends what takes too much memory: {memory_advice(stage)}")
+        status(f"{job} failed (exit status {code}); run the same command again to continue from here")
+    return code
 
 
 def _print_result(recipe: Recipe, seconds: float) -> None:
@@ -178,7 +176,7 @@ def _print_result(recipe: Recipe, seconds: float) -> None:
     for name in ("table.md", "summary.md"):
         if (report / name).is_file():
             print((report / name).read_text(encoding="utf-8"))
-    say(f"done in {seconds:.0f} s; the report is {report / 'index.html'}")
+    status(f"done in {seconds:.0f} s; the report is {report / 'index.html'}")
 
 
 if __name__ == "__main__":

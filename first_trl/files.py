@@ -14,6 +14,8 @@ from filelock import FileLock, Timeout
 
 from .errors import FirstTrlError
 
+HASHED_BELOW = 64 * 2**20  # bytes; larger files are known by size and time of change
+
 
 @contextmanager
 def replace_atomically(path: str | Path) -> Iterator[Path]:
@@ -43,6 +45,24 @@ def file_digest(path: str | Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def path_fingerprint(path: str | Path) -> str:
+    """A digest of a file or folder: contents of small files, size and modification time of large ones.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    path = Path(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        small = status.st_size < HASHED_BELOW
+        content = hashlib.sha256(file.read_bytes()).hexdigest() if small else str(status.st_mtime_ns)
+        name = str(file.relative_to(path)) if path.is_dir() else file.name
+        digest.update(f"{name}\0{status.st_size}\0{content}\n".encode())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .running.failures import explain
-from .running.log import say
+from .failures import explain
+from .log import status
 
 PREDICT_FILE = "predict.json"
 MEASURED = ("accuracy", "ece", "trust_score", "nll")
@@ -134,7 +134,7 @@ def merge(
         result = {name: compared(before[name], after[name]) for name in sets}
         (folder / "merge.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         shutil.move(folder, output)
-    say(f"merge: read {student}; wrote {output}, a whole model; next: first-trl predict {output}")
+    status(f"merge: read {student}; wrote {output}, a whole model; next: first-trl predict {output}")
     return result
 
 

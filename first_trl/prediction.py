@@ -141,7 +141,7 @@ def _check_base(folder: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit status."""
-    from .running.failures import explain
+    from .failures import explain
 
     options = _parser().parse_args(argv)
     try:
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _answer_lines(options: argparse.Namespace) -> None:
     from .abstention import threshold_for
-    from .running.folder import write_atomically
+    from .files import write_atomically
 
     source = options.input.open("rb") if options.input else sys.stdin.buffer
     with source:

@@ -24,8 +24,8 @@ from first_trl.cache.identity import open_recipe_cache, teacher_identity
 from first_trl.cache.reader import parquet_files
 from first_trl.cache.run import write_shards
 from first_trl.cache.writer import library_versions
-from first_trl.pipeline import inputs_of
 from first_trl.recipe.loading import load_recipe
+from first_trl.run import inputs_of
 from first_trl.stages import cache as stage
 from first_trl.stages import calibrate, distill
 from tests.cache_recipe import run_stage, write_recipe

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from first_trl.hub.card import CardFacts, build_card, prepare_upload_folder
 from first_trl.hub.card_text import escape_markdown, usage_code
-from first_trl.running.redaction import refuse_leaks, without_local_paths
+from first_trl.redaction import refuse_leaks, without_local_paths
 from tests.finished_run import CALIBRATION, MANIFEST, PROMPT, make_base, make_run, measured
 
 

@@ -14,10 +14,10 @@ from first_trl.cache.format import CacheError
 from first_trl.cache.identity import open_recipe_cache
 from first_trl.cache.reader import open_cache
 from first_trl.data.folds import fold_of, rows_outside
-from first_trl.pipeline import is_current, teacher_folders, teacher_path
 from first_trl.plan.estimate import make_plan
 from first_trl.plan.machine import Machine
 from first_trl.recipe.loading import RecipeError, load_recipe
+from first_trl.run import is_current, teacher_folders, teacher_path
 from first_trl.stages import cache, calibrate, distill, evaluate, sft
 from first_trl.training import teacher_section
 from tests.cache_recipe import write_recipe

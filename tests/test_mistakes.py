@@ -10,9 +10,9 @@ import re
 
 import pytest
 
+from first_trl import failures
 from first_trl.config import DatasetConfig, TaskConfig
 from first_trl.recipe.loading import load_recipe
-from first_trl.running import failures
 from tests.test_recipe import RECIPE
 from tests.tiny import build_model, build_tokenizer
 

@@ -207,8 +207,7 @@ def test_the_push_stage_rehearses_without_a_network_and_then_pushes(hub, tmp_pat
 
 def finished_command(tmp_path):
     """A run whose records say that it is finished, for the command; returns its folder and the recipe's file."""
-    from first_trl.pipeline import inputs_of
-    from first_trl.running.folder import RunFolder
+    from first_trl.run import RunFolder, inputs_of
 
     run, recipe = make_run(tmp_path / "work", make_base(tmp_path / "tiny-base"))
     records = RunFolder(run)

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from first_trl.running.folder import RunFolder, path_fingerprint, write_atomically
+from first_trl.files import path_fingerprint, write_atomically
+from first_trl.run import RunFolder
 
 
 @pytest.fixture
@@ -42,13 +43,13 @@ def test_an_interrupted_attempt_continues_only_from_the_same_inputs(run):
 
 
 def test_work_that_another_process_makes_is_refused_by_name_until_that_ends(run):
-    with run.held("sft"):
-        with pytest.raises(ValueError, match=rf"sft of .* is being made by process {os.getpid()} on host"):
-            with RunFolder(run.path).held("sft"):
+    with run.lock("sft"):
+        with pytest.raises(ValueError, match=rf"sft of .* is being written by process {os.getpid()} on host"):
+            with RunFolder(run.path).lock("sft"):
                 pass
-        with RunFolder(run.path).held("cache"):
+        with RunFolder(run.path).lock("cache"):
             pass  # other work is free
-    with RunFolder(run.path).held("sft"):
+    with RunFolder(run.path).lock("sft"):
         pass
     assert not (run.path / ".records" / "sft.holder").exists()
 

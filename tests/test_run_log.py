@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from first_trl.running import command, failures
-from first_trl.running.log import libraries_into, recording, say
-from first_trl.running.redaction import redacted
+from first_trl import failures
+from first_trl import run as command
+from first_trl.log import libraries_into, recording, status
+from first_trl.redaction import redacted
 from tests.cache_recipe import write_recipe
 
 TOKEN = "hf_" + "a" * 30
@@ -23,7 +24,7 @@ TOKEN = "hf_" + "a" * 30
 def test_what_is_printed_is_on_the_screen_and_in_the_log(tmp_path, capsys):
     with recording(tmp_path / "run" / "log.txt", title="first-trl cache r.yaml"):
         print("rows: 3")
-        say("cache: wrote it")
+        status("cache: wrote it")
         print("no end of line", end="")
         print(", and its end")
     out, err = capsys.readouterr()
@@ -40,7 +41,7 @@ def test_what_is_printed_is_on_the_screen_and_in_the_log(tmp_path, capsys):
 def test_quiet_prints_nothing_and_logs_everything(tmp_path, capsys):
     with recording(tmp_path / "log.txt", quiet=True):
         print("rows: 3")
-        say("done")
+        status("done")
     assert capsys.readouterr() == ("", "")
     assert "rows: 3" in (tmp_path / "log.txt").read_text() and "done" in (tmp_path / "log.txt").read_text()
 
@@ -98,7 +99,7 @@ def test_only_the_main_process_records_what_is_printed(tmp_path, monkeypatch, ca
     monkeypatch.setenv("RANK", "3")
     with recording(tmp_path / "log.txt") as log:
         print("rows: 3")
-        say("not from here")
+        status("not from here")
         log.add("but this")
     assert capsys.readouterr() == ("rows: 3\n", "")
     assert (tmp_path / "log.txt").read_text().endswith("but this\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from ..hub.upload import push_folder
-from ..running.redaction import refuse_leaks
+from ..redaction import refuse_leaks
 from .format import MANIFEST
 from .reader import TeacherCache
 

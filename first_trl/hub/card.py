@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from ..running.redaction import MODEL_PATH_KEYS, is_local_path, path_name, refuse_leaks, without_local_paths
+from ..redaction import MODEL_PATH_KEYS, is_local_path, path_name, refuse_leaks, without_local_paths
 from ..templates import parse_template
 from .card_text import CardFacts, build_card
 from .upload import PushError, push_folder

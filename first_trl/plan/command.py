@@ -9,8 +9,8 @@ import argparse
 import os
 import sys
 
+from ..log import RunLog, libraries_into
 from ..recipe.loading import RecipeError, load_recipe
-from ..running.log import RunLog, libraries_into
 from .accelerators import ACCELERATORS, UTILISATION
 
 MIB = 2**20

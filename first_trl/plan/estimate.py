@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..cache.format import TAIL_POWERS
 from ..cache.identity import kept_tokens
-from ..pipeline import works_of
+from ..run import jobs_of
 from .machine import Machine
 from .memory import (
     Batch,
@@ -55,7 +55,7 @@ def make_plan(recipe, machine: Machine) -> Plan:
     sources = Sources(recipe)
     plan = Plan(machine, [])
     for stage in ("sft", "cache", "calibrate", "distill", "evaluate"):
-        for name in works_of(recipe, stage):
+        for name in jobs_of(recipe, stage):
             plan.works.append(_plan_work(recipe, name, sources, machine))
     plan.unknown = sources.unknown
     plan.problems = sources.problems + machine.problems(recipe, plan.works)

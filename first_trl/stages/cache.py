@@ -13,14 +13,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import PurePath
 
-from first_trl.pipeline import cached_roles, require, run_work, say, teacher_folders, teacher_path
-from first_trl.running.command import stage_command
+from first_trl.run import LONG, cached_roles, require, run_job, stage_command, status, teacher_folders, teacher_path
 
 
 @stage_command("cache")
 def main(recipe, options) -> None:
     require(recipe, "sft")
-    run_work(recipe, "cache", lambda continues: cache_splits(recipe), patient=True)
+    run_job(recipe, "cache", lambda continues: cache_splits(recipe), timeout=LONG)
 
 
 def cache_splits(recipe) -> list[str]:
@@ -123,7 +122,7 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
     if state.is_main_process:
         totals = writer.finish(num_rows)["totals"]
         writer.release()
-        say(
+        status(
             f"cache: {role} has {totals['rows']} rows, {totals['supervised_positions']} supervised positions; the "
             f"teacher puts {totals['teacher_mass_mean']:.3f} of its mass on {kept_tokens(recipe)} tokens (p10 "
             f"{totals['teacher_mass_p10']:.3f})"
@@ -153,7 +152,7 @@ def row_encoder(recipe, role: str, tokenizer, first_row: dict) -> tuple[Callable
     encode_answered = encode
     encode, candidates = unlabelled_encoder(recipe.task, tokenizer, first_row, place)
     encode_answered(with_answer(first_row, recipe.task, recipe.task.choices[0]), 0)  # refuses what labels would be
-    say(f"cache: {place} has no labels: the teacher's most probable choice stands in for each")
+    status(f"cache: {place} has no labels: the teacher's most probable choice stands in for each")
     return encode, {**asked, "candidates": candidates}
 
 

@@ -10,29 +10,29 @@ import json
 from typing import Any
 
 from first_trl.cache.arrays import learned_by_heart
-from first_trl.pipeline import (
+from first_trl.run import (
     cached_roles,
     calibration_candidates,
     calibration_methods,
     require,
-    run_work,
-    say,
+    run_job,
+    stage_command,
+    status,
     teacher_path,
 )
-from first_trl.running.command import stage_command
 
 
 @stage_command("calibrate")
 def main(recipe, options) -> None:
     require(recipe, "cache")
-    run_work(recipe, "calibrate", lambda continues: calibrate(recipe))
+    run_job(recipe, "calibrate", lambda continues: calibrate(recipe))
 
 
 def calibrate(recipe) -> list[str]:
     """Search every family on the validation cache; returns what was written."""
     from first_trl.calibration import search
     from first_trl.family import choose_family
-    from first_trl.running.folder import write_atomically
+    from first_trl.files import write_atomically
 
     settings = recipe.calibrate
     rows, tail, max_smoothing, teacher = read_caches(recipe)
@@ -41,7 +41,7 @@ def calibrate(recipe) -> list[str]:
         candidates, judged_by = calibration_candidates(recipe), (settings.criterion, settings.num_bins, settings.seed)
         choice = choose_family(rows.log_probs, rows.target, candidates, *judged_by, tail=tail)
         method = choice.method
-        say(f"calibrate: auto chooses {method}: {choice.why}")
+        status(f"calibrate: auto chooses {method}: {choice.why}")
     for family in calibration_methods(recipe):
         result = search(
             rows.log_probs,
@@ -55,7 +55,7 @@ def calibrate(recipe) -> list[str]:
             **tail,
         )
         families[family] = result.to_dict()
-        say(f"calibrate: {search_line(result)}")
+        status(f"calibrate: {search_line(result)}")
     calibration = {
         "schema_version": 1,
         "method": method,
@@ -100,7 +100,7 @@ def read_caches(recipe) -> tuple[Any, dict, float, dict]:
     teacher["validation"] = summary([rows])
     if "cached_rows" in teacher:
         for line in gap_lines(**teacher):
-            say(f"calibrate: {line}")
+            status(f"calibrate: {line}")
     if recipe.cross_fit:
         teacher["cross_fit"] = recipe.cross_fit
     tail = {

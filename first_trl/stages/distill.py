@@ -10,9 +10,8 @@ several `seeds`, `students/<arm>/seed-<n>/`. An arm with
 import json
 from functools import partial
 
-from first_trl.pipeline import needs_calibration, recalibration_of, require, run_work, teacher_path
 from first_trl.recipe.loading import arm_of
-from first_trl.running.command import stage_command
+from first_trl.run import needs_calibration, recalibration_of, require, run_job, stage_command, teacher_path
 
 
 @stage_command("distill")
@@ -20,7 +19,7 @@ def main(recipe, options) -> None:
     for arm in recipe.students:
         if options.arm in (None, arm, arm_of(arm)):
             require(recipe, "cache", *(["calibrate"] if needs_calibration(recipe, arm) else []))
-            run_work(recipe, f"distill.{arm}", partial(train_arm, recipe, arm))
+            run_job(recipe, f"distill.{arm}", partial(train_arm, recipe, arm))
 
 
 def train_arm(recipe, arm: str, continues: bool) -> list[str]:

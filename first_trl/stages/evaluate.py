@@ -10,24 +10,25 @@ a recalibration laid over them (`first_trl.controls`).
 import json
 
 from first_trl.abstention import PREDICT_FILE, describe_student
-from first_trl.pipeline import (
+from first_trl.files import write_atomically
+from first_trl.run import (
+    LONG,
     calibration_methods,
     control_methods,
+    jobs_of,
     recalibration_of,
     require,
-    run_work,
-    say,
+    run_job,
+    stage_command,
+    status,
     teacher_path,
-    works_of,
 )
-from first_trl.running.command import stage_command
-from first_trl.running.folder import write_atomically
 
 
 @stage_command("evaluate")
 def main(recipe, options) -> None:
-    require(recipe, "sft", "calibrate", *works_of(recipe, "distill"))
-    run_work(recipe, "evaluate", lambda continues: evaluate(recipe), patient=True)
+    require(recipe, "sft", "calibrate", *jobs_of(recipe, "distill"))
+    run_job(recipe, "evaluate", lambda continues: evaluate(recipe), timeout=LONG)
 
 
 def evaluate(recipe) -> list[str]:
@@ -57,9 +58,9 @@ def report(recipe, arms: list[str]) -> None:
     uncalibrated = [student for student in recipe.students if recalibration_of(recipe, student)[0] == "none"]
     predictions, fitted, omitted = collect(folder / "answers", arms, uncalibrated, tests, calibration)
     for name, (method, value) in fitted.items():
-        say(f"evaluate: {name} is measured with {method} {value:.3g}, fitted on validation")
+        status(f"evaluate: {name} is measured with {method} {value:.3g}, fitted on validation")
     for name, reason in omitted.items():
-        say(f"evaluate: {name} is left out: {reason}; another calibrate.method serves every row")
+        status(f"evaluate: {name} is left out: {reason}; another calibrate.method serves every row")
     for student in recipe.students:
         make_self_contained(recipe, student, calibration, predictions[student][VALIDATION])
     predictions = by_arm(predictions)
@@ -157,7 +158,7 @@ def answer_all_sets(recipe, arm: str) -> None:
             recalibrations=control_methods(recipe),
         )
         pq.write_table(answers.data.table, folder / f"{name}.parquet")
-        say(f"evaluate: {arm} answered {len(answers)} rows of {name}")
+        status(f"evaluate: {arm} answered {len(answers)} rows of {name}")
 
 
 def make_self_contained(recipe, arm: str, calibration: dict, validation: dict) -> None:

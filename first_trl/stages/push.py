@@ -5,8 +5,7 @@
 Reads `runs/<name>/students/<arm>` and `report/`; writes `runs/<name>/push/`, exactly what is uploaded.
 """
 
-from first_trl.pipeline import require, say
-from first_trl.running.command import stage_command
+from first_trl.run import require, stage_command, status
 
 
 @stage_command("push")
@@ -27,7 +26,7 @@ def push(recipe, dry_run: bool) -> None:
         raise ValueError("push.hub_model_id is missing; set it to 'your-name/your-model', or rehearse with --dry_run.")
     folder = prepare_upload_folder(recipe.run_folder, settings.arm, recipe, recipe.run_folder / "push")
     next_step = "; next: the same command without --dry_run" * dry_run
-    say(f"push: wrote {folder}, exactly what is uploaded{next_step}")
+    status(f"push: wrote {folder}, exactly what is uploaded{next_step}")
     if not dry_run:
         url = push_folder(
             folder,
@@ -37,7 +36,7 @@ def push(recipe, dry_run: bool) -> None:
             create_pr=settings.create_pr,
             commit_message=settings.commit_message,
         )
-        say(f"push: uploaded to {url}")
+        status(f"push: uploaded to {url}")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,14 @@ Reads the recipe's `task`, `datasets.train` and `sft`; writes `runs/<name>/teach
 
 from pathlib import Path
 
-from first_trl.pipeline import run_work, teacher_folders
-from first_trl.running.command import stage_command
+from first_trl.run import run_job, stage_command, teacher_folders
 
 
 @stage_command("sft")
 def main(recipe, options) -> None:
     if recipe.cache.teacher is not None:
         raise ValueError(f"cache.teacher gives a teacher ({recipe.cache.teacher}); run `first-trl cache` instead.")
-    run_work(recipe, "sft", lambda continues: fine_tune_all(recipe, continues))
+    run_job(recipe, "sft", lambda continues: fine_tune_all(recipe, continues))
 
 
 def fine_tune_all(recipe, continues: bool) -> list[str]:

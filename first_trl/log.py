@@ -2,7 +2,7 @@
 
 While [`recording`] is on, everything that goes to the screen goes to the log too, with the time and without tokens.
 Warnings of other libraries go to the log alone: a user of a recipe can rarely act on them. Ours are shown. Nothing is
-decided here about errors (`first_trl.running.failures`) or about what is worth saying.
+decided here about errors (`first_trl.failures`) or about what is worth saying.
 """
 
 import logging
@@ -17,12 +17,12 @@ from pathlib import Path
 
 from .redaction import redacted
 
-PACKAGE = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parent
 # Each hangs a handler of its own on its own logger when it is imported.
 LIBRARIES = ("transformers", "datasets", "huggingface_hub", "torch")
 
 
-def say(line: str) -> None:
+def status(line: str) -> None:
     """One line for the user, from the main process only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"[first-trl] {line}", file=sys.stderr, flush=True)

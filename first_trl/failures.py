@@ -10,7 +10,9 @@ import re
 import traceback
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent
+from .errors import FirstTrlError
+
+PACKAGE = Path(__file__).parent
 AGAIN = "then run the same command again: finished work is kept"
 _OWN = (ValueError, RuntimeError, OSError)
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED")
@@ -64,6 +66,8 @@ def memory_advice(stage: str) -> str:
 
 def raised_here(error: BaseException) -> bool:
     """Whether a `raise` of this package made the error, so that its message was written for the user."""
+    if isinstance(error, FirstTrlError):
+        return True
     frames = traceback.extract_tb(error.__traceback__)
     if not frames or not isinstance(error, _OWN):
         return False

@@ -1,23 +1,35 @@
-"""The pipeline, written once: which work a recipe asks for, what each piece is made from, and how one is run.
+"""The jobs of a recipe: what each is made from, whether it is current, and how one is made.
 
-A stage is a command; a piece of work is what it makes: one per stage, and one per arm for `distill`. `inputs_of` says
-what a piece is made from, `run_work` makes it if that has changed. Nothing here trains or scores anything.
+A stage is a command; a job is what it makes: one per stage, and one per arm for `distill`. `inputs_of` says what a job
+is made from, `run_job` makes it if that has changed. A record is one JSON file per job in `<run>/.records`. It holds
+the inputs (settings, fingerprints of files, identities of the records that came before) and the files that came out. A
+job is current when a record exists, its inputs equal today's, and its outputs are still there. Each record has an
+identity of its own, new at every making, so redoing one job makes everything built on it stale, and nothing else.
+`stage_command` is what every stage's command does around its job: read the recipe, keep a log, and fail in one line.
+Nothing here trains or scores anything.
 """
 
 import argparse
+import functools
+import json
 import os
+import sys
 import time
+import uuid
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 from .config import SPEED_SETTINGS
+from .failures import explain
+from .files import locked, path_fingerprint, write_atomically
+from .log import RunLog, libraries_into, recording, status
 from .recipe.loading import STAGES, Recipe, RecipeError, load_recipe
-from .running.folder import RunFolder, path_fingerprint
-from .running.log import say
+from .redaction import redacted
 
 METHODS_WITHOUT_VALUE = ("none",)
+LONG = timedelta(days=30)  # for processes that do not train together: the others wait for the last one
 
 
 def parse_stage(stage: str, argv: list[str] | None = None) -> tuple[Recipe, argparse.Namespace]:
@@ -43,8 +55,8 @@ def parse_stage(stage: str, argv: list[str] | None = None) -> tuple[Recipe, argp
     return recipe, options
 
 
-def works_of(recipe: Recipe, stage: str) -> list[str]:
-    """The pieces of work of a stage, in order; `push` leaves nothing behind and is not among them."""
+def jobs_of(recipe: Recipe, stage: str) -> list[str]:
+    """The jobs of a stage, in order; `push` leaves nothing behind and is not among them."""
     if stage == "distill":
         return [f"distill.{student}" for student in recipe.students]
     if stage == "sft" and recipe.cache.teacher is not None:
@@ -117,11 +129,11 @@ def _dataset(config) -> dict | None:
     return {"config": vars(config), "files": [_local(file) for file in files] or _local(config.path)}
 
 
-def inputs_of(recipe: Recipe, work: str) -> dict:
-    """Everything that a piece of work is made from, as plain data; equal inputs mean that it need not be redone."""
+def inputs_of(recipe: Recipe, job: str) -> dict:
+    """Everything that a job is made from, as plain data; equal inputs mean that it need not be redone."""
     run = RunFolder(recipe.run_folder)
     data = recipe.datasets
-    if work == "sft":
+    if job == "sft":
         return {
             "task": vars(recipe.task),
             "train": _dataset(data.train),
@@ -130,7 +142,7 @@ def inputs_of(recipe: Recipe, work: str) -> dict:
             "seed": recipe.seed,
             "base": _local(recipe.sft["model_name_or_path"]),
         }
-    if work == "cache":
+    if job == "cache":
         given = recipe.cache.teacher
         return {
             "task": vars(recipe.task),
@@ -139,18 +151,18 @@ def inputs_of(recipe: Recipe, work: str) -> dict:
             "settings": {name: value for name, value in vars(recipe.cache).items() if name not in SPEED_SETTINGS},
             "teacher": _local(given) if given else run.identity("sft"),
         }
-    if work == "calibrate":
+    if job == "calibrate":
         settings = {**vars(recipe.calibrate), "methods": calibration_methods(recipe)}
         return {"settings": settings, "cache": run.identity("cache")}
-    if work == "evaluate":
+    if job == "evaluate":
         return {
             "task": vars(recipe.task),
             "validation": _dataset(data.validation),
             "test": {name: _dataset(config) for name, config in data.test.items()},
             "settings": vars(recipe.evaluate),
-            "made": {name: run.identity(name) for name in ("sft", "calibrate", *works_of(recipe, "distill"))},
+            "made": {name: run.identity(name) for name in ("sft", "calibrate", *jobs_of(recipe, "distill"))},
         }
-    arm = work.removeprefix("distill.")
+    arm = job.removeprefix("distill.")
     if recipe.arm_trainer(arm) == "sft":
         rows: dict = {
             "task": vars(recipe.task),
@@ -170,19 +182,19 @@ def inputs_of(recipe: Recipe, work: str) -> dict:
     }
 
 
-def reads_of(recipe: Recipe, work: str) -> list[str]:
-    """What a piece of work reads, as people name it: models, files and folders."""
+def input_names(recipe: Recipe, job: str) -> list[str]:
+    """What a job reads, as people name it: models, files and folders."""
     run, data = recipe.run_folder, recipe.datasets
-    if work == "sft":
+    if job == "sft":
         return [recipe.sft["model_name_or_path"], *_files(data.train)]
-    if work == "cache":
+    if job == "cache":
         return [teacher_path(recipe), *_files(data.transfer or data.train), *_files(data.validation)]
-    if work == "calibrate":
+    if job == "calibrate":
         return [str(run / "cache" / "validation")]
-    if work == "evaluate":
+    if job == "evaluate":
         students = [str(run / "students" / student) for student in recipe.students]
         return [teacher_path(recipe), *students, f"{len(data.test)} test sets"]
-    arm = work.removeprefix("distill.")
+    arm = job.removeprefix("distill.")
     rows = _files(data.train) if recipe.arm_trainer(arm) == "sft" else [str(run / "cache" / "train")]
     calibration = [str(run / "calibration.json")] if needs_calibration(recipe, arm) else []
     return [recipe.arm_section(arm)["model_name_or_path"], *rows, *calibration]
@@ -195,32 +207,32 @@ def _files(config) -> list[str]:
     return [files] if isinstance(files, str) else files
 
 
-def is_current(recipe: Recipe, work: str) -> bool:
-    """Whether a piece of work is finished and what it was made from has not changed."""
-    return RunFolder(recipe.run_folder).is_current(work, inputs_of(recipe, work))
+def is_current(recipe: Recipe, job: str) -> bool:
+    """Whether a job is finished and what it was made from has not changed."""
+    return RunFolder(recipe.run_folder).is_current(job, inputs_of(recipe, job))
 
 
-def require(recipe: Recipe, *works: str) -> None:
-    """Check that earlier pieces of work are there.
+def require(recipe: Recipe, *jobs: str) -> None:
+    """Check that earlier jobs are there.
 
     Raises:
         FileNotFoundError: one is missing; the message names the command that makes it.
     """
-    for work in works:
-        if work in works_of(recipe, work.split(".")[0]) and RunFolder(recipe.run_folder).identity(work) is None:
+    for job in jobs:
+        if job in jobs_of(recipe, job.split(".")[0]) and RunFolder(recipe.run_folder).identity(job) is None:
             raise FileNotFoundError(
-                f"{recipe.run_folder} has no finished '{work}' yet. Run `first-trl {work.split('.')[0]} RECIPE`, or "
+                f"{recipe.run_folder} has no finished '{job}' yet. Run `first-trl {job.split('.')[0]} RECIPE`, or "
                 "`first-trl run RECIPE` for everything."
             )
 
 
-def join_processes(patient: bool = False):
+def init_distributed(timeout: timedelta | None = None):
     """Join the processes that `accelerate launch` started; returns accelerate's `PartialState`.
 
     Without an accelerator, accelerate takes each process for the only one unless it is told to use the CPU.
 
     Args:
-        patient: processes that are done wait for the others as long as that takes; one that dies still ends the job.
+        timeout: how long processes that are done wait for the others; one that dies still ends the job.
     """
     import torch
     from accelerate import PartialState
@@ -228,39 +240,145 @@ def join_processes(patient: bool = False):
     if not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # for the trainers' own states too
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
-    return PartialState(cpu=use_cpu, **({"timeout": timedelta(days=30)} if patient else {}))
+    return PartialState(cpu=use_cpu, **({"timeout": timeout} if timeout else {}))
 
 
-def run_work(recipe: Recipe, work: str, make: Callable[[bool], list[str]], patient: bool = False) -> None:
-    """Make a piece of work unless it is current, and record it. The main process holds its lock meanwhile.
+def run_job(recipe: Recipe, job: str, make: Callable[[bool], list[str]], timeout: timedelta | None = None) -> None:
+    """Make a job unless it is current, and record it. The main process holds its lock meanwhile.
 
     Args:
         make: makes it on every process of the job, given whether this continues an interrupted attempt; returns the
             paths that it wrote, relative to the run folder.
-        patient: see `join_processes`; for work whose processes do not train together.
+        timeout: see `init_distributed`; `LONG` for a job whose processes do not train together.
     """
     from accelerate.utils import broadcast_object_list
 
-    state, run = join_processes(patient), RunFolder(recipe.run_folder)
-    with run.held(work) if state.is_main_process else nullcontext():
-        inputs = inputs_of(recipe, work)
+    state, run = init_distributed(timeout), RunFolder(recipe.run_folder)
+    with run.lock(job) if state.is_main_process else nullcontext():
+        inputs = inputs_of(recipe, job)
         decision: list = [None]
         if state.is_main_process:
-            decision = ["current" if run.is_current(work, inputs) else run.start(work, inputs)]
+            decision = ["current" if run.is_current(job, inputs) else run.start(job, inputs)]
             recipe.write_resolved(recipe.run_folder / "recipe.resolved.yaml")
         continues = broadcast_object_list(decision)[0]
         if continues == "current":
-            say(f"{work}: up to date, nothing to do")
+            status(f"{job}: up to date, nothing to do")
             return
         started = time.monotonic()
         outputs = make(continues)
         state.wait_for_everyone()
         if state.is_main_process:
-            run.finish(work, inputs, outputs, time.monotonic() - started)
-    read, written = ", ".join(reads_of(recipe, work)), ", ".join(str(recipe.run_folder / name) for name in outputs)
-    say(f"{work}: read {read}; wrote {written} in {time.monotonic() - started:.0f} s; next: {_next(recipe, work)}")
+            run.finish(job, inputs, outputs, time.monotonic() - started)
+    read, written = ", ".join(input_names(recipe, job)), ", ".join(str(recipe.run_folder / name) for name in outputs)
+    status(f"{job}: read {read}; wrote {written} in {time.monotonic() - started:.0f} s; next: {_next(recipe, job)}")
 
 
-def _next(recipe: Recipe, work: str) -> str:
-    works = [each for stage in STAGES for each in works_of(recipe, stage)]
-    return [*works, "push, or the report in a browser"][works.index(work) + 1]
+def _next(recipe: Recipe, job: str) -> str:
+    jobs = [each for stage in STAGES for each in jobs_of(recipe, stage)]
+    return [*jobs, "push, or the report in a browser"][jobs.index(job) + 1]
+
+
+class RunFolder:
+    """Records of the jobs done in one run folder.
+
+    Args:
+        path: the folder, `runs/<name>`; made on the first record.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def _file(self, job: str, suffix: str = "") -> Path:
+        return self.path / ".records" / f"{job}{suffix}.json"
+
+    def record(self, job: str) -> dict | None:
+        """The record of a finished job, or None."""
+        file = self._file(job)
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def identity(self, job: str) -> str | None:
+        """The identity of a finished job, for the inputs of whatever is built on it."""
+        record = self.record(job)
+        return record["identity"] if record and self._outputs_exist(record) else None
+
+    def is_current(self, job: str, inputs: dict) -> bool:
+        """Whether `job` was finished from exactly these inputs and its outputs are still there."""
+        record = self.record(job)
+        return record is not None and record["inputs"] == _plain(inputs) and self._outputs_exist(record)
+
+    def _outputs_exist(self, record: dict) -> bool:
+        return all((self.path / name).exists() for name in record["outputs"])
+
+    def lock(self, job: str) -> AbstractContextManager[None]:
+        """Hold `job`, so that no second command makes it at the same time, over the files of the first.
+
+        Raises:
+            FirstTrlError: another process holds it; its pid and host are named.
+        """
+        return locked(self.path / ".records" / f"{job}.lock", f"{job} of {self.path}")
+
+    def start(self, job: str, inputs: dict) -> bool:
+        """Note that `job` begins. True if it continues an interrupted attempt from the same inputs."""
+        file = self._file(job, ".started")
+        continues = file.is_file() and json.loads(file.read_text(encoding="utf-8")) == _plain(inputs)
+        if not continues:
+            write_atomically(file, json.dumps(_plain(inputs), indent=1))
+        return continues
+
+    def finish(self, job: str, inputs: dict, outputs: list[str], seconds: float) -> None:
+        """Record that `job` is done.
+
+        Args:
+            outputs: paths relative to the run folder, all of which exist now.
+        """
+        missing = [name for name in outputs if not (self.path / name).exists()]
+        assert not missing, f"{job} ended without writing {missing}"
+        record = {
+            "identity": uuid.uuid4().hex,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(seconds, 1),
+            "outputs": outputs,
+            "inputs": _plain(inputs),
+        }
+        write_atomically(self._file(job), json.dumps(record, indent=1))
+        self._file(job, ".started").unlink(missing_ok=True)
+
+
+def _plain(value):
+    """`value` as it comes back from JSON, so that tuples and lists compare equal."""
+    return json.loads(json.dumps(value, sort_keys=True, default=str))
+
+
+def stage_command(stage: str) -> Callable:
+    """Make `main(recipe, options)` a command `main(argv=None)`, whose failures are one line and exit status 1."""
+
+    def decorate(job: Callable[[Recipe, argparse.Namespace], None]) -> Callable[[list[str] | None], None]:
+        @functools.wraps(job)
+        def main(argv: list[str] | None = None) -> None:
+            recipe, options = parse_stage(stage, argv)
+            path = recipe.run_folder / "log.txt"
+            title = f"first-trl {stage} {' '.join(sys.argv[1:] if argv is None else argv)}"
+            with recording(path, quiet=options.quiet, title=title) as log:
+                try:
+                    with libraries_into(log):
+                        job(recipe, options)
+                except (Exception, KeyboardInterrupt) as error:
+                    raise SystemExit(failure(error, stage, log)) from None
+
+        return main
+
+    return decorate
+
+
+def failure(error: BaseException, stage: str, log: RunLog) -> str | int:
+    """What the user is told of an error, whose traceback goes to the log; an exit status where they stopped it."""
+    log.add_traceback(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    known = explain(error, stage)
+    process = f" in process {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""
+    text = " ".join(str(error).split())
+    told = known or f"{type(error).__name__}{': ' if text else ''}{text[:300]} (unexpected; traceback in {log.path})"
+    line = redacted(f"[first-trl] {stage} failed{process}: {told}")
+    log.add(line)
+    return line
