@@ -1,4 +1,4 @@
-"""What each arm answers on each set, and what that makes once a recalibration is laid over it.
+"""What each arm answers on each set, the same answers after a recalibration, and the confidence above which to answer.
 
 An arm's answers to a set are kept as a file, one line per example: the K most probable tokens with their
 log-probabilities and the tail, which of them is the label, and the log-probabilities of the declared choices. Every
@@ -9,10 +9,20 @@ Then the C choices stand where the K tokens stand elsewhere, known by their numb
 the prediction is the most probable choice, its confidence the probability that the model writes exactly that, not
 normalised over the choices. An undeclared answer is never predicted; its probability lowers the confidence.
 
+`teacher_recalibrated` and `<arm>_post_hoc` are answers that were already given, after a recalibration: the teacher's
+is the one in `calibration.json`, the control's is searched on its own validation answers, by the same family and
+criterion. So is the teacher's where answers have several tokens: the one in `calibration.json` is for single tokens.
+A smoothing can be more than an unseen row has on its first token; that control is skipped and the reason reported.
+
+`predict.json` lies beside a student's weights and makes the folder self-contained: the task (how a row becomes a
+prompt, and the closed answers), how the base model is loaded, and for each target accuracy the lowest confidence that
+reached it on validation. `first_trl.prediction` reads it.
+
 Shapes: N examples, K kept tokens, C choices.
 """
 
 import dataclasses
+import json
 from collections.abc import Collection
 from pathlib import Path
 
@@ -22,13 +32,26 @@ import torch
 from datasets import Dataset
 
 from .cache.format import TAIL_POWERS
-from .calibration import recalibrate
+from .calibration import error_curve, largest_smoothing, recalibrate, search
 from .config import TaskConfig
+from .constants import PREDICT_FILE
 from .data.choices import choice_token_ids
 from .data.encoding import encode_example
+from .family import choose_family
+from .field_types import SettingsError
+from .metrics import threshold_for_accuracy
+from .recipe.loading import arm_of
 from .scoring import answer_scores, sequence_log_probs
 
 SMALLEST_TAIL = 2.0**-24  # what float32 probabilities of the choices cannot tell from a sum of 1
+VALIDATION = "validation"
+SCHEMA_VERSION = 1
+TARGETS = (0.8, 0.9, 0.95)
+DEFAULT_TARGET = 0.9
+# How far below its target a threshold may lie, with 90 % certainty, on rows like those that it was fitted on.
+SLACK = 0.02
+# How the base model was held in memory when the thresholds were fitted; another way moves the probabilities.
+_LOADING = ("dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
 
 
 def answer_set(
@@ -179,3 +202,223 @@ def choice_shares(log_probs_NC: np.ndarray) -> np.ndarray:
 def test_task(task: TaskConfig, overrides: dict | None) -> TaskConfig:
     """The task of a test set: the recipe's, with the set's own templates and choices where it has them."""
     return dataclasses.replace(task, **(overrides or {}))
+
+
+def collect(
+    folder: Path, models: list[str], uncalibrated: list[str], tests: list[str], calibration: dict
+) -> tuple[dict[str, dict], dict[str, tuple[str, float | None]], dict[str, str]]:
+    """What every arm and every recalibrated control predicts.
+
+    Args:
+        folder: holds `<model>/<set>.parquet` for validation and every test set.
+        models: those that answered.
+        uncalibrated: students that learned from nothing recalibrated, each of which gets a `<arm>_post_hoc`.
+        calibration: the content of `calibration.json`.
+
+    Returns:
+        {arm: {set: predictions}}, validation among the sets; {recalibrated arm: (method, value)}; and, for arms of
+        the report that are in neither, {arm: why it cannot be measured}.
+    """
+    answers = {
+        model: {name: read_answers(folder / model / f"{name}.parquet") for name in (VALIDATION, *tests)}
+        for model in models
+    }
+    collected = {model: {name: predictions(rows) for name, rows in sets.items()} for model, sets in answers.items()}
+    if calibration["method"] == "none":
+        return collected, {}, {}
+    own = answers["teacher"]
+    recalibration = calibration["method"], calibration["value"]
+    if _are_whole(own[VALIDATION]):
+        recalibration = _fit(own[VALIDATION], calibration)
+    controls = {"teacher_recalibrated": (own, recalibration)}
+    for model in uncalibrated:
+        arm, slash, seed = model.partition("/")
+        recalibration = _fit(answers[model][VALIDATION], calibration)
+        controls[f"{arm}_post_hoc{slash}{seed}"] = answers[model], recalibration
+    fitted, omitted = {}, {}
+    for name, (sets, (method, value)) in controls.items():
+        if reason := _not_allowed(sets, method, value):
+            omitted[arm_of(name)] = reason
+    for name, (sets, (method, value)) in controls.items():
+        if arm_of(name) not in omitted:  # all of its seeds, or none
+            fitted[name] = method, value
+            collected[name] = _recalibrated(sets, method, value)
+    return collected, fitted, omitted
+
+
+def by_arm(collected: dict[str, dict]) -> dict[str, dict]:
+    """{arm: {set: predictions}}, with a list of predictions, one per seed, where an arm has several students."""
+    grouped: dict[str, dict[str, list]] = {}
+    for model, sets in collected.items():
+        for name, values in sets.items():
+            grouped.setdefault(arm_of(model), {}).setdefault(name, []).append(values)
+    return {
+        arm: {name: values if len(values) > 1 else values[0] for name, values in sets.items()}
+        for arm, sets in grouped.items()
+    }
+
+
+def _are_whole(rows: dict) -> bool:
+    """Whether these answers are whole texts of several tokens, and not single tokens."""
+    return "answer_tokens" in rows
+
+
+def _fit(rows: dict, calibration: dict) -> tuple[str, float | None]:
+    """(method, value) for a model's own answers: by the teacher's family, or, where that was chosen, a new choice."""
+    settings: dict = {"criterion": calibration["criterion"], "num_bins": calibration["num_bins"]}
+    log_probs, target, tail = rows["log_probs"], rows["target"], tail_of(rows)
+    method = calibration["method"]
+    if "choice" in calibration:
+        method = choose_family(log_probs, target, list(calibration["choice"]["scores"]), **settings, tail=tail).method
+    return method, search(log_probs, target, method=method, **settings, **tail).value
+
+
+def _not_allowed(sets: dict[str, dict], method: str, value: float | None) -> str | None:
+    """Why a recalibration cannot be laid over some of these answers; None where it can be laid over all.
+
+    Only label smoothing can be too much. A row that gave less than the others would be another recalibration.
+    """
+    if method != "label_smoothing" or value is None:
+        return None
+    rows = {name: torch.from_numpy(answers["log_probs"].astype(np.float32)) for name, answers in sets.items()}
+    least = {name: largest_smoothing(log_probs[:, :-1]) for name, log_probs in rows.items()}
+    short = [f"of the rows of {name}, one has {first:.3g} there" for name, first in least.items() if first < value]
+    if not short:
+        return None
+    return f"label smoothing takes {value:.3g} from the first token's probability, and {'; '.join(short)}"
+
+
+def _recalibrated(sets: dict[str, dict], method: str, value: float | None) -> dict[str, dict]:
+    return {name: predictions(recalibrated_answers(rows, method, value)) for name, rows in sets.items()}
+
+
+def teacher_curves(folder: Path, tests: list[str], calibration: dict) -> dict[str, dict[str, list[dict]]]:
+    """{method: {set: curve}}: the teacher's error on the test sets at the values that the search tried on validation.
+
+    For the eye alone: no value is ever chosen by it. None where answers have several tokens and the search had one.
+    """
+    answers = {name: read_answers(folder / "teacher" / f"{name}.parquet") for name in tests}
+    return {
+        method: {
+            name: error_curve(
+                rows["log_probs"],
+                rows["target"],
+                method,
+                [point["value"] for point in family["curve"]],
+                calibration["num_bins"],
+                **tail_of(rows),
+            )
+            for name, rows in answers.items()
+            if not _are_whole(rows)
+        }
+        for method, family in calibration["families"].items()
+        if family["value"] is not None
+    }
+
+
+def best_view(predictions: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(confidence, correct) as `predict` states them: among the choices where a task lists them."""
+    view = "choice_" if "choice_confidence" in predictions else ""
+    return np.asarray(predictions[f"{view}confidence"]), np.asarray(predictions[f"{view}correct"])
+
+
+def selective(confidence, correct, threshold: float | None) -> dict:
+    """What answering at or above a threshold does: "coverage", the share answered, and "accuracy" of it (or None)."""
+    answered = np.asarray(confidence) >= (np.inf if threshold is None else threshold)
+    return {
+        "coverage": float(answered.mean()),
+        "accuracy": float(np.asarray(correct)[answered].mean()) if answered.any() else None,
+    }
+
+
+def mean_selective(fitted: list[dict]) -> dict:
+    """The mean over seeds of their thresholds and of what those do; "seeds" has each where there are several.
+
+    Args: `fitted`: one dict per seed, with "threshold", "coverage" and "accuracy".
+    """
+    if len(fitted) == 1:
+        return fitted[0]
+    mean = {}
+    for name in ("threshold", "coverage", "accuracy"):
+        known = [one[name] for one in fitted if one[name] is not None]
+        mean[name] = float(np.mean(known)) if known else None
+    return mean | {"seeds": fitted}
+
+
+def fit_threshold(confidence, correct, target: float) -> float | None:
+    """The lowest confidence that reaches a target accuracy on validation, and not by the luck of a few examples."""
+    return threshold_for_accuracy(confidence, correct, target, SLACK)
+
+
+def fit_thresholds(confidence, correct) -> list[dict]:
+    """For each of `TARGETS` the lowest confidence that reaches it, None where none does, and what it does here.
+
+    Args: `confidence`, `correct` (n,) of a validation split.
+    """
+    thresholds = [(target, fit_threshold(confidence, correct, target)) for target in TARGETS]
+    return [
+        {"target_accuracy": target, "threshold": threshold, **selective(confidence, correct, threshold)}
+        for target, threshold in thresholds
+    ]
+
+
+def describe_student(arm: str, task: TaskConfig, section: dict, validation: dict) -> dict:
+    """The content of `predict.json`.
+
+    Args:
+        section: the settings that the student was trained with.
+        validation: its predictions on validation.
+    """
+    confidence, correct = best_view(validation)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "arm": arm,
+        "task": {key: value for key, value in vars(task).items() if value is not None},
+        "loading": {key: section[key] for key in _LOADING if section.get(key) is not None},
+        "validation": {"num_examples": len(confidence)},
+        "thresholds": fit_thresholds(confidence, correct),
+    }
+
+
+def read_student(folder: str | Path) -> tuple[TaskConfig, dict]:
+    """(task, the whole content) of a student's `predict.json`.
+
+    Raises:
+        ValueError: it is not there, from another version, or its task lists no closed answers.
+    """
+    file = Path(folder) / PREDICT_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"there is no {PREDICT_FILE} in {folder}, so neither its prompts nor its thresholds are known; run "
+            "`first-trl evaluate RECIPE`, which writes it into the folder of each student"
+        )
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(
+            f"{file} has schema version {content.get('schema_version')!r}, and this version of first-trl reads "
+            f"{SCHEMA_VERSION}; evaluate the student again"
+        )
+    try:
+        task = TaskConfig(**content["task"])
+    except (TypeError, SettingsError) as error:
+        raise ValueError(f"{file} has a task that cannot be read ({error}); evaluate the student again") from error
+    if not task.choices:
+        raise ValueError(
+            f"the task in {file} lists no choices: `predict` answers closed questions, of which the confidence was "
+            "measured; for free text, generate with transformers, as the model card shows"
+        )
+    return task, content
+
+
+def threshold_for(content: dict, accuracy: float) -> float | None:
+    """The threshold fitted for a target accuracy; None where validation never reached it.
+
+    Raises:
+        ValueError: no threshold was fitted for this target.
+    """
+    fitted = {entry["target_accuracy"]: entry["threshold"] for entry in content["thresholds"]}
+    if accuracy not in fitted:
+        raise ValueError(
+            f"no threshold was fitted for an accuracy of {accuracy}; choose among {', '.join(map(str, fitted))}"
+        )
+    return fitted[accuracy]

@@ -71,7 +71,7 @@ def _recipe_job(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _folder_job(options: argparse.Namespace) -> dict[str, Any]:
-    from .abstention import read_student
+    from .evaluation import read_student
 
     student = Path(options.source)
     if not student.is_dir():

@@ -44,7 +44,7 @@ class Predictor:
         import torch
         from transformers import AutoTokenizer
 
-        from .abstention import read_student
+        from .evaluation import read_student
         from .modeling import load_model
         from .training import load_arguments
 
@@ -68,9 +68,9 @@ class Predictor:
             RowError: a row does not fit the task, beginning with its number, from 0.
             ValueError: an accuracy for which no threshold was fitted.
         """
-        from .abstention import threshold_for
         from .data.choices import choice_token_ids
         from .data.encoding import encode_prompt
+        from .evaluation import threshold_for
         from .scoring import sequence_log_probs
 
         threshold, rows, prompts = threshold_for(self.description, accuracy), list(rows), []
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _answer_lines(options: argparse.Namespace) -> None:
-    from .abstention import threshold_for
+    from .evaluation import threshold_for
     from .files import write_atomically
 
     source = options.input.open("rb") if options.input else sys.stdin.buffer

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import first_trl
-from first_trl.abstention import describe_student, fit_thresholds, read_student, threshold_for
 from first_trl.config import TaskConfig
+from first_trl.evaluation import describe_student, fit_thresholds, read_student, threshold_for
 from first_trl.hub.card import prepare_upload_folder
 from first_trl.hub.upload import push_folder
 from first_trl.prediction import ROWS_AT_A_TIME, Predictor, answered_lines, main, predict

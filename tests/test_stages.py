@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from first_trl.controls import teacher_curves
+from first_trl.evaluation import teacher_curves
 from first_trl.recipe.loading import load_recipe
 from first_trl.run import calibration_methods, jobs_of
 from first_trl.stages import cache, calibrate, distill, evaluate

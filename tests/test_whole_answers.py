@@ -6,8 +6,7 @@ import torch
 from datasets import Dataset
 
 from first_trl.config import TaskConfig
-from first_trl.controls import collect
-from first_trl.evaluation import answer_set, predictions, read_answers, recalibrated_answers
+from first_trl.evaluation import answer_set, collect, predictions, read_answers, recalibrated_answers
 from first_trl.scoring import sequence_log_probs
 from tests.test_trainer import random_examples
 

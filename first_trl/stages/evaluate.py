@@ -4,12 +4,12 @@
 
 Reads the teacher, the students and the test sets; writes `runs/<name>/report/`. The arms are shared out over the
 processes of the job. `teacher_recalibrated`, `fine_tuned_post_hoc` and `distilled_post_hoc` are the same answers with
-a recalibration laid over them (`first_trl.controls`).
+a recalibration applied to them (`first_trl.evaluation`).
 """
 
 import json
 
-from first_trl.abstention import PREDICT_FILE, describe_student
+from first_trl.constants import PREDICT_FILE
 from first_trl.files import write_atomically
 from first_trl.run import (
     LONG,
@@ -50,7 +50,7 @@ def evaluate(recipe) -> list[str]:
 
 def report(recipe, arms: list[str]) -> None:
     """Measure what was answered and write the report."""
-    from first_trl.controls import VALIDATION, by_arm, collect, teacher_curves
+    from first_trl.evaluation import VALIDATION, by_arm, collect, teacher_curves
     from first_trl.report.writing import write_report
 
     folder, tests = recipe.run_folder / "report", list(recipe.datasets.test)
@@ -163,6 +163,8 @@ def answer_all_sets(recipe, arm: str) -> None:
 
 def make_self_contained(recipe, arm: str, calibration: dict, validation: dict) -> None:
     """Put into a student's folder what predicting with it takes: task, thresholds, the teacher's calibration."""
+    from first_trl.evaluation import describe_student
+
     folder = recipe.run_folder / "students" / arm
     content = describe_student(arm, recipe.task, recipe.arm_section(arm), validation)
     write_atomically(folder / PREDICT_FILE, json.dumps(content, indent=1))
