@@ -42,11 +42,6 @@ EXPERIMENTS = {
         REVIEWS,
         ("--datasets.transfer", "null"),
     ),
-    "reviews-cross-fit": (
-        "those rows again, each labelled by that of two teachers which was trained on the other half",
-        REVIEWS,
-        ("--datasets.transfer", "null", "--sft.cross_fit", "2"),
-    ),
     "banking77": ("77 intents of bank customers, each with a two-letter code as its answer", BANKING77, ()),
 }
 METRICS = ("accuracy", "ece", "trust_score")

@@ -4,7 +4,7 @@ One function, `recalibrate`, serves the search, the training loss and the infere
 so the value that was found is the value that is used. `search` finds that value from cached rows alone: no model, no
 GPU. Which positions are passed in, and where the result is stored, is the calibrate stage's business, not ours.
 
-Legend: N supervised positions, K kept tokens S, J knots, R bootstrap replicates, C columns of a criterion.
+Legend: N supervised positions, K kept tokens S, R bootstrap replicates, C columns of a criterion.
 A row of `log_probs_NK1` holds log t_1..log t_K, most probable first, and log tau of all other tokens, in nats.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 from .metrics import bin_indices, expected_calibration_error
 
-METHODS = ("temperature", "probability", "label_smoothing", "vocabulary_temperature", "none")
+METHODS = ("temperature", "probability", "label_smoothing", "none")
 CRITERIA = ("ece", "nll")
 # Bootstrap counts are made in blocks of at most this many float32 numbers (80 MB), whatever N is.
 BLOCK_SIZE = 20_000_000
@@ -26,26 +26,16 @@ BLOCK_SIZE = 20_000_000
 ROW_SUM_TOLERANCE = 0.02
 
 
-def recalibrate(
-    log_probs: torch.Tensor,
-    method: str,
-    value: float | None,
-    *,
-    tail_power_knots: torch.Tensor | None = None,
-    tail_power_log_sums: torch.Tensor | None = None,
-) -> torch.Tensor:
+def recalibrate(log_probs: torch.Tensor, method: str, value: float | None) -> torch.Tensor:
     """Recalibrated rows (N, K+1), in float32 or better, each summing to 1.
 
     * "temperature": t'_i = (1 - tau) t_i^(1/T) / sum_S t_j^(1/T), tau' = tau. T = 1 is the identity; ranks are kept.
     * "probability" (the paper's formula): t'_i = exp(t_i / c) / sum_S exp(t_j / c), tau' = 0. A softmax over
       probabilities: never the identity, and the first token is capped at e^(1/c) / (e^(1/c) + K - 1).
     * "label_smoothing" (the paper's baseline): t'_1 = t_1 - d, d / (K - 1) added to each of the others, tau' = tau.
-    * "vocabulary_temperature": t'_i proportional to t_i^(1/T) over the whole vocabulary. The tail at that T is
-      interpolated from `tail_power_log_sums` (N, J): log sum of t^b over the tokens outside S, at the powers b in
-      `tail_power_knots` (J,), from which b = 1 may be left out because log tau is that sum.
     * "none": the rows as they are; `value` is ignored.
 
-    Raises ValueError for an unknown method, a value outside the method's range, and a cache without the tail sums.
+    Raises ValueError for an unknown method and a value outside the method's range.
     """
     log_probs_NK1 = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
     if method == "none":
@@ -57,11 +47,8 @@ def recalibrate(
     elif method == "probability":
         kept_NK = torch.log_softmax(kept_NK.exp() / value, dim=-1)
         tail_N1 = torch.full_like(tail_N1, -math.inf)
-    elif method == "label_smoothing":
-        kept_NK = _smooth(kept_NK, value)
     else:
-        tail_N1 = _tail_at_power(tail_N1, 1 / value, tail_power_knots, tail_power_log_sums)
-        return torch.log_softmax(torch.cat([kept_NK / value, tail_N1], dim=-1), dim=-1)
+        kept_NK = _smooth(kept_NK, value)
     return torch.cat([kept_NK, tail_N1], dim=-1)
 
 
@@ -107,44 +94,6 @@ def largest_smoothing(kept_NK: torch.Tensor) -> float:
     return kept_NK[:, 0].min().exp().item() if len(kept_NK) else 1.0
 
 
-def _tail_at_power(
-    tail_N1: torch.Tensor, power: float, knots_J: torch.Tensor | None, log_sums_NJ: torch.Tensor | None
-) -> torch.Tensor:
-    """(N, 1) log sum of t^power outside S: a polynomial in log(power) through the knots and (1, log tau).
-
-    In log(power) the sum bends over a width that the size of the vocabulary bounds, whatever the teacher's confidence.
-    """
-    _need_tail_sums(knots_J, log_sums_NJ)
-    assert knots_J is not None
-    knots, log_sums_NJ = [float(knot) for knot in knots_J], torch.as_tensor(log_sums_NJ).to(tail_N1)
-    if log_sums_NJ.shape != (len(tail_N1), len(knots)):
-        raise ValueError(
-            f"tail_power_log_sums has shape {tuple(log_sums_NJ.shape)}; {len(tail_N1)} rows and {len(knots)} knots "
-            f"need {(len(tail_N1), len(knots))}."
-        )
-    if 1.0 not in knots:
-        knots, log_sums_NJ = [*knots, 1.0], torch.cat([log_sums_NJ, tail_N1], dim=-1)
-    if not min(knots) <= power <= max(knots) * (1 + 1e-9):
-        raise ValueError(
-            f"temperature {1 / power:.4g} is outside [{1 / max(knots):.4g}, {1 / min(knots):.4g}], the range of the "
-            "cache's tail power sums; outside it they would be extrapolated."
-        )
-    weights = [  # Lagrange's
-        math.prod(math.log(power / other) / math.log(knot / other) for other in knots if other != knot)
-        for knot in knots
-    ]
-    at_power_N1 = log_sums_NJ @ log_sums_NJ.new_tensor(weights)[:, None]
-    return at_power_N1.where(tail_N1 > -math.inf, tail_N1)  # without a tail there is none at any power
-
-
-def _need_tail_sums(knots_J: torch.Tensor | None, log_sums_NJ: torch.Tensor | None) -> None:
-    if knots_J is None or log_sums_NJ is None:
-        raise ValueError(
-            "method 'vocabulary_temperature' needs the tail's sums at other powers, and this cache has none: write it "
-            "with tail power sums, or choose method 'temperature', which needs none."
-        )
-
-
 @dataclass(frozen=True)
 class _Grid:
     """Candidate values `value(i)`, i in low..high: first every `step`-th, then every one around the best of those.
@@ -165,22 +114,13 @@ class _Grid:
         return range(max(best - self.step + 1, self.low), min(best + self.step - 1, self.high) + 1)
 
 
-def _grid(
-    method: str, kept_NK: torch.Tensor, tail: dict[str, torch.Tensor | None], max_smoothing: float = 1.0
-) -> _Grid:
+def _grid(method: str, kept_NK: torch.Tensor, max_smoothing: float = 1.0) -> _Grid:
     if method == "temperature":  # 0.26 to 11, first 15 % apart, then 1 %
         return _Grid(lambda i: math.exp(i / 100), -135, 240, 15, identity=0)
     if method == "probability":  # the paper's: 0.1 to 1.5 by 0.1, then by 0.02; no identity, so ties go to small c
         return _Grid(lambda i: i / 50, 5, 75, 5, identity=5)
-    if method == "label_smoothing":  # 0 to 0.5 by 0.05, then by 0.005, as far as the rows allow
-        allowed = min(0.5, max_smoothing, largest_smoothing(kept_NK))
-        return _Grid(lambda i: min(i / 200, allowed), 0, math.floor(allowed * 200), 10, identity=0)
-    _need_tail_sums(tail["tail_power_knots"], tail["tail_power_log_sums"])
-    knots = tail["tail_power_knots"]
-    assert knots is not None
-    powers = [1.0, *(float(knot) for knot in knots)]
-    low, high = math.ceil(-100 * math.log(max(powers))), math.floor(-100 * math.log(min(powers)))
-    return _Grid(lambda i: math.exp(i / 100), low, high, 15, identity=0)
+    allowed = min(0.5, max_smoothing, largest_smoothing(kept_NK))  # by 0.05, then by 0.005, as far as the rows allow
+    return _Grid(lambda i: min(i / 200, allowed), 0, math.floor(allowed * 200), 10, identity=0)
 
 
 @dataclass(frozen=True)
@@ -218,16 +158,16 @@ def _finite(number: float | None) -> float | None:
 class _Evaluation:
     """Confidence, correctness and likelihood of the recalibrated rows at one value, for one method and criterion."""
 
-    def __init__(self, log_probs_NK1, target_N, method, criterion, num_bins, tail):
+    def __init__(self, log_probs_NK1, target_N, method, criterion, num_bins):
         self.log_probs_NK1, self.target_N, self.method = log_probs_NK1, target_N, method
-        self.criterion, self.num_bins, self.tail = criterion, num_bins, tail
+        self.criterion, self.num_bins = criterion, num_bins
         # tau' = 0 makes every label in the tail infinitely unlikely whatever the value: those positions cannot choose.
         in_tail = target_N == log_probs_NK1.shape[1] - 1
         self.judged_N = ~in_tail if method == "probability" else torch.ones_like(in_tail)
 
     def rows(self, value: float | None) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
         """(N,) confidence, (N,) correct, (N,) negative log-likelihood of the label."""
-        rows_NK1 = recalibrate(self.log_probs_NK1, self.method, value, **self.tail)
+        rows_NK1 = recalibrate(self.log_probs_NK1, self.method, value)
         top_N, predicted_N = rows_NK1[:, :-1].max(dim=-1)
         nll_N = -rows_NK1.gather(1, self.target_N[:, None])[:, 0]
         return top_N.exp().clamp(max=1).numpy(), (predicted_N == self.target_N).numpy(), nll_N
@@ -259,17 +199,15 @@ def search(
     bootstrap: int = 0,
     seed: int = 0,
     *,
-    tail_power_knots: torch.Tensor | None = None,
-    tail_power_log_sums: torch.Tensor | None = None,
     max_smoothing: float = 1.0,
 ) -> SearchResult:
     """The value of `method` that makes the confidence of cached rows true on a validation split.
 
     Args: `log_probs` (N, K+1) rows as cached; `target` (N,) int64, the column that holds the true label (0 the
     teacher's first token, K the tail); `criterion` "ece" (the paper's) or "nll"; `bootstrap` resamples of the
-    positions for the 95 % interval of the value (0: none); the tail's sums as for `recalibrate`; `max_smoothing` the
-    most that label smoothing may take, where other rows allow less than these. Raises ValueError for rows that do not
-    sum to 1, targets out of range, no position, unknown names.
+    positions for the 95 % interval of the value (0: none); `max_smoothing` the most that label smoothing may take,
+    where other rows allow less than these. Raises ValueError for rows that do not sum to 1, targets out of range, no
+    position, unknown names.
 
     A position's prediction is the most probable of its K columns after recalibration, its confidence that
     probability. Two-stage grid; ties go to the value nearest to the identity.
@@ -284,12 +222,11 @@ def search(
         raise ValueError(f"recalibration method is {method!r}; choose one of {', '.join(METHODS)}.")
     if criterion not in CRITERIA:
         raise ValueError(f"criterion is {criterion!r}; choose one of {', '.join(CRITERIA)}.")
-    tail = {"tail_power_knots": tail_power_knots, "tail_power_log_sums": tail_power_log_sums}
-    before = _Evaluation(log_probs_NK1, target_N, "none", "ece", num_bins, {}).measure(None)
+    before = _Evaluation(log_probs_NK1, target_N, "none", "ece", num_bins).measure(None)
     best, curve, at_edge, interval = before, [before], False, None
     if method != "none":
-        evaluation = _Evaluation(log_probs_NK1, target_N, method, criterion, num_bins, tail)
-        grid = _grid(method, log_probs_NK1[:, :-1], tail, max_smoothing)
+        evaluation = _Evaluation(log_probs_NK1, target_N, method, criterion, num_bins)
+        grid = _grid(method, log_probs_NK1[:, :-1], max_smoothing)
         points, chosen = _two_stages(evaluation, grid)
         best, curve = points[chosen], [points[i] for i in sorted(points)]
         at_edge = chosen in (grid.low, grid.high) and chosen != grid.identity
@@ -319,9 +256,6 @@ def error_curve(
     method: str,
     values: list[float],
     num_bins: int = 10,
-    *,
-    tail_power_knots: torch.Tensor | None = None,
-    tail_power_log_sums: torch.Tensor | None = None,
 ) -> list[dict[str, float | None]]:
     """[{"value", "ece", "nll"}] of rows at given values: how a search's curve looks on other rows, such as a test set.
 
@@ -330,8 +264,7 @@ def error_curve(
     log_probs_NK1, target_N = _check_rows(log_probs, target)
     if method == "label_smoothing":
         values = [value for value in values if value <= largest_smoothing(log_probs_NK1[:, :-1])]
-    tail = {"tail_power_knots": tail_power_knots, "tail_power_log_sums": tail_power_log_sums}
-    evaluation = _Evaluation(log_probs_NK1, target_N, method, "ece", num_bins, tail)
+    evaluation = _Evaluation(log_probs_NK1, target_N, method, "ece", num_bins)
     points = [evaluation.measure(value) for value in values]
     return [{name: _finite(point[name]) for name in ("value", "ece", "nll")} for point in points]
 

@@ -17,20 +17,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SERVER_URL = re.compile(r"https?://[^\s@]+")
 # Settings of the cache that say how a teacher is run, and the backends that let them.
 _ONLY_WITH = {
-    "teacher_dtype": ("hf", "vllm"),
+    "teacher_dtype": ("hf",),
     "load_in_4bit": ("hf",),
     "attn_implementation": ("hf",),
     "server_url": ("server",),
     "server_requests": ("server",),
-    "vllm_options": ("vllm",),
-    "tail_knots": ("hf",),  # the others never show the tail
-    "support": ("hf",),  # nor tokens of one's choice
+    "support": ("hf",),  # a server gives its most probable tokens, and no others
 }
 # Settings of the cache that say how fast it is made. Other batches round differently, as far as the teacher's dtype
 # rounds, and a server batches as it likes: neither tells two caches apart, in the manifest or in the run's record.
 SPEED_SETTINGS = ("tokens_per_batch", "server_requests")
 # One list for calibration and for recalibrated training: the value found is the value used.
-RECALIBRATION_METHODS = ("temperature", "probability", "label_smoothing", "vocabulary_temperature", "none")
+RECALIBRATION_METHODS = ("temperature", "probability", "label_smoothing", "none")
 
 
 def setting(default, help: str, **limits):
@@ -150,19 +148,11 @@ class CacheConfig(Settings):
     load_in_4bit: bool = setting(False, "Run the teacher in 4-bit NF4.")
     attn_implementation: str | None = setting(None, "Attention of the teacher, e.g. sdpa or flash_attention_2.")
     streaming: bool = setting(False, "Read the rows as a stream: no copy of the dataset on this machine.")
-    backend: str = setting(
-        "hf",
-        "What runs the teacher: transformers, vLLM in this process, or a server.",
-        choices=("hf", "vllm", "server"),
-    )
+    backend: str = setting("hf", "What runs the teacher: transformers, or a server.", choices=("hf", "server"))
     server_url: str | None = setting(None, "The server, e.g. http://127.0.0.1:8000; any that gives prompt_logprobs.")
     server_requests: int = setting(
         16, "Requests under way to the server at one time. A change makes nothing again.", minimum=1
     )
-    tail_knots: bool = setting(
-        False, "Keep what vocabulary_temperature needs of the tail: some 70 bytes more at each position."
-    )
-    vllm_options: dict | None = setting(None, "Further arguments of vllm.LLM, e.g. {tensor_parallel_size: 2}.")
 
     def broken_rules(self) -> list[Problem]:
         problems = []
@@ -172,11 +162,6 @@ class CacheConfig(Settings):
         if self.backend == "server" and not _SERVER_URL.fullmatch(self.server_url or ""):
             remedy = "write the address that the server was started at, e.g. http://127.0.0.1:8000"
             problems.append(Problem("server_url", self.server_url, "it is not the address of a server", remedy))
-        if self.support == "choices" and self.tail_knots:
-            what = (
-                "it is for mass that moves over the whole vocabulary, and support: choices keeps it among the answers"
-            )
-            problems.append(Problem("tail_knots", True, what, "remove it, or write support: top_k"))
         for key, backends in _ONLY_WITH.items():
             default = next(f.default for f in fields(self) if f.name == key)
             if getattr(self, key) != default and self.backend not in backends:

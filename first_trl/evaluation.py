@@ -23,7 +23,6 @@ Shapes: N examples, K kept tokens, C choices.
 
 import dataclasses
 import json
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,6 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 
-from .cache.format import TAIL_POWERS
 from .calibration import error_curve, largest_smoothing, recalibrate, search
 from .config import TaskConfig
 from .constants import PREDICT_FILE
@@ -63,28 +61,25 @@ def answer_set(
     top_k: int,
     tokens_per_batch: int,
     support: str = "top_k",
-    tail_knots: bool = False,
-    recalibrations: Collection[str] = (),
 ) -> Dataset:
     """A model's answers to a labelled set: one row per example, in order, with the columns named above.
 
     With `support` "choices" the K tokens are those of the choices, as in such a cache, and `tail_max_log_prob` is the
-    likeliest token of the tail. With `tail_knots` also `tail_power_log_sums`, without which a
-    `vocabulary_temperature` cannot be laid over them. Choices of several tokens have `answer_tokens` (N,), the length
-    of the label, and no sums. `recalibrations` are the families that may be laid over the answers.
+    likeliest token of the tail. Choices of several tokens have `answer_tokens` (N,), the length of the label.
 
     Raises:
-        ValueError: as `encode_example` and `choice_token_ids`; or a choice of several tokens stands against `support`,
-            `recalibrations` or a row.
+        ValueError: as `encode_example` and `choice_token_ids`; or a choice of several tokens stands against `support`
+            or a row.
     """
     examples = [encode_example(task, tokenizer, row) for row in dataset]
     prompts = [example["input_ids"][: example["num_prompt_tokens"]] for example in examples]
     answers = choice_token_ids(task, tokenizer, dataset[0]) if task.choices else []
     if any(len(ids) > 1 for ids in answers):
-        if support == "choices" or "vocabulary_temperature" in recalibrations:
-            setting = "cache.support: choices" if support == "choices" else "vocabulary_temperature"
-            remedy = "cache.support: top_k" if support == "choices" else "calibrate.method: temperature"
-            raise ValueError(f"{setting} needs answers of one token, and task.choices has longer ones; set {remedy}.")
+        if support == "choices":
+            raise ValueError(
+                "cache.support: choices needs answers of one token, and task.choices has longer ones; set "
+                "cache.support: top_k."
+            )
         return _whole_answers(model, examples, prompts, answers, tokens_per_batch)
     label_ids = [example["input_ids"][example["num_prompt_tokens"]] for example in examples]
     choices = [ids[0] for ids in answers] if task.choices else None
@@ -97,7 +92,6 @@ def answer_set(
         tokens_per_batch=tokens_per_batch,
         keep_choices=support == "choices",
         vocab_limit=len(tokenizer),
-        tail_powers=TAIL_POWERS if tail_knots else (),
     )
     columns = {name: list(values) for name, values in scores.items()} | {"label_id": label_ids}
     if choices is not None:
@@ -142,15 +136,13 @@ def read_answers(path: str | Path) -> dict[str, np.ndarray]:
 def recalibrated_answers(answers: dict[str, np.ndarray], method: str, value: float | None) -> dict[str, np.ndarray]:
     """The same answers after a recalibration: tokens in the row take their new value, others move along."""
     rows = torch.from_numpy(answers["log_probs"].astype(np.float32))
-    mended = recalibrate(rows, method, value, **tail_of(answers)).numpy()
-    # Over the whole vocabulary a token moves as the first one does, else as the tail
-    power, like = (1 / value, 0) if value is not None and method == "vocabulary_temperature" else (1.0, -1)
+    mended = recalibrate(rows, method, value).numpy()
 
     def moved(ids: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
         is_token = answers["token_ids"][:, None, :] == ids[:, :, None]  # (N, C, K)
         in_row = np.take_along_axis(mended[:, None, :-1].repeat(ids.shape[1], 1), is_token.argmax(-1)[..., None], -1)
         with np.errstate(invalid="ignore"):  # -inf - -inf where neither tail has any mass
-            outside = power * log_probs + mended[:, [like]] - power * answers["log_probs"][:, [like]]
+            outside = log_probs + mended[:, [-1]] - answers["log_probs"][:, [-1]]
         return np.where(is_token.any(-1), in_row[..., 0], outside)
 
     result = answers | {"log_probs": mended}
@@ -162,12 +154,6 @@ def recalibrated_answers(answers: dict[str, np.ndarray], method: str, value: flo
             share = answers["tail_max_log_prob"] - answers["log_probs"][:, -1]
         result["tail_max_log_prob"] = mended[:, -1] + np.where(np.isnan(share), 0, share)
     return result
-
-
-def tail_of(answers: dict[str, np.ndarray]) -> dict:
-    """What `recalibrate` and `search` may need of the tail, where the answers have it."""
-    sums = answers.get("tail_power_log_sums")
-    return {"tail_power_knots": TAIL_POWERS, "tail_power_log_sums": sums} if sums is not None else {}
 
 
 def predictions(answers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -266,11 +252,11 @@ def _are_whole(rows: dict) -> bool:
 def _fit(rows: dict, calibration: dict) -> tuple[str, float | None]:
     """(method, value) for a model's own answers: by the teacher's family, or, where that was chosen, a new choice."""
     settings: dict = {"criterion": calibration["criterion"], "num_bins": calibration["num_bins"]}
-    log_probs, target, tail = rows["log_probs"], rows["target"], tail_of(rows)
+    log_probs, target = rows["log_probs"], rows["target"]
     method = calibration["method"]
     if "choice" in calibration:
-        method = choose_family(log_probs, target, list(calibration["choice"]["scores"]), **settings, tail=tail).method
-    return method, search(log_probs, target, method=method, **settings, **tail).value
+        method = choose_family(log_probs, target, list(calibration["choice"]["scores"]), **settings).method
+    return method, search(log_probs, target, method=method, **settings).value
 
 
 def _not_allowed(sets: dict[str, dict], method: str, value: float | None) -> str | None:
@@ -306,7 +292,6 @@ def teacher_curves(folder: Path, tests: list[str], calibration: dict) -> dict[st
                 method,
                 [point["value"] for point in family["curve"]],
                 calibration["num_bins"],
-                **tail_of(rows),
             )
             for name, rows in answers.items()
             if not _are_whole(rows)

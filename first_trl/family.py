@@ -30,13 +30,12 @@ class FamilyChoice:
 
 
 def choose_family(
-    log_probs, target, methods: list[str], criterion: str = "ece", num_bins: int = 10, seed: int = 0, *, tail=None
+    log_probs, target, methods: list[str], criterion: str = "ece", num_bins: int = 10, seed: int = 0
 ) -> FamilyChoice:
     """The family with the lowest cross-validated criterion; the earlier of `methods` where two are equal.
 
     Args:
         log_probs, target, criterion, num_bins: as for `calibration.search`; at least `FOLDS` rows.
-        tail: the tail's sums, as the keyword arguments of `search`.
 
     Raises:
         ValueError: fewer rows than folds, an unknown criterion, or no family whose criterion is finite.
@@ -50,9 +49,7 @@ def choose_family(
             f"{len(target_N)}; give a larger validation split, or name the method."
         )
     fold_N = np.random.default_rng(seed).permutation(len(target_N)) % FOLDS
-    scores = {
-        method: _score(log_probs_NK1, target_N, fold_N, method, criterion, num_bins, tail or {}) for method in methods
-    }
+    scores = {method: _score(log_probs_NK1, target_N, fold_N, method, criterion, num_bins) for method in methods}
     best = min(scores, key=lambda method: round(scores[method], 6))
     if not math.isfinite(scores[best]):
         raise ValueError(
@@ -63,23 +60,18 @@ def choose_family(
     return FamilyChoice(best, _why(best, told, criterion), told)
 
 
-def _score(log_probs_NK1, target_N, fold_N, method: str, criterion: str, num_bins: int, tail: dict) -> float:
+def _score(log_probs_NK1, target_N, fold_N, method: str, criterion: str, num_bins: int) -> float:
     """The criterion over all rows, each recalibrated by the value that the other folds found."""
     rows_NK1 = torch.empty_like(log_probs_NK1)
     for fold in range(FOLDS):
         held, rest = torch.from_numpy(fold_N == fold), torch.from_numpy(fold_N != fold)
         settings: dict = {"method": method, "criterion": criterion, "num_bins": num_bins}
-        value = search(log_probs_NK1[rest], target_N[rest], **settings, **_part(tail, rest)).value
-        rows_NK1[held] = recalibrate(log_probs_NK1[held], method, value, **_part(tail, held))
+        value = search(log_probs_NK1[rest], target_N[rest], **settings).value
+        rows_NK1[held] = recalibrate(log_probs_NK1[held], method, value)
     if criterion == "nll":
         return -rows_NK1.gather(1, target_N[:, None]).double().mean().item()
     top_N, predicted_N = rows_NK1[:, :-1].max(dim=-1)
     return expected_calibration_error(top_N.exp().clamp(max=1), predicted_N == target_N, num_bins)
-
-
-def _part(tail: dict, chosen_N: torch.Tensor) -> dict:
-    sums = tail.get("tail_power_log_sums")
-    return tail if sums is None else tail | {"tail_power_log_sums": torch.as_tensor(sums)[chosen_N]}
 
 
 def _why(best: str, scores: dict[str, float | None], criterion: str) -> str:

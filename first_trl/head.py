@@ -21,7 +21,7 @@ Only a head that is itself trained sees the vocabulary again in the backward.
 What this module is not: it knows neither losses nor models. It takes hidden states and a weight matrix.
 
 Shapes: N positions, n positions of one chunk, D hidden size, V vocabulary, v vocabulary rows of one tile, K kept
-tokens, K1 = K+1 (last column the tail), P powers. S is the set of a position's kept tokens.
+tokens, K1 = K+1 (last column the tail). S is the set of a position's kept tokens.
 Logits: z = logit_scale * (hidden @ weight.T + bias), then softcap * tanh(z / softcap) where there is a softcap.
 Units: nats. Everything but the multiplications is computed in float32 (float64 where hidden is float64), whatever the
 inputs' dtype.
@@ -114,17 +114,15 @@ def top_k_log_probs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk_size: int = CHUNK_SIZE,
-    tail_powers: tuple[float, ...] = (),
     vocab_limit: int | None = None,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The k likeliest tokens of each position, and the partition that they make, without gradient.
 
     Returns the token ids, (N, k) int64, most probable first and the lower id first among equals, so that column 0 is
-    the argmax; and the log-probabilities of these and of the tail, (N, k+1) float32. With `tail_powers`, also
-    log sum_{j not in S} t_j^beta for each beta, (N, P).
+    the argmax; and the log-probabilities of these and of the tail, (N, k+1) float32.
 
     `vocab_limit` keeps ids >= vocab_limit (rows of the head beyond the tokenizer) out of S; their mass stays in the
-    tail. Raises ValueError where shapes do not fit, k tokens cannot be kept, or a power is not positive.
+    tail. Raises ValueError where shapes do not fit, or k tokens cannot be kept.
     """
     weight, bias = _whole(weight), _whole(bias)
     with _gathered(weight, bias):
@@ -132,17 +130,12 @@ def top_k_log_probs(
         limit = len(weight) if vocab_limit is None else min(vocab_limit, len(weight))
         if not 1 <= k <= limit:
             raise ValueError(f"k={k} must be between 1 and the {limit} tokens that can be kept")
-        if any(power <= 0 for power in tail_powers):
-            raise ValueError(f"tail_powers={tail_powers} must all be positive")
         ids_NK = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
         log_probs_NK1 = hidden.new_empty(len(hidden), k + 1, dtype=head.rule.sum_dtype)
-        powers_NP = log_probs_NK1.new_empty(len(hidden), len(tail_powers))
         with _no_autocast(hidden):
             for rows in _slices(len(hidden), chunk_size):
-                ids_NK[rows], log_probs_NK1[rows], powers_NP[rows] = _top_k_of_chunk(
-                    head, hidden[rows], k, limit, tail_powers
-                )
-    return (ids_NK, log_probs_NK1, powers_NP) if tail_powers else (ids_NK, log_probs_NK1)
+                ids_NK[rows], log_probs_NK1[rows] = _top_k_of_chunk(head, hidden[rows], k, limit)
+    return ids_NK, log_probs_NK1
 
 
 @dataclass(frozen=True)
@@ -209,13 +202,12 @@ class _Head:
 
 
 class _OnlineLogSumExp:
-    """log sum_j exp(beta z_j) per position, for one or more beta, over logits that arrive a tile at a time."""
+    """log sum_j exp(z_j) per position, over logits that arrive a tile at a time."""
 
-    def __init__(self, hidden_nD: torch.Tensor, dtype: torch.dtype, betas: tuple[float, ...] = (1.0,)):
+    def __init__(self, hidden_nD: torch.Tensor, dtype: torch.dtype):
         # Finite, so that positions whose logits are all -inf so far never compute -inf - -inf
         self.max_n = hidden_nD.new_full((len(hidden_nD),), torch.finfo(dtype).min, dtype=dtype)
-        self.sums_nP = hidden_nD.new_zeros(len(hidden_nD), len(betas), dtype=dtype)
-        self.betas = betas
+        self.sum_n = hidden_nD.new_zeros(len(hidden_nD), dtype=dtype)
 
     def fold(self, z_nv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes in a tile, overwriting it with its exponentials exp(z - max) under the new maximum.
@@ -225,15 +217,14 @@ class _OnlineLogSumExp:
         max_n = torch.maximum(self.max_n, z_nv.amax(dim=-1))
         shift_n, self.max_n = self.max_n - max_n, max_n
         z_nv -= max_n[:, None]
-        self.sums_nP *= torch.stack([(beta * shift_n).exp() for beta in self.betas], dim=-1)
-        for i, beta in enumerate(self.betas[1:], start=1):
-            self.sums_nP[:, i] += (beta * z_nv).exp_().sum(dim=-1)
-        self.sums_nP[:, 0] += z_nv.exp_().sum(dim=-1)
-        return z_nv, shift_n.exp()
+        shrink_n = shift_n.exp()
+        self.sum_n *= shrink_n
+        self.sum_n += z_nv.exp_().sum(dim=-1)
+        return z_nv, shrink_n
 
-    def log_sums(self) -> torch.Tensor:
-        """(n, P); -inf where every logit was -inf."""
-        return self.max_n[:, None] * self.max_n.new_tensor(self.betas) + self.sums_nP.log()
+    def log_sum(self) -> torch.Tensor:
+        """(n,); -inf where every logit was -inf."""
+        return self.max_n + self.sum_n.log()
 
 
 class _PartitionLogits(torch.autograd.Function):
@@ -320,8 +311,8 @@ def _tail_of_chunk(head, hidden_nD, ids_nK, grad_nD) -> tuple[torch.Tensor, torc
         del z_nv, exp_nv, slope_nv  # before the next tile, not beside it
     if grad_nD is not None:
         # A sum is at least exp(0), the largest logit's own, unless S is the whole vocabulary
-        grad_nD *= head.rule.logit_scale / tail.sums_nP.clamp_min(1)
-    logit_n = tail.log_sums()[:, 0]
+        grad_nD *= head.rule.logit_scale / tail.sum_n.clamp_min(1)[:, None]
+    logit_n = tail.log_sum()
     return logit_n, tail.max_n.masked_fill(logit_n == -math.inf, -math.inf)
 
 
@@ -350,14 +341,14 @@ def _head_grads(head, hidden_ND, ids_NK, grad_NK1, tail_N, chunk_size) -> tuple[
     return grad_weight_VD, grad_bias_V
 
 
-def _top_k_of_chunk(head, hidden_nD, k, limit, tail_powers) -> tuple[torch.Tensor, ...]:
-    """(n, k) ids, (n, k+1) log-probabilities and (n, P) log power sums, in one pass over the vocabulary.
+def _top_k_of_chunk(head, hidden_nD, k, limit) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, k) ids and (n, k+1) log-probabilities, in one pass over the vocabulary.
 
     What never enters the running top k, and what drops out of it, goes to the tail: nothing is ever subtracted.
     """
     best_nk = hidden_nD.new_empty(len(hidden_nD), 0, dtype=head.rule.sum_dtype)
     best_ids_nk = best_nk.long()
-    tail = _OnlineLogSumExp(hidden_nD, head.rule.sum_dtype, betas=(1.0, *tail_powers))
+    tail = _OnlineLogSumExp(hidden_nD, head.rule.sum_dtype)
     for columns in _tiles(head.weight_VD, len(hidden_nD)):
         z_nv = head.tile(hidden_nD, columns)
         if columns.start < limit:
@@ -373,11 +364,8 @@ def _top_k_of_chunk(head, hidden_nD, k, limit, tail_powers) -> tuple[torch.Tenso
     # Dot products, as the student's side computes them: a tile in half precision has rounded its logits
     best_ids_nk = best_ids_nk.sort(dim=1).values
     best = head.selected(hidden_nD, best_ids_nk).sort(dim=1, descending=True, stable=True)
-    tail_nP = tail.log_sums()
-    logits_nK1 = torch.cat([best.values, tail_nP[:, :1]], dim=1)
-    log_normalizer_n1 = logits_nK1.logsumexp(dim=1, keepdim=True)
-    log_powers_nP = tail_nP[:, 1:] - log_normalizer_n1 * tail_nP.new_tensor(tail_powers)
-    return best_ids_nk.gather(1, best.indices), logits_nK1 - log_normalizer_n1, log_powers_nP
+    logits_nK1 = torch.cat([best.values, tail.log_sum()[:, None]], dim=1)
+    return best_ids_nk.gather(1, best.indices), logits_nK1 - logits_nK1.logsumexp(dim=1, keepdim=True)
 
 
 def _top_columns(z_nv: torch.Tensor, k: int) -> torch.Tensor:

@@ -96,7 +96,7 @@ def calibration_candidates(recipe: Recipe) -> list[str]:
 
     Not label smoothing: rows that nobody has seen may have less on their first token than it takes away.
     """
-    return ["temperature", "probability", *(["vocabulary_temperature"] if recipe.cache.tail_knots else [])]
+    return ["temperature", "probability"]
 
 
 def cached_roles(recipe: Recipe) -> tuple[str, ...]:
@@ -106,14 +106,8 @@ def cached_roles(recipe: Recipe) -> tuple[str, ...]:
 
 
 def teacher_path(recipe: Recipe) -> str:
-    """The teacher's model id or folder: the one given, or the one that `sft` makes, the first of several."""
-    return recipe.cache.teacher or teacher_folders(recipe)[0]
-
-
-def teacher_folders(recipe: Recipe) -> list[str]:
-    """The folders of the teachers that `sft` makes: one, or with `sft.cross_fit` one for each fold."""
-    folder = recipe.run_folder / "teacher"
-    return [str(folder / f"fold-{fold}") for fold in range(recipe.cross_fit)] or [str(folder)]
+    """The teacher's model id or folder: the one given, or the one that `sft` makes."""
+    return recipe.cache.teacher or str(recipe.run_folder / "teacher")
 
 
 def _local(path) -> str | None:

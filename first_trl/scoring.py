@@ -67,7 +67,6 @@ def teacher_rows(
     kept_ids: list[int] | None = None,
     candidates: tuple[list[list[int]], list[list[int]]] | None = None,
     vocab_limit: int | None = None,
-    tail_powers: tuple[float, ...] = (),
     progress: Callable[[int], None] | None = None,
 ) -> list[dict]:
     """The teacher's columns of the cache for tokenised examples, in the order given.
@@ -78,13 +77,11 @@ def teacher_rows(
         candidates: (answers, completions), C each: what follows a prompt is replaced by the completion whose answer
             the teacher finds most probable there.
         vocab_limit: size of the tokenizer; rows of the head beyond it are padding and never among the K.
-        tail_powers: the P powers b at which the tail's log sum of t^b is wanted.
         progress: called with the number of tokens of each finished batch.
 
     Returns:
         One dict per example with `input_ids`, `labels`, `teacher_ids` (n, K) int32, `teacher_log_probs` (n, K) float32
-        and `teacher_tail_log_prob` (n,) float32, for its n supervised positions in order; nats. With `tail_powers`
-        also `teacher_tail_power_log_sums` (n, P) float32.
+        and `teacher_tail_log_prob` (n,) float32, for its n supervised positions in order; nats.
     """
     if candidates is not None:
         examples = _answered(model, examples, *candidates, tokens_per_batch)
@@ -94,12 +91,11 @@ def teacher_rows(
     head = language_model_head(innermost(model))
     for indices, hidden_ND in batches:
         if kept_ids is None:
-            token_ids_NK, log_probs_NK1, *power_sums = top_k_log_probs(
-                hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit, tail_powers=tail_powers
+            token_ids_NK, log_probs_NK1 = top_k_log_probs(
+                hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit
             )
         else:
             token_ids_NK, log_probs_NK1, _ = _kept_log_probs(hidden_ND, head, kept_ids)
-            power_sums = []
         ends = np.cumsum([len(positions[i]) for i in indices])[:-1]
         ids_parts = np.split(token_ids_NK.cpu().numpy().astype(np.int32), ends)
         log_parts = np.split(log_probs_NK1.cpu().numpy(), ends)
@@ -111,9 +107,6 @@ def teacher_rows(
                 "teacher_log_probs": log_probs[:, :-1],
                 "teacher_tail_log_prob": log_probs[:, -1],
             }
-        for sums_NP in power_sums:
-            for i, sums in zip(indices, np.split(sums_NP.cpu().numpy(), ends), strict=True):
-                rows[i]["teacher_tail_power_log_sums"] = sums
         if progress is not None:
             progress(sum(len(examples[i]["input_ids"]) for i in indices))
     return rows
@@ -154,7 +147,6 @@ def answer_scores(
     tokens_per_batch: int,
     keep_choices: bool = False,
     vocab_limit: int | None = None,
-    tail_powers: tuple[float, ...] = (),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """What a model answers after each prompt, under its full-vocabulary softmax.
@@ -166,7 +158,7 @@ def answer_scores(
         Arrays over the N prompts: `token_ids` (N, K) most probable first, `log_probs` (N, K+1) with the tail last,
         `target` (N,) the column that holds the label (K = the tail), `label_log_prob` (N,) nats, and, with choices,
         `choice_log_probs` (N, C) nats, not normalised over the choices; with `keep_choices`, `tail_max_log_prob` (N,),
-        the likeliest token of the tail; with P `tail_powers`, `tail_power_log_sums` (N, P).
+        the likeliest token of the tail.
     """
     columns: dict[str, list] = {name: [None] * len(prompts) for name in ("token_ids", "log_probs", "label_log_prob")}
     if choice_ids is not None:
@@ -179,11 +171,7 @@ def answer_scores(
             assert choice_ids is not None
             ids_NK, log_probs_NK1, extras["tail_max_log_prob"] = _kept_log_probs(hidden_ND, head, choice_ids)
         else:
-            ids_NK, log_probs_NK1, *power_sums = top_k_log_probs(
-                hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit, tail_powers=tail_powers
-            )
-            if power_sums:
-                extras["tail_power_log_sums"] = power_sums[0]
+            ids_NK, log_probs_NK1 = top_k_log_probs(hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit)
         extra = [[label_ids[i], *(choice_ids or [])] for i in indices]
         wanted = torch.cat([ids_NK[:, :1], torch.as_tensor(extra, device=ids_NK.device)], dim=1)
         logits = selected_logits(hidden_ND, head.weight, wanted, *head[1:])

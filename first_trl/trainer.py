@@ -22,7 +22,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 from trl import SFTTrainer, pack_dataset
 
-from .cache.format import TAIL_POWERS_COLUMN
 from .cache.reader import TeacherCache, check_cache, check_vocabulary, open_cache
 from .calibration import recalibrate
 from .constants import IGNORED
@@ -43,8 +42,7 @@ class TeacherCollator:
     """TRL's collator for the tokens, and the teacher's rows beside them.
 
     Adds `teacher_ids` (N, K) int64 and `teacher_log_probs` (N, K+1) float32, last column the tail, where N counts the
-    supervised positions of the batch in row-major order: the same order padded, padding-free and packed. Rows with
-    tail power sums give those too, (N, P) float32.
+    supervised positions of the batch in row-major order: the same order padded, padding-free and packed.
 
     Raises:
         ValueError: rows and supervised positions do not match, so the example is not as the cache wrote it; or a row
@@ -57,13 +55,12 @@ class TeacherCollator:
         token_columns = ("input_ids", "labels", "seq_lengths")
         batch = self.tokens([{name: row[name] for name in token_columns if name in row} for row in examples])
         supervised = batch["labels"][:, 1:] != IGNORED
-        names = _teacher_columns_in(examples[0])
         if not all(len(row["teacher_ids"]) for row in examples):
             raise ValueError(
                 "A row of the dataset has no supervised position, so a student learns nothing from it: leave it out, "
                 'as in dataset.filter(lambda row: len(row["teacher_ids"]) > 0).'
             )
-        rows = {name: np.concatenate([np.asarray(row[name]) for row in examples]) for name in names}
+        rows = {name: np.concatenate([np.asarray(row[name]) for row in examples]) for name in TEACHER_COLUMNS}
         if "seq_lengths" in examples[0]:  # packed: one entry per token, see `_one_entry_per_token`
             num_tokens = len(rows["teacher_ids"])
             kept = (batch["labels"][0, :num_tokens] != IGNORED).numpy()
@@ -80,8 +77,6 @@ class TeacherCollator:
         batch["teacher_ids"] = torch.from_numpy(rows["teacher_ids"].astype(np.int64))
         # float16 storage leaves a row's sum within 5e-4 of 1; a divergence between rows wants it exact
         batch["teacher_log_probs"] = torch.from_numpy(log_probs_NK1).log_softmax(dim=1)
-        if TAIL_POWERS_COLUMN in rows:
-            batch[TAIL_POWERS_COLUMN] = torch.from_numpy(rows[TAIL_POWERS_COLUMN].astype(np.float32))
         batch[POSITIONS_PER_ROW] = torch.tensor([_num_positions(row) for row in examples])
         return batch
 
@@ -96,16 +91,12 @@ def _num_positions(example: dict) -> int:
     return int(supervised.sum())
 
 
-def _teacher_columns_in(example: dict) -> list[str]:
-    return [*TEACHER_COLUMNS, *([TAIL_POWERS_COLUMN] if TAIL_POWERS_COLUMN in example else [])]
-
-
 def _one_entry_per_token(example: dict) -> dict:
     """Spread the teacher's rows over the tokens, entry i for token i's label, so that packing moves both alike."""
     supervised = np.asarray(example["labels"]) != IGNORED
     supervised[:1] = False  # a document's first token is nobody's target
     spread = {}
-    for name in _teacher_columns_in(example):
+    for name in TEACHER_COLUMNS:
         values = np.asarray(example[name])
         spread[name] = np.zeros((len(supervised), *values.shape[1:]), values.dtype)
         spread[name][supervised] = values
@@ -137,15 +128,7 @@ def _as_cache(dataset, tokenizer) -> TeacherCache:
 
 def _prepare(cache: TeacherCache, args: FIRSTConfig, packing: bool) -> Dataset:
     """The cache's rows as the collator wants them, packed where asked."""
-    columns = list(COLUMNS)
-    if args.recalibration_method == "vocabulary_temperature":
-        if "tail_powers" not in cache.manifest:
-            raise ValueError(
-                f"recalibration_method is 'vocabulary_temperature', and the cache {cache.path} has no tail knots: "
-                "make it again with cache.tail_knots: true and pass its folder, or use 'temperature'."
-            )
-        columns.append(TAIL_POWERS_COLUMN)
-    dataset = cache.dataset.select_columns(columns).with_format("numpy")
+    dataset = cache.dataset.select_columns(COLUMNS).with_format("numpy")
     if not packing:
         return dataset
     max_length = args.max_length or cache.manifest.get("task", {}).get("max_length")
@@ -213,10 +196,6 @@ class FIRSTTrainer(SFTTrainer):
         eval_caches = {name: _as_cache(dataset, processing_class) for name, dataset in named.items()}
         eval_datasets = {name: _prepare(cache, args, eval_packing) for name, cache in eval_caches.items()}
         train_dataset = _prepare(train_cache, args, args.packing)
-        self._tail_powers = train_cache.manifest.get("tail_powers")
-        if args.recalibration_method == "vocabulary_temperature":
-            for cache in eval_caches.values():
-                check_cache(cache, tail_powers=self._tail_powers)
         if not args.packing:
             args.max_length = None  # the cache is truncated; SFTTrainer would refuse it with padding-free
         super().__init__(
@@ -254,24 +233,18 @@ class FIRSTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        columns = [*self._signature_columns, *TEACHER_COLUMNS, TAIL_POWERS_COLUMN]
-        self._signature_columns = list(dict.fromkeys(columns))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *TEACHER_COLUMNS]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Divergence summed over the supervised positions, divided as SFTTrainer divides its own loss (design 2.2)."""
         if return_outputs:
             raise ValueError("FIRSTTrainer never builds logits; return_outputs=True is not supported.")
         inputs = self._without_repeated_rows(inputs)
-        ours = (*TEACHER_COLUMNS, TAIL_POWERS_COLUMN, POSITIONS_PER_ROW)
+        ours = (*TEACHER_COLUMNS, POSITIONS_PER_ROW)
         tokens = {name: value for name, value in inputs.items() if name not in ours}
         teacher_ids_NK = inputs["teacher_ids"]
-        teacher_NK1 = recalibrate(
-            inputs["teacher_log_probs"],
-            self.args.recalibration_method,
-            self.args.recalibration_value,
-            tail_power_knots=self._tail_powers,
-            tail_power_log_sums=inputs.get(TAIL_POWERS_COLUMN),
-        )
+        method, value = self.args.recalibration_method, self.args.recalibration_value
+        teacher_NK1 = recalibrate(inputs["teacher_log_probs"], method, value)
         positions_M = self._positions_with_tail(len(teacher_ids_NK), teacher_ids_NK.device)
         output = model(
             **tokens,
@@ -310,7 +283,7 @@ class FIRSTTrainer(SFTTrainer):
         order_BT = supervised_BT.flatten().cumsum(0).view_as(supervised_BT)
         labels_BT = inputs["labels"].clone()
         labels_BT[:, 1:][order_BT > kept] = IGNORED
-        rows = {name: inputs[name][:kept] for name in (*TEACHER_COLUMNS, TAIL_POWERS_COLUMN) if name in inputs}
+        rows = {name: inputs[name][:kept] for name in TEACHER_COLUMNS if name in inputs}
         return {**inputs, **rows, "labels": labels_BT}
 
     def _positions_with_tail(self, num_positions: int, device) -> torch.Tensor | None:

@@ -98,35 +98,6 @@ def test_the_search_offers_only_smoothing_that_the_rows_allow():
     assert [point["value"] for point in result.curve] == pytest.approx([0.005 * i for i in range(7)])
 
 
-def test_vocabulary_temperature_agrees_with_the_whole_vocabulary():
-    knots = torch.tensor([0.33, 0.38, 0.5, 0.66, 0.83, 0.95])
-    full = torch.log_softmax(torch.randn(20, 5000, generator=torch.Generator().manual_seed(0)) * 2, -1).double()
-    kept, ids = full.topk(5)
-    tail = full.scatter(1, ids, -math.inf)
-    rows = torch.cat([kept, tail.logsumexp(1, keepdim=True)], 1)
-    sums = torch.stack([(tail * knot.double()).logsumexp(1) for knot in knots], 1)
-    for temperature in (1.0, 1.3, 2.0, 3.0):
-        whole = torch.log_softmax(full / temperature, -1)
-        expected = torch.cat([whole.gather(1, ids), whole.scatter(1, ids, -math.inf).logsumexp(1, keepdim=True)], 1)
-        result = recalibrate(
-            rows, "vocabulary_temperature", temperature, tail_power_knots=knots, tail_power_log_sums=sums
-        )
-        torch.testing.assert_close(result, expected, atol=0.01, rtol=0)
-    with pytest.raises(ValueError, match=r"temperature 4 is outside \[1, 3.03\]"):
-        recalibrate(rows, "vocabulary_temperature", 4, tail_power_knots=knots, tail_power_log_sums=sums)
-    result = search(
-        rows, torch.zeros(20, dtype=torch.long), "vocabulary_temperature", tail_power_knots=knots,
-        tail_power_log_sums=sums,
-    )  # fmt: skip
-    assert result.value == 1.0 and result.ece_after < result.ece_before + 1e-9
-
-
-@pytest.mark.parametrize("call", [recalibrate, lambda *args: search(args[0], torch.tensor([0, 1]), args[1])])
-def test_vocabulary_temperature_without_tail_sums_says_what_the_cache_lacks(call):
-    with pytest.raises(ValueError, match="needs the tail's sums at other powers.*choose method 'temperature'"):
-        call(make_rows(2), "vocabulary_temperature", 2.0)
-
-
 @pytest.mark.parametrize(
     "method,value,message",
     [

@@ -133,7 +133,7 @@ def test_no_tensor_of_positions_by_vocabulary_is_ever_allocated(trained, monkeyp
     weight = weight.requires_grad_(trained)
     with Watch() as watch:
         partition_log_probs(hidden, weight, token_ids).sum().backward()
-        top_k_log_probs(hidden, weight, 5, tail_powers=(0.5,))
+        top_k_log_probs(hidden, weight, 5)
         selected_logits(hidden, weight, token_ids).sum().backward()
     assert len(watch.names) > 20  # the watch did watch
     assert watch.largest < len(hidden) * len(weight)
@@ -233,11 +233,7 @@ def test_no_position_at_all_gives_an_empty_result_and_zero_gradients():
     (log_probs.sum() + selected_logits(hidden, weight, token_ids, **rule).sum()).backward()
     assert hidden.grad.shape == (0, 3)
     assert weight.grad.abs().sum() == 0 and rule["bias"].grad.abs().sum() == 0
-    assert [tuple(part.shape) for part in top_k_log_probs(hidden, weight, 2, tail_powers=(0.5,))] == [
-        (0, 2),
-        (0, 3),
-        (0, 1),
-    ]
+    assert [tuple(part.shape) for part in top_k_log_probs(hidden, weight, 2)] == [(0, 2), (0, 3)]
 
 
 def test_autocast_decides_the_dtype_of_the_multiplications_only():
@@ -268,16 +264,13 @@ def test_equal_teacher_and_student_agree_to_float32_even_in_half_precision():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("chunk_size", [1, 4, 1000])
 def test_top_k_equals_the_full_sort(shape, rule, chunk_size):
-    k, powers = shape[3], (0.25, 0.8, 2.0)
+    k = shape[3]
     hidden, weight, _, rule = inputs(shape, rule)
-    ids, log_probs, power_sums = top_k_log_probs(hidden, weight, k, **rule, chunk_size=chunk_size, tail_powers=powers)
+    ids, log_probs = top_k_log_probs(hidden, weight, k, **rule, chunk_size=chunk_size)
     logits = full_logits(hidden, weight, **rule).detach()
     expected_ids = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
     torch.testing.assert_close(ids, expected_ids)
     torch.testing.assert_close(log_probs, partition_of(logits, ids), rtol=0, atol=1e-12)
-    tail = logits.log_softmax(dim=-1).scatter(1, ids, -math.inf)
-    for column, power in enumerate(powers):
-        torch.testing.assert_close(power_sums[:, column], (power * tail).logsumexp(dim=1), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("num_distinct", [1, 2, 3, 20])
@@ -382,7 +375,6 @@ def test_inputs_that_do_not_fit_are_refused_by_name(change, message):
         ({"k": 0}, "k=0"),
         ({"k": 8}, "k=8"),
         ({"k": 5, "vocab_limit": 4}, "k=5 must be between 1 and the 4"),
-        ({"tail_powers": (0.0,)}, "tail_powers"),
     ],
 )
 def test_a_top_k_that_cannot_be_kept_is_refused(change, message):

@@ -280,7 +280,7 @@ MISTAKES = [
      "section, or remove it."),
     ("sft", "a method that is not", recipe("method: temperature", "method: platt"),
      "line 21: calibrate.method = 'platt': it is not a value of this setting; choose one of "
-     "temperature, probability, label_smoothing, vocabulary_temperature, none, auto."),
+     "temperature, probability, label_smoothing, none, auto."),
     ("sft", "a key written twice", recipe("  top_k: 5", "  top_k: 5\n  top_k: 9"),
      "line 20: cache.top_k is written twice, first on line 19; remove one."),
     ("sft", "a tab", recipe("  top_k: 5", "\ttop_k: 5"),

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -12,7 +11,6 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -30,17 +28,15 @@ from first_trl.server_scoring import (
     PromptServer,
     ServerError,
     connect,
-    load_vllm,
     prompt_row,
     server_teacher_rows,
     tail_from_top_k,
-    vllm_teacher_rows,
 )
 from first_trl.stages import cache as stage
 from tests.cache_recipe import write_recipe
 from tests.cache_samples import contents
 from tests.test_trainer import random_examples
-from tests.tiny import build_model, build_tokenizer
+from tests.tiny import build_model
 
 # What vLLM 0.32 answered to the tokens 53, 100, 7, with the texts of the tokens taken out.
 RECORDED = json.loads("""{"id": "cmpl-aa70", "object": "text_completion", "model": "teacher", "choices": [{"index": 0,
@@ -289,49 +285,13 @@ def test_a_key_in_the_environment_goes_to_the_server_and_is_asked_for(monkeypatc
         ({"backend": "server", "server_url": "localhost:8000"}, "server_url", "http://127.0.0.1:8000"),
         ({"backend": "server", "server_url": "http://me:key@host"}, "server_url", "not the address of a server"),
         ({"server_url": "http://127.0.0.1:8000"}, "server_url", "write backend: server"),
-        ({"backend": "vllm", "load_in_4bit": True}, "load_in_4bit", "write backend: hf"),
-        ({"vllm_options": {"seed": 0}}, "vllm_options", "write backend: vllm"),
-        ({"backend": "tgi"}, "backend", "one of hf, vllm, server"),
+        ({"backend": "vllm"}, "backend", "one of hf, server"),
     ],
 )
 def test_settings_of_one_backend_are_refused_with_another(settings, key, message):
     with pytest.raises(SettingsError, match=message) as raised:
         CacheConfig(**settings)
     assert [problem.key for problem in raised.value.problems] == [key]
-
-
-def test_vllm_in_this_process_gives_the_same_rows(monkeypatch):
-    model, examples = build_model(vocab_size=50).eval(), random_examples(5, 50)
-    answer = answers_of(model)
-
-    class LLM:
-        def generate(self, prompts, sampling, use_tqdm):
-            for prompt in prompts:
-                request = {"model": "teacher", "prompt": prompt["prompt_token_ids"], **vars(sampling)}
-                (choice,) = answer(request)["choices"]
-                yield SimpleNamespace(
-                    prompt_logprobs=[
-                        e and {int(i): SimpleNamespace(**value) for i, value in e.items()}
-                        for e in choice["prompt_logprobs"]
-                    ]
-                )
-
-    def sampling(prompt_logprobs, detokenize, **kwargs):
-        return SimpleNamespace(prompt_logprobs=prompt_logprobs, **kwargs)
-
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=sampling))
-    rows = vllm_teacher_rows(LLM(), examples, top_k=5, vocab_limit=50)
-    assert_same_rows(rows, teacher_rows(model, examples, top_k=5, tokens_per_batch=64))
-
-
-def test_without_vllm_or_with_an_adapter_the_message_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    settings = {"revision": None, "dtype": "float32", "max_length": 8, "top_k": 5}
-    with pytest.raises(ValueError, match="vLLM cannot be imported.*use cache.backend: server"):
-        load_vllm(str(tmp_path), **settings)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is an adapter.*--lora-modules"):
-        load_vllm(str(tmp_path), **settings)
 
 
 @pytest.fixture
@@ -466,35 +426,3 @@ def largest_differences(found, expected):
     np.testing.assert_array_equal(ids, other_ids)
     largest = {name: float(np.abs(np.exp(a) - np.exp(b)).max()) for name, (a, b) in flat.items()}
     return len(ids), largest
-
-
-IN_PROCESS = """
-import json, pickle, sys
-from first_trl.server_scoring import load_vllm, vllm_teacher_rows
-
-if __name__ == "__main__":  # vLLM starts processes that import this file
-    model, examples, result = sys.argv[1:]
-    options = {"enforce_eager": True}
-    engine, _ = load_vllm(model, revision=None, dtype="float32", max_length=60, top_k=5, options=options)
-    with open(examples) as file:
-        rows = vllm_teacher_rows(engine, json.load(file), top_k=5, vocab_limit=27)
-    with open(result, "wb") as file:
-        pickle.dump(rows, file)
-"""
-
-
-@pytest.mark.slow
-@needs_vllm
-def test_real_vllm_in_its_own_process_gives_the_rows_of_the_model_itself(tmp_path):
-    folder, tokenizer = tmp_path / "teacher", build_tokenizer()
-    build_model(len(tokenizer), **HEADS_OF_64).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    examples = random_examples(200, len(tokenizer), completion=(1, 30))
-    (tmp_path / "examples.json").write_text(json.dumps(examples))
-    (tmp_path / "job.py").write_text(IN_PROCESS)
-    command = [VLLM, "job.py", *(str(tmp_path / name) for name in ("teacher", "examples.json", "rows.pickle"))]
-    environment = {**VLLM_SETTINGS, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
-    assert said.returncode == 0, said.stderr[-3000:]
-    rows = pickle.loads((tmp_path / "rows.pickle").read_bytes())
-    assert_same_rows(rows, teacher_rows(load_model(str(folder)), examples, top_k=5, tokens_per_batch=2048), 1e-5)

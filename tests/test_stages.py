@@ -138,21 +138,6 @@ def test_an_automatic_choice_of_the_family_is_what_the_students_and_the_controls
     assert "evaluate: fine_tuned_post_hoc is measured with" in said
 
 
-@pytest.mark.parametrize("answers", [["good", "bad"], ["good film", "bad plot"]])
-def test_an_arm_can_be_recalibrated_over_the_vocabulary_where_the_teacher_is_not(tmp_path, answers):
-    arms = {"first": {"recalibration_method": "vocabulary_temperature"}}
-    task = {**TASK, "choices": answers, "append_eos": True}
-    path = tiny_recipe(tmp_path, task=task, cache={"tail_knots": True, "top_k": 3}, arms=arms)
-    for file in tmp_path.glob("*.jsonl"):
-        written = [json.loads(line) for line in file.read_text().splitlines()]
-        rows = [{"text": row["text"], "label": answers[row["label"] == "bad"]} for row in written]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe, metrics = run_stages(path)
-    assert set(metrics["calibration"]["families"]) == {"temperature", "vocabulary_temperature"}
-    curves = teacher_curves(recipe.run_folder / "report" / "answers", ["test"], metrics["calibration"])
-    assert bool(curves["vocabulary_temperature"]) == (answers[0] == "good"), "answers of several tokens have no curve"
-
-
 def test_a_smoothing_that_test_rows_do_not_allow_is_left_out_of_the_report_with_its_reason(tmp_path, capsys):
     arms = {"fine_tuned": {"trainer": "sft"}, "first": {}}
     path = tiny_recipe(tmp_path, calibrate={"method": "label_smoothing", "bootstrap": 0}, arms=arms)

@@ -119,11 +119,10 @@ def test_a_recipe_whose_answer_is_not_one_of_the_choices_alone_is_refused(tmp_pa
         load_recipe(path)
 
 
-@pytest.mark.parametrize("extra", ["--cache.tail_knots=true", "--cache.backend=vllm"])
-def test_what_the_choices_cannot_have_is_refused(tmp_path, extra):
+def test_the_choices_and_a_server_are_refused_together(tmp_path):
     path = write_recipe(tmp_path, rows=4, task=TASK, cache={"support": "choices"})
-    with pytest.raises(RecipeError, match="cache.(tail_knots|support) = .*support: top_k|backend: hf"):
-        load_recipe(path, [extra])
+    with pytest.raises(RecipeError, match="cache.support = .*backend: hf"):
+        load_recipe(path, ["--cache.backend=server", "--cache.server_url=http://127.0.0.1:8000"])
 
 
 def test_a_row_with_more_than_its_answer_supervised_is_refused_with_the_remedy(tmp_path):

@@ -23,14 +23,10 @@ GAP = 0.05
 
 
 class Rows(NamedTuple):
-    """Rows of a cache: `log_probs` (N, K+1) float32 nats with the tail last, `target` (N,) int64 in 0..K.
-
-    `tail_power_log_sums` (N, P) float32 nats, in a cache with tail knots.
-    """
+    """Rows of a cache: `log_probs` (N, K+1) float32 nats with the tail last, `target` (N,) int64 in 0..K."""
 
     log_probs: np.ndarray
     target: np.ndarray
-    tail_power_log_sums: np.ndarray | None = None
 
 
 def summary(blocks: Iterable[Rows], labelled: bool = True) -> dict[str, float | None]:
@@ -39,7 +35,7 @@ def summary(blocks: Iterable[Rows], labelled: bool = True) -> dict[str, float | 
     Without labels, where the targets are the teacher's own answers, the accuracy is None.
     """
     num_positions, correct, confidence = 0, 0, 0.0
-    for log_probs_NK1, target_N, _ in blocks:
+    for log_probs_NK1, target_N in blocks:
         kept_NK = log_probs_NK1[:, :-1]
         num_positions += len(target_N)
         correct += int((target_N == kept_NK.argmax(axis=1)).sum())
@@ -59,9 +55,8 @@ def learned_by_heart(cached: dict, validation: dict) -> bool:
 
 def calibration_rows(dataset, positions: str = "answer", eos_token_id: int | None = None) -> Rows:
     """All of `row_blocks` in one: (N, K+1) in memory, for validation."""
-    log_probs, targets, tail_sums = zip(*row_blocks(dataset, positions, eos_token_id), strict=True)
-    together = None if tail_sums[0] is None else np.concatenate(tail_sums)
-    return Rows(np.concatenate(log_probs), np.concatenate(targets), together)
+    log_probs, targets = zip(*row_blocks(dataset, positions, eos_token_id), strict=True)
+    return Rows(np.concatenate(log_probs), np.concatenate(targets))
 
 
 def row_blocks(dataset, positions: str = "answer", eos_token_id: int | None = None) -> Iterator[Rows]:
@@ -111,10 +106,7 @@ def _rows(table: pa.Table, positions: str, eos_token_id: int | None) -> Rows | N
         return None
     is_label_NK = ids_NK[kept_N] == target_ids_N[kept_N, None]
     target_N = np.where(is_label_NK.any(axis=1), is_label_NK.argmax(axis=1), ids_NK.shape[1])
-    tail_sums = None
-    if "teacher_tail_power_log_sums" in table.column_names:
-        tail_sums = _flat(table["teacher_tail_power_log_sums"])[kept_N]
-    return Rows(log_probs_NK1[kept_N], target_N.astype(np.int64), tail_sums)
+    return Rows(log_probs_NK1[kept_N], target_N.astype(np.int64))
 
 
 def _flat(column: pa.ChunkedArray) -> np.ndarray:

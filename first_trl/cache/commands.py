@@ -115,11 +115,6 @@ def _load_teacher(cache, path: str):
     from .reader import check_cache
 
     made_by, local = cache.manifest["teacher"], Path(path).is_dir()
-    if "cross_fit" in made_by:
-        raise ValueError(
-            f"{cache.path} was made by {made_by['cross_fit']} teachers, one for each fold of the rows, and no single "
-            "one can be compared with it. Leave --teacher out: every byte is still checked."
-        )
     revision = None if local else made_by["commit"] or made_by["revision"]
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     known = local and made_by["weights_sha256"] is not None

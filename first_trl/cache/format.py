@@ -5,7 +5,6 @@ it is noticed. Writer and reader both take the format from here; neither is here
 """
 
 import json
-import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,11 +15,6 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
 TAIL_DTYPE = "float32"
-TAIL_POWERS_COLUMN = "teacher_tail_power_log_sums"
-# The powers 1/T at which a cache with tail knots keeps log sum t^(1/T) over the tail, for T in [0.5, 4]: Chebyshev's
-# points in log(1/T), without 1 itself, where the sum is the tail. So many because a tail of one likely token and a
-# whole vocabulary bends sharply; a polynomial through them is within 0.01 nats whatever the tail (V < 200,000).
-TAIL_POWERS = tuple(2 ** (-0.5 - 1.5 * math.cos(math.pi * i / 18)) for i in range(19) if i != 11)
 _DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
 
 # What the job that writes a cache must say about itself, and the types of what it says.
@@ -46,10 +40,10 @@ class CacheError(ValueError):
 
 def manifest_schema(manifest: dict) -> pa.Schema:
     """The columns of the cache with this manifest, or of the job with this description and layout."""
-    return cache_schema(manifest["top_k"], manifest["dtype"], len(manifest.get("tail_powers", ())))
+    return cache_schema(manifest["top_k"], manifest["dtype"])
 
 
-def cache_schema(top_k: int, dtype: str = "float16", num_tail_powers: int = 0) -> pa.Schema:
+def cache_schema(top_k: int, dtype: str = "float16") -> pa.Schema:
     """The columns of a cache, for the writer and the reader alike. `dtype` is that of the K log-probabilities."""
     if dtype not in _DTYPES:
         raise CacheError(f"dtype {dtype!r} is no type of log-probabilities; choose {' or '.join(_DTYPES)}.")
@@ -62,8 +56,6 @@ def cache_schema(top_k: int, dtype: str = "float16", num_tail_powers: int = 0) -
         "teacher_tail_log_prob": pa.list_(_DTYPES[TAIL_DTYPE]),
         "row_key": pa.string(),
     }
-    if num_tail_powers:
-        columns[TAIL_POWERS_COLUMN] = pa.list_(pa.list_(_DTYPES[TAIL_DTYPE], num_tail_powers))
     return pa.schema(columns)
 
 
@@ -138,8 +130,6 @@ def check_types(place: str, content: dict, types: dict) -> None:
 def _check_entries(file: Path, manifest: dict) -> None:
     check_types(str(file), manifest, {**LAYOUT, **IDENTITY, **RESULT})
     check_types(f"{file}, totals", manifest["totals"], _TOTALS)
-    if "tail_powers" in manifest:
-        check_types(str(file), manifest, {"tail_powers": list})
     if manifest["dtype"] not in _DTYPES or not 1 <= manifest["top_k"] < 2**31:
         raise CacheError(
             f"{file}: dtype is {manifest['dtype']!r} and top_k {manifest['top_k']}; expected one of "

@@ -16,7 +16,6 @@ from .fingerprints import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from .format import TAIL_POWERS
 from .reader import TeacherCache, check_cache, open_cache
 from .writer import library_versions
 
@@ -59,21 +58,6 @@ def teacher_identity(path: str, section: dict) -> dict:
     }
 
 
-def teachers_identity(recipe, path: str, section: dict) -> dict:
-    """`teacher_identity`, or with `sft.cross_fit` that of all its teachers together: `cross_fit` is their number.
-
-    Args:
-        path: the teacher, or the first of several, which lie side by side.
-    """
-    if not recipe.cross_fit:
-        return teacher_identity(path, section)
-    folder = Path(path).parent
-    each = [teacher_identity(str(folder / f"fold-{fold}"), section) for fold in range(recipe.cross_fit)]
-    weights = fingerprint([teacher["weights_sha256"] for teacher in each])
-    together = {"cross_fit": recipe.cross_fit, "fold_seed": recipe.seed}
-    return {**each[0], "id": folder.name, "weights_sha256": weights, **together}
-
-
 def _how_it_runs(section: dict) -> dict:
     dtype = None if section["backend"] == "server" else section["dtype"]  # a server does not say
     return {"dtype": dtype, "quantization": "nf4" if section["load_in_4bit"] else None}
@@ -100,15 +84,13 @@ def cache_identity(recipe, role: str, tokenizer, teacher: dict, backend: dict) -
             tokens leave of 1.
 
     Returns:
-        Those entries, `support`, `eos_token_id`, `backend`, `tail` (`exact` or `from_top_k`), and with tail knots
-        `tail_powers`.
+        Those entries, `support`, `eos_token_id`, `backend` and `tail` (`exact` or `from_top_k`).
     """
     return {
         "teacher": teacher,
         "support": recipe.cache.support,
         "backend": backend,
         "tail": "exact" if backend["name"] == "hf" else "from_top_k",
-        **({"tail_powers": list(TAIL_POWERS)} if recipe.cache.tail_knots else {}),
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
         "chat_template_sha256": chat_template_fingerprint(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
@@ -159,14 +141,13 @@ def open_recipe_cache(recipe, role: str, teacher_path: str, section: dict) -> Te
         "task": vars(recipe.task),
         "dataset": _dataset_identity(cached_split(recipe, role), role),
         "backend": {"name": recipe.cache.backend},
-        "tail_powers": list(TAIL_POWERS) if recipe.cache.tail_knots else "absent",
     }
     tokenizer, found = None, cache.manifest["teacher"]
     if Path(teacher_path).is_dir():
-        expected["teacher"] = teachers_identity(recipe, teacher_path, section)
+        expected["teacher"] = teacher_identity(teacher_path, section)
         tokenizer = AutoTokenizer.from_pretrained(teacher_path)
         expected["chat_template_sha256"] = chat_template_fingerprint(tokenizer)
-    elif found["weights_sha256"] is not None and (recipe.cross_fit or Path(teacher_path).name == found["id"]):
+    elif found["weights_sha256"] is not None and Path(teacher_path).name == found["id"]:
         expected["teacher"] = _how_it_runs(section)
     else:
         expected["teacher"] = {"id": teacher_path, "revision": section["model_revision"], **_how_it_runs(section)}

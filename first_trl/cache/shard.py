@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .fingerprints import file_sha256, row_key
-from .format import TAIL_POWERS_COLUMN, CacheError
+from .format import CacheError
 
 _IGNORED = -100
 MASS_BINS = 10_000  # of the histogram that the 10th percentile is read from: it is exact to 1e-4
@@ -34,7 +34,6 @@ _BYTE_PLANES = {
     "teacher_tail_log_prob.list.element": "BYTE_STREAM_SPLIT",
 }
 _FLOAT32_PLANES = {"teacher_log_probs.list.element.list.element": "BYTE_STREAM_SPLIT"}
-_TAIL_POWER_PLANES = {f"{TAIL_POWERS_COLUMN}.list.element.list.element": "BYTE_STREAM_SPLIT"}
 
 
 def encode_shard(rows: Sequence[dict], *, first_row: int, schema: pa.Schema, metadata: dict[bytes, bytes]) -> bytes:
@@ -42,8 +41,7 @@ def encode_shard(rows: Sequence[dict], *, first_row: int, schema: pa.Schema, met
 
     Args:
         rows: dicts with `input_ids`, `labels`, `teacher_ids` (n, K) most probable first, `teacher_log_probs` (n, K)
-            and `teacher_tail_log_prob` (n,) in nats, for the n supervised positions of each; where `schema` has them,
-            also `teacher_tail_power_log_sums` (n, P), nats.
+            and `teacher_tail_log_prob` (n,) in nats, for the n supervised positions of each.
         first_row: number of the first in the dataset, for messages.
         schema: the columns, from `first_trl.cache.format`.
         metadata: what else the file says about itself.
@@ -55,8 +53,6 @@ def encode_shard(rows: Sequence[dict], *, first_row: int, schema: pa.Schema, met
     encoding = dict(_BYTE_PLANES)
     if schema.field("teacher_log_probs").type.value_type.value_type == pa.float32():
         encoding |= _FLOAT32_PLANES
-    if TAIL_POWERS_COLUMN in schema.names:
-        encoding |= _TAIL_POWER_PLANES
     with pq.ParquetWriter(buffer, schema, column_encoding=encoding, **_SETTINGS) as writer:
         writer.write_table(table, row_group_size=len(table))
         writer.add_key_value_metadata(metadata)
@@ -101,8 +97,6 @@ def _columns(rows: Sequence[dict], first_row: int, schema: pa.Schema) -> pa.Tabl
     """Rows as the columns of the cache, every value checked."""
     top_k = schema.field("teacher_ids").type.value_type.list_size
     widths = {"teacher_ids": (top_k,), "teacher_log_probs": (top_k,), "teacher_tail_log_prob": ()}
-    if TAIL_POWERS_COLUMN in schema.names:
-        widths[TAIL_POWERS_COLUMN] = (schema.field(TAIL_POWERS_COLUMN).type.value_type.list_size,)
     counts = [_check_shapes(row, first_row + i, widths) for i, row in enumerate(rows)]
     offsets = np.concatenate([[0], np.cumsum(counts)])
     ids_NK = np.concatenate([np.asarray(row["teacher_ids"], dtype=np.int64).reshape(-1, top_k) for row in rows])
@@ -122,10 +116,6 @@ def _columns(rows: Sequence[dict], first_row: int, schema: pa.Schema) -> pa.Tabl
         _nested(offsets, pa.array(tail_N)),
         pa.array([row_key(row["input_ids"], row["labels"]) for row in rows]),
     ]
-    if TAIL_POWERS_COLUMN in schema.names:
-        (width,) = widths[TAIL_POWERS_COLUMN]
-        sums = [np.asarray(row[TAIL_POWERS_COLUMN], dtype=np.float32).ravel() for row in rows]
-        columns.append(_nested(offsets, pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(sums)), width)))
     return pa.table(columns, schema=schema)
 
 

@@ -73,7 +73,7 @@ class CacheWriter:
     Args:
         path: the folder; made if absent. On several nodes, one that all of them share.
         manifest: what the cache is made from, the entries of `first_trl.cache.format.IDENTITY` and any others. Two
-            jobs are the same if this and the layout are. With `tail_powers`, rows have that many tail power sums.
+            jobs are the same if this and the layout are.
         top_k: K.
         dtype: `float16` or `float32`, of the K log-probabilities.
         rows_per_shard: examples per file, the work that a crash can lose.

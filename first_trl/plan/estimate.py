@@ -5,10 +5,9 @@ What cannot be looked up, as a model of the Hub without a network, is said and l
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..cache.format import TAIL_POWERS
 from ..cache.identity import kept_tokens
 from ..run import jobs_of
 from .machine import Machine
@@ -75,17 +74,7 @@ def _plan_work(recipe, name: str, sources: Sources, machine: Machine) -> Work:
         arm = name.removeprefix("distill.")
         section, on_labels = recipe.arm_section(arm), recipe.arm_trainer(arm) == "sft"
         role = "train" if on_labels or recipe.datasets.transfer is None else "transfer"
-    work = _train(recipe, name, section, sources.splits[role], on_labels, sources, machine)
-    return _several_teachers(recipe, work) if name == "sft" and recipe.cross_fit else work
-
-
-def _several_teachers(recipe, work: Work) -> Work:
-    """J teachers one after the other, each for its own `max_steps`, or for its epochs of (J-1)/J of the rows."""
-    times = recipe.cross_fit - (recipe.sft.get("max_steps", -1) <= 0)
-    for figure in ("steps", "flops", "hours"):
-        if getattr(work, figure) is not None:
-            setattr(work, figure, times * getattr(work, figure))
-    return work
+    return _train(recipe, name, section, sources.splits[role], on_labels, sources, machine)
 
 
 def _whole(work: Work, splits: list[Split]) -> Work:
@@ -156,17 +145,14 @@ def _cache(recipe, sources: Sources, machine: Machine) -> Work:
     work = _whole(Work("cache"), splits)
     if work.rows is None or work.supervised is None:
         return work
-    powers = len(TAIL_POWERS) if settings.tail_knots else 0
     layout = {name: getattr(settings, name) for name in ("dtype", "rows_per_shard")}
-    layout |= {"top_k": kept_tokens(recipe), "tail_powers": powers}
+    layout["top_k"] = kept_tokens(recipe)
     closed = recipe.task.choices is not None and work.supervised <= 2 * work.rows  # the answer, and perhaps its end
     layout["bytes_of_id"] = id_bytes(settings.support, closed, len(sources.tokenizer))
     work.cache_bytes = sum(cache_bytes(split, **layout) for split in splits)
     teacher = _scorer(recipe, sources, "teacher", settings.tokens_per_batch)
     if teacher is not None and settings.backend != "server":
         work.memory, work.flops = scoring_cost(teacher, splits, work.supervised)
-        if recipe.cross_fit:  # all of the teachers at once
-            work.memory = replace(work.memory, weights=recipe.cross_fit * work.memory.weights)
         work.hours = machine.hours(work.flops, teacher.dtype)
     return work
 

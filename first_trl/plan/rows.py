@@ -24,9 +24,8 @@ SAMPLE = 8192  # rows that are tokenised; of a longer split, as many spread even
 # Measured after compression, in bytes: of a kept token its id and its log-probability; the tail of a position.
 _TAIL_BYTES, _LOG_PROB_BYTES = 2.9, {"float16": 1.6, "float32": 3.4}
 _CLOSED_ID_BYTES, _CHOICE_ID_BYTES, _ID_SHARE = 0.4, 0.1, 0.75
-_TAIL_POWER_BYTES = 3.7  # one power of a cache with tail knots
 _JOB_BYTES = 1100  # what each shard says of the job that made it
-_TEACHER_COLUMNS = ("teacher_ids", "teacher_log_probs", "teacher_tail_log_prob", "teacher_tail_power_log_sums")
+_TEACHER_COLUMNS = ("teacher_ids", "teacher_log_probs", "teacher_tail_log_prob")
 
 
 @dataclass
@@ -100,18 +99,16 @@ def id_bytes(support: str, closed: bool, vocab_size: int) -> float:
     return _CLOSED_ID_BYTES if closed else _ID_SHARE * math.log2(vocab_size) / 8
 
 
-def cache_bytes(
-    split: Split, *, top_k: int, dtype: str, rows_per_shard: int, bytes_of_id: float, tail_powers: int = 0
-) -> int:
+def cache_bytes(split: Split, *, top_k: int, dtype: str, rows_per_shard: int, bytes_of_id: float) -> int:
     """Bytes of the shards of a split's cache, within a few per cent."""
-    schema = cache_schema(top_k, dtype, tail_powers)
+    schema = cache_schema(top_k, dtype)
     per_shard, per_row = 0, 0.0
     for shard in _shards(split.examples, rows_per_shard):
-        footer, columns = _token_bytes(shard, schema, top_k, tail_powers)
+        footer, columns = _token_bytes(shard, schema, top_k)
         per_shard, per_row = max(per_shard, footer), per_row + columns
     shards = math.ceil(split.rows / rows_per_shard)
     kept = top_k * (bytes_of_id + _LOG_PROB_BYTES[dtype])
-    per_position = _TAIL_BYTES + kept + tail_powers * _TAIL_POWER_BYTES
+    per_position = _TAIL_BYTES + kept
     tokens = per_row / len(split.examples) * split.rows
     return round(shards * per_shard + tokens + split.total(split.supervised) * per_position)
 
@@ -121,7 +118,7 @@ def _shards(examples: list[dict], size: int) -> Iterator[list[dict]]:
         yield examples[start : start + size]
 
 
-def _token_bytes(examples: list[dict], schema, top_k: int, tail_powers: int) -> tuple[int, int]:
+def _token_bytes(examples: list[dict], schema, top_k: int) -> tuple[int, int]:
     """(what a shard holds beside its columns, what its columns hold that are not the teacher's), in bytes."""
     import io
 
@@ -136,8 +133,6 @@ def _token_bytes(examples: list[dict], schema, top_k: int, tail_powers: int) -> 
             "teacher_log_probs": np.full((count, top_k), -math.log(2 * top_k)),
             "teacher_tail_log_prob": np.full(count, -math.log(2)),
         }
-        if tail_powers:
-            row["teacher_tail_power_log_sums"] = np.zeros((count, tail_powers))
         rows.append(row)
     content = encode_shard(rows, first_row=0, schema=schema, metadata={})
     metadata = pq.ParquetFile(io.BytesIO(content)).metadata

@@ -45,8 +45,7 @@ def known_keys() -> dict[str, set[str]]:
 
 def training_fields(section: str) -> dict[str, FieldSpec]:
     """The settings that `sft`, or `distill` and the arms, may hold."""
-    own = {"cross_fit": FieldSpec("cross_fit", "int", ())} if section == "sft" else {}
-    return known_fields(TRAINING[section]) | known_fields("ModelConfig") | own
+    return known_fields(TRAINING[section]) | known_fields("ModelConfig")
 
 
 def first_only_keys() -> set[str]:

@@ -71,11 +71,6 @@ class Recipe:
         _, several, seed = student.partition("/seed-")
         return int(seed) if several else self.seeds[0] if self.seeds else self.seed
 
-    @property
-    def cross_fit(self) -> int:
-        """How many teachers `sft` makes, each labelling the fold of rows that it has not seen; 0 for one of all."""
-        return self.sft.get("cross_fit", 0)
-
     def arm_trainer(self, arm: str) -> str:
         """`first` (knowledge matching) or `sft` (the control, trained on labels)."""
         return self._arm(arm).get("trainer", "first")

@@ -73,7 +73,6 @@ LIMITS: dict[str, dict[str, Any]] = {
     "max_grad_norm": {"minimum": 0},
     "max_length": {"minimum": 2},
     "seed": {"minimum": 0},
-    "cross_fit": {"minimum": 0},
     "lora_r": {"minimum": 1},
     "lora_alpha": {"minimum": 1},
     "lora_dropout": {"minimum": 0, "below": 1},

@@ -40,7 +40,6 @@ def check_recipe(tree: dict, findings: Findings) -> dict[str, Any]:
     distill = _training(_mapping(tree, ("distill",), findings), ("distill",), findings)
     datasets = _datasets(_mapping(tree, ("datasets",), findings), settings["task"], findings)
     _check_models(sft, distill, arms, settings["cache"], findings)
-    _check_tail_knots(settings["calibrate"], distill, arms, settings["cache"], findings)
     trained: dict[tuple, dict] = {("distill",): distill}
     trained |= {("arms", arm): own for arm, own in arms.items()}
     for path, section in trained.items():
@@ -50,7 +49,6 @@ def check_recipe(tree: dict, findings: Findings) -> dict[str, Any]:
             )
     _check_divergence(settings["calibrate"], distill, arms, findings)
     _check_support(settings["task"], settings["cache"], datasets, findings)
-    _check_cross_fit(sft, settings["cache"], datasets, findings)
     if "push" in tree and settings["push"] and arms and settings["push"].arm not in arms:
         remedy = f"choose one of {', '.join(arms)}"
         findings.add(("push", "arm"), settings["push"].arm, "there is no such arm", remedy)
@@ -179,19 +177,6 @@ def _check_models(sft: dict, distill: dict, arms: dict, cache: CacheConfig | Non
             findings.add(path, MISSING, f"there is no {whose}", f"write the {whose}'s Hub id or folder")
 
 
-def _check_tail_knots(calibrate: CalibrateConfig | None, distill: dict, arms: dict, cache, findings: Findings) -> None:
-    """A temperature over the whole vocabulary needs to know the tail at that temperature."""
-    if cache is None or cache.tail_knots:
-        return
-    methods: dict[tuple, str | None] = {("calibrate", "method"): calibrate.method if calibrate else None}
-    methods[("distill", "recalibration_method")] = distill.get("recalibration_method")
-    methods |= {("arms", arm, "recalibration_method"): own.get("recalibration_method") for arm, own in arms.items()}
-    for path, method in methods.items():
-        if method == "vocabulary_temperature":
-            what = "the cache does not keep what it needs of the tail"
-            findings.add(path, method, what, "write cache.tail_knots: true, or choose temperature")
-
-
 def _check_divergence(calibrate: CalibrateConfig | None, distill: dict, arms: dict, findings: Findings) -> None:
     """A reverse divergence from a teacher without a tail is infinite."""
     for arm, own in arms.items():
@@ -202,24 +187,6 @@ def _check_divergence(calibrate: CalibrateConfig | None, distill: dict, arms: di
             what = "the recalibration `probability` leaves the teacher no tail, so that every loss would be infinite"
             path = ("arms", arm, "divergence") if "divergence" in own else ("distill", "divergence")
             findings.add(path, "reverse_kl", what, "write forward_kl or jsd, or recalibrate by temperature")
-
-
-def _check_cross_fit(sft: dict, cache: CacheConfig | None, data: Datasets | None, findings: Findings) -> None:
-    """Several teachers are for rows that would otherwise be labelled by a teacher that has learned them."""
-    folds = sft.get("cross_fit", 0)
-    if not isinstance(folds, int) or folds < 1:
-        return
-    what, remedy = "", ""
-    if folds == 1:
-        what, remedy = "one fold leaves its teacher nothing to learn", "write 2 or more, or 0 for one teacher of all"
-    elif cache and cache.teacher:
-        what, remedy = "cache.teacher gives a teacher, so that none is trained", "remove one of the two"
-    elif data and data.transfer:
-        what, remedy = "no teacher has learned the rows of datasets.transfer", "remove one of the two"
-    elif cache and cache.backend != "hf":
-        what, remedy = f"cache.backend {cache.backend} runs one teacher", "write cache.backend: hf, or remove it"
-    if what:
-        findings.add(("sft", "cross_fit"), folds, what, remedy)
 
 
 def _check_support(task: TaskConfig | None, cache: CacheConfig | None, data: Datasets | None, findings) -> None:

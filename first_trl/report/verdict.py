@@ -167,12 +167,6 @@ def _teacher_gap(calibration: dict | None) -> list[dict]:
     teacher = (calibration or {}).get("teacher")
     if not teacher or "cached_rows" not in teacher:
         return []  # nothing was cached for students to learn from
-    if folds := teacher.get("cross_fit"):
-        text = (
-            f"{folds} teachers were trained, each on all rows but a fold, and labelled the fold that it had not seen. "
-            "The arm `teacher` is the first of them."
-        )
-        return [_say("note", text), *_teacher_gap({"teacher": {**teacher, "cross_fit": None}})]
     cached, validation = teacher["cached_rows"], teacher["validation"]
     right = "has" if cached["accuracy"] is None else f"is {percent(cached['accuracy'])} right at"
     text = (
@@ -185,7 +179,7 @@ def _teacher_gap(calibration: dict | None) -> list[dict]:
     text += (
         " That is how a teacher looks on rows that it was trained on: a value fitted on validation does not make its "
         "confidence on them true, and the students learn from them. Give `datasets.transfer` rows that it was not "
-        "trained on, which need no labels, or set `sft.cross_fit: 2`."
+        "trained on, which need no labels."
     )
     return [_say("warning", text)]
 

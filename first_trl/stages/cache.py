@@ -4,16 +4,14 @@
 
 Reads the teacher and the recipe's `datasets`; writes `runs/<name>/cache/{train,validation}/`. Every process writes its
 own shards of the same folder; an interrupted run continues with the shards that are missing, on any number of them.
-The teacher runs here, or on a server (`cache.backend`). With `sft.cross_fit` a row is run by one of several teachers,
-that of its fold, which has not learned it. Rows of validation have folds too: the recalibration is then fitted on the
-mixture of teachers that labels the students' rows, at the cost of one.
+The teacher runs here, or on a server (`cache.backend`).
 """
 
 from collections.abc import Callable
 from functools import partial
 from pathlib import PurePath
 
-from first_trl.run import LONG, cached_roles, require, run_job, stage_command, status, teacher_folders, teacher_path
+from first_trl.run import LONG, cached_roles, require, run_job, stage_command, status, teacher_path
 
 
 @stage_command("cache")
@@ -28,20 +26,16 @@ def cache_splits(recipe) -> list[str]:
     from accelerate.utils import broadcast_object_list
     from transformers import AutoTokenizer
 
-    from first_trl.cache.identity import cache_identity, teachers_identity
-    from first_trl.data.folds import each_by_its_own_teacher
+    from first_trl.cache.identity import cache_identity, teacher_identity
     from first_trl.training import teacher_section
 
     state, path, section = PartialState(), teacher_path(recipe), teacher_section(recipe)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=recipe.cache.teacher_revision)
     run_teacher, backend = teacher_runner(recipe, path, section, len(tokenizer))
-    if recipe.cross_fit:  # all of them are in memory at once
-        others = [teacher_runner(recipe, other, section, len(tokenizer))[0] for other in teacher_folders(recipe)[1:]]
-        run_teacher = each_by_its_own_teacher([run_teacher, *others], recipe.seed)
     roles = cached_roles(recipe)
     identities: list = [None] * len(roles)
     if state.is_main_process:  # hashing a large teacher takes its time: once is enough
-        teacher = teachers_identity(recipe, path, section)
+        teacher = teacher_identity(path, section)
         identities = [cache_identity(recipe, role, tokenizer, teacher, backend) for role in roles]
     broadcast_object_list(identities)
     for role, identity in zip(roles, identities, strict=True):
@@ -53,7 +47,7 @@ def teacher_runner(recipe, path: str, section: dict, vocab_limit: int) -> tuple[
     """A function from examples (and a progress callback) to a shard's columns, and the manifest's `backend`."""
     from accelerate import PartialState
 
-    settings, state, revision = recipe.cache, PartialState(), recipe.cache.teacher_revision
+    settings = recipe.cache
     wanted = {"top_k": settings.top_k, "vocab_limit": vocab_limit}
     if settings.backend == "server":
         from first_trl.server_scoring import connect, server_teacher_rows
@@ -61,24 +55,11 @@ def teacher_runner(recipe, path: str, section: dict, vocab_limit: int) -> tuple[
         server = connect(settings.server_url, path)
         backend = {"name": "server", "model": PurePath(server.model).name, "version": server.version}
         return partial(server_teacher_rows, server, requests=settings.server_requests, **wanted), backend
-    if settings.backend == "vllm":
-        from first_trl.server_scoring import load_vllm, vllm_teacher_rows
-
-        if state.num_processes > 1:
-            raise ValueError(
-                f"cache.backend is vllm, and this job has {state.num_processes} processes. Run one: vLLM spreads over "
-                "devices by itself, with cache.vllm_options: {tensor_parallel_size: ...}."
-            )
-        options = {"max_length": recipe.task.max_length, "top_k": settings.top_k, "options": settings.vllm_options}
-        engine, version = load_vllm(path, revision=revision, dtype=section["dtype"], **options)
-        return partial(vllm_teacher_rows, engine, **wanted), {"name": "vllm", "model": None, "version": version}
-    from first_trl.cache.format import TAIL_POWERS
     from first_trl.modeling import load_model
     from first_trl.scoring import teacher_rows
     from first_trl.training import load_arguments
 
-    model = load_model(path, device=state.device, **load_arguments(section))
-    wanted |= {"tail_powers": TAIL_POWERS} if settings.tail_knots else {}
+    model = load_model(path, device=PartialState().device, **load_arguments(section))
     run_teacher = partial(teacher_rows, model, tokens_per_batch=settings.tokens_per_batch, **wanted)
     return run_teacher, {"name": "hf", "model": None, "version": None}  # the library versions have it
 

@@ -35,11 +35,11 @@ def calibrate(recipe) -> list[str]:
     from first_trl.files import write_atomically
 
     settings = recipe.calibrate
-    rows, tail, max_smoothing, teacher = read_caches(recipe)
+    rows, max_smoothing, teacher = read_caches(recipe)
     method, choice, families = settings.method, None, {}
     if method == "auto":
         candidates, judged_by = calibration_candidates(recipe), (settings.criterion, settings.num_bins, settings.seed)
-        choice = choose_family(rows.log_probs, rows.target, candidates, *judged_by, tail=tail)
+        choice = choose_family(rows.log_probs, rows.target, candidates, *judged_by)
         method = choice.method
         status(f"calibrate: auto chooses {method}: {choice.why}")
     for family in calibration_methods(recipe):
@@ -52,7 +52,6 @@ def calibrate(recipe) -> list[str]:
             bootstrap=settings.bootstrap,
             seed=settings.seed,
             max_smoothing=max_smoothing,
-            **tail,
         )
         families[family] = result.to_dict()
         status(f"calibrate: {search_line(result)}")
@@ -72,8 +71,8 @@ def calibrate(recipe) -> list[str]:
     return ["calibration.json"]
 
 
-def read_caches(recipe) -> tuple[Any, dict, float, dict]:
-    """(rows of validation, their tail's knots, the most smoothing that every row allows, the teacher on each cache).
+def read_caches(recipe) -> tuple[Any, float, dict]:
+    """(rows of validation, the most smoothing that every row allows, the teacher on each cache).
 
     Says the gap between the rows that the teacher labels and validation, where both are cached. The rows to learn from
     are looked through in blocks, and are never in memory together.
@@ -101,13 +100,7 @@ def read_caches(recipe) -> tuple[Any, dict, float, dict]:
     if "cached_rows" in teacher:
         for line in gap_lines(**teacher):
             status(f"calibrate: {line}")
-    if recipe.cross_fit:
-        teacher["cross_fit"] = recipe.cross_fit
-    tail = {
-        "tail_power_knots": cache.manifest.get("tail_powers"),
-        "tail_power_log_sums": rows.tail_power_log_sums,
-    }
-    return rows, tail, max_smoothing, teacher
+    return rows, max_smoothing, teacher
 
 
 def gap_lines(cached_rows: dict, validation: dict) -> list[str]:
@@ -121,7 +114,7 @@ def gap_lines(cached_rows: dict, validation: dict) -> list[str]:
     if learned_by_heart(cached_rows, validation):
         lines.append(
             "WARNING: the teacher knows the rows that it labels by heart, so that no value fitted on validation is "
-            "true for them; give datasets.transfer other rows (no labels needed), or set sft.cross_fit: 2"
+            "true for them; give datasets.transfer other rows, which need no labels"
         )
     return lines
 

@@ -13,8 +13,6 @@ from first_trl.constants import PREDICT_FILE
 from first_trl.files import write_atomically
 from first_trl.run import (
     LONG,
-    calibration_methods,
-    control_methods,
     jobs_of,
     recalibration_of,
     require,
@@ -154,8 +152,6 @@ def answer_all_sets(recipe, arm: str) -> None:
             top_k=recipe.cache.top_k,
             tokens_per_batch=recipe.evaluate.tokens_per_batch,
             support=recipe.cache.support,
-            tail_knots="vocabulary_temperature" in calibration_methods(recipe),  # the report draws each one's curve
-            recalibrations=control_methods(recipe),
         )
         pq.write_table(answers.data.table, folder / f"{name}.parquet")
         status(f"evaluate: {arm} answered {len(answers)} rows of {name}")
