@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from .config import SPEED_SETTINGS
+from .data.loading import source_identity
 from .failures import explain
 from .files import locked, path_fingerprint, write_atomically
 from .log import RunLog, libraries_into, recording, status
@@ -115,12 +116,8 @@ def _local(path) -> str | None:
     return path_fingerprint(path) if path and Path(path).exists() else None
 
 
-def _dataset(config) -> dict | None:
-    if config is None:
-        return None
-    files = config.data_files or []
-    files = [files] if isinstance(files, str) else files
-    return {"config": vars(config), "files": [_local(file) for file in files] or _local(config.path)}
+def _dataset(config, role: str) -> dict | None:
+    return None if config is None else {"settings": vars(config), "rows": source_identity(config, role)}
 
 
 def inputs_of(recipe: Recipe, job: str) -> dict:
@@ -130,8 +127,8 @@ def inputs_of(recipe: Recipe, job: str) -> dict:
     if job == "sft":
         return {
             "task": vars(recipe.task),
-            "train": _dataset(data.train),
-            "validation": _dataset(data.validation),
+            "train": _dataset(data.train, "train"),
+            "validation": _dataset(data.validation, "validation"),
             "settings": recipe.sft,
             "seed": recipe.seed,
             "base": _local(recipe.sft["model_name_or_path"]),
@@ -140,8 +137,8 @@ def inputs_of(recipe: Recipe, job: str) -> dict:
         given = recipe.cache.teacher
         return {
             "task": vars(recipe.task),
-            "train": _dataset(data.transfer or data.train),
-            "validation": _dataset(data.validation),
+            "train": _dataset(data.transfer or data.train, "train"),
+            "validation": _dataset(data.validation, "validation"),
             "settings": {name: value for name, value in vars(recipe.cache).items() if name not in SPEED_SETTINGS},
             "teacher": _local(given) if given else run.identity("sft"),
         }
@@ -151,8 +148,8 @@ def inputs_of(recipe: Recipe, job: str) -> dict:
     if job == "evaluate":
         return {
             "task": vars(recipe.task),
-            "validation": _dataset(data.validation),
-            "test": {name: _dataset(config) for name, config in data.test.items()},
+            "validation": _dataset(data.validation, "validation"),
+            "test": {name: _dataset(config, "test") for name, config in data.test.items()},
             "settings": vars(recipe.evaluate),
             "made": {name: run.identity(name) for name in ("sft", "calibrate", *jobs_of(recipe, "distill"))},
         }
@@ -160,8 +157,8 @@ def inputs_of(recipe: Recipe, job: str) -> dict:
     if recipe.arm_trainer(arm) == "sft":
         rows: dict = {
             "task": vars(recipe.task),
-            "train": _dataset(data.train),
-            "validation": _dataset(data.validation),
+            "train": _dataset(data.train, "train"),
+            "validation": _dataset(data.validation, "validation"),
         }
     else:
         rows = {"cache": run.identity("cache")}

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from .errors import FirstTrlError
+
 # column[index][index]...: no dot (attribute), no brace (nested field).
 _FIELD = re.compile(r"([^\W\d][\w -]*)((?:\[[^\[\]{}]+\])*)")
 _INDEX = re.compile(r"\[([^\[\]{}]+)\]")
@@ -35,11 +37,11 @@ class Piece(NamedTuple):
 def parse_template(template: str) -> tuple[Piece, ...]:
     """Split a template into pieces; ValueError where it holds anything but plain text, columns and indices."""
     if not isinstance(template, str):
-        raise ValueError(f"a template must be text, got {template!r}; quote it in the recipe")
+        raise FirstTrlError(f"a template must be text, got {template!r}; quote it in the recipe")
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(
+        raise FirstTrlError(
             f"template {template!r} cannot be read: {error}. Write {{{{ and }}}} for braces that are plain text"
         ) from error
     return tuple(_parse_piece(template, *part) for part in parts)
@@ -50,13 +52,13 @@ def _parse_piece(template: str, literal: str, field: str | None, spec: str | Non
         return Piece(literal)
     match = _FIELD.fullmatch(field)
     if match is None:
-        raise ValueError(
+        raise FirstTrlError(
             f"template {template!r}: the field {{{field}}} is not allowed. A field is the name of a column, with "
             "indices into lists and dictionaries where needed, such as {text} or {choices[text][0]}; attributes, "
             "positions and empty fields are refused. A column whose name holds a dot can be renamed under `columns`"
         )
     if conversion is not None or spec:
-        raise ValueError(
+        raise FirstTrlError(
             f"template {template!r}: {{{field}}} has a format or a conversion, which is not allowed; write "
             f"{{{field}}} and format the column beforehand"
         )
@@ -97,7 +99,7 @@ def _look_up(template: str, piece: Piece, row: Mapping[str, Any]) -> Any:
     if piece.column not in columns:
         near = difflib.get_close_matches(piece.column or "", columns, n=1, cutoff=0.5)
         hint = f"did you mean {{{near[0]}}}? " if near else ""
-        raise ValueError(
+        raise FirstTrlError(
             f"template {template!r} reads the column {piece.column!r}, which the dataset does not have; {hint}"
             f"its columns are {', '.join(columns) or 'none'}. Correct the template, or name the column under `columns`"
         )
@@ -112,33 +114,35 @@ def _take_index(template: str, piece: Piece, value: Any, index: str) -> Any:
     if type(value) is dict:
         if index in value:
             return value[index]
-        raise ValueError(
+        raise FirstTrlError(
             f"{where}: there is no key {index!r}; choose among {', '.join(map(str, value)) or 'none'}, or drop the row"
         )
     if type(value) is list:
         if re.fullmatch(r"[0-9]{1,9}", index) is None:
-            raise ValueError(f"{where}: a list is indexed by a whole number, got {index!r}")
+            raise FirstTrlError(f"{where}: a list is indexed by a whole number, got {index!r}")
         if int(index) < len(value):
             return value[int(index)]
-        raise ValueError(
+        raise FirstTrlError(
             f"{where}: index {index} is past the end of a list of {len(value)}; correct it or drop the row"
         )
-    raise ValueError(f"{where}: [{index}] needs a list or a dictionary, found {type(value).__name__}; drop the index")
+    raise FirstTrlError(
+        f"{where}: [{index}] needs a list or a dictionary, found {type(value).__name__}; drop the index"
+    )
 
 
 def _format_value(template: str, piece: Piece, value: Any) -> str:
     """One value as text. Exact types only: a subclass could run code of its own when it is formatted."""
     where = f"template {template!r}: {{{piece.field}}}"
     if value is None or (type(value) is float and math.isnan(value)):
-        raise ValueError(f"{where} is missing ({value}) in this row; fill it or drop the row from the dataset")
+        raise FirstTrlError(f"{where} is missing ({value}) in this row; fill it or drop the row from the dataset")
     if type(value) is bool:
         value = str(value)
     if type(value) not in (str, int, float):
-        raise ValueError(
+        raise FirstTrlError(
             f"{where} is a {type(value).__name__}, not text or a number; index into it, as in {{{piece.field}[0]}}, "
             "or store it as text"
         )
     try:
         return str(value)
     except ValueError as error:  # a whole number of more than 4,300 digits
-        raise ValueError(f"{where}: {error}; store it as text") from error
+        raise FirstTrlError(f"{where}: {error}; store it as text") from error

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from first_trl.config import DatasetConfig, TaskConfig
 from first_trl.data.choices import choice_token_ids, single_token_ids
 from first_trl.data.encoding import encode_example, encode_prompt
-from first_trl.data.loading import check_disjoint, load_split, tokenize_dataset
+from first_trl.data.loading import check_disjoint, load_split, local_files, source_identity, tokenize_dataset
+from first_trl.errors import FirstTrlError
 from first_trl.templates import render_template, template_fields
 
 TEMPLATE = "Review: {text}\nSentiment:"
@@ -478,6 +479,87 @@ def test_a_file_is_loaded_by_its_suffix_or_through_data_files(tmp_path, suffix):
         assert load_split(source, "test").to_list() == ROWS
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"path": "json", "data_files": "{folder}/rows-*.jsonl"},
+        {"path": "json", "data_files": ["{folder}/rows-1.jsonl", "{folder}/rows-0.jsonl"]},
+        {"path": "{folder}", "data_files": "rows-*.jsonl"},
+        {"path": "{folder}", "data_files": "**/rows-0.jsonl"},
+        {"path": "{folder}"},
+        {"path": "{folder}/rows-0.jsonl"},
+    ],
+)
+def test_changed_content_is_a_changed_source_and_is_what_is_read_whatever_the_time_of_the_file(tmp_path, source):
+    folder = tmp_path / "data"
+    folder.mkdir()
+
+    def write(text):
+        for number in (0, 1):
+            write_lines(folder / f"rows-{number}.jsonl", [{"text": text, "label": "good"}])
+            os.utime(folder / f"rows-{number}.jsonl", (10**9, 10**9))
+
+    filled = json.loads(json.dumps(source).replace("{folder}", str(folder)))
+    config = DatasetConfig(**filled, split="train")
+    write("first")
+    before = source_identity(config, "train")
+    assert load_split(config, "train")["text"][0] == "first" and source_identity(config, "train") == before
+    write("other")
+    assert load_split(config, "train")["text"][0] == "other"
+    after = source_identity(config, "train")
+    assert after["files_sha256"] != before["files_sha256"] and "/" not in json.dumps(after["files"])
+
+
+def test_local_files_are_the_files_that_a_source_reads_in_their_order(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", ".hidden.jsonl", "sub/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_lines(tmp_path / name, ROWS)
+
+    def names(**source):
+        return [str(file.relative_to(tmp_path)) for file in local_files(DatasetConfig(**source))]
+
+    assert names(path=str(tmp_path)) == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
+    assert names(path=str(tmp_path), data_files=["b.jsonl", "*.jsonl"]) == ["b.jsonl", "a.jsonl"]
+    assert names(path="json", data_files=f"{tmp_path}/**/*.jsonl") == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
+    assert names(path="json", data_files="https://host/rows.jsonl") == names(path="owner/rows") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("text,label\nNA,None\nnull,nan\n", [["NA", "None"], ["null", "nan"]]),
+        ("text,label\n99999999999999999999999,0.50\n007,true\n", [["9" * 23, "0.50"], ["007", "true"]]),
+        ('text,label\n"a, b",\n', [["a, b", None]]),
+    ],
+)
+def test_a_cell_of_a_csv_file_is_the_text_that_it_holds(tmp_path, text, rows):
+    (tmp_path / "rows.csv").write_text(text)
+    found = load_split(DatasetConfig(path=str(tmp_path / "rows.csv")), "train")
+    assert [list(row.values()) for row in found] == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("text,label\nx,good\ny,good,more\n", "rows.csv, line 3: 3 cells where the header has 2; quote"),
+        ("text,label\nx,good,1\ny,good,2\n", "rows.csv, line 2: 3 cells"),
+        ("text,label\nx\n", "rows.csv, line 2: 1 cells"),
+        ("text,label,text\nx,good,y\n", "names the column 'text' twice; rename"),
+    ],
+)
+def test_a_csv_file_that_pandas_would_shift_or_rename_is_refused(tmp_path, text, message):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(FirstTrlError, match=message):
+        load_split(DatasetConfig(path=str(tmp_path / "rows.csv")), "train")
+
+
+@pytest.mark.parametrize("other", [{"shuffle_seed": 0}, {"split": "train[:50%]"}])
+def test_a_stream_that_would_read_other_rows_than_the_other_stages_is_refused(tmp_path, other):
+    path = write_lines(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(FirstTrlError, match=rf"datasets.train.{next(iter(other))} is .*streaming: false"):
+        load_split(DatasetConfig(path=path, **other), "train", streaming=True)
+
+
 def test_the_role_names_the_split_of_a_folder(tmp_path):
     for name, row in zip(("train", "validation", "test"), ROWS, strict=True):
         write_lines(tmp_path / f"{name}.jsonl", [row])
@@ -518,6 +600,8 @@ GOOD = '{"text": "x", "label": "good"}\n'
         (GOOD * 2 + '{"text": "x", "lab\n' + GOOD, r"rows.jsonl, line 3 is not valid JSON"),
         (GOOD * 2 + '{"text": "x"', r"rows.jsonl, line 3 is not valid JSON"),
         ("[1, 2]\n" + GOOD, r"rows.jsonl, line 1 is not a JSON object"),
+        (GOOD + '{"text": "x\\ud83d", "label": "good"}\n', r"rows.jsonl, line 2 holds .*half of a character"),
+        (GOOD + '{"text": "x", "label": "good", "text": "y"}\n', r"rows.jsonl, line 2 .*the key 'text' stands twice"),
         ("", r"rows.jsonl is empty"),
     ],
 )

@@ -8,10 +8,9 @@ import json
 from pathlib import Path
 
 from ..config import DatasetConfig
-from ..data.loading import local_files
+from ..data.loading import source_identity
 from .fingerprints import (
     chat_template_fingerprint,
-    file_sha256,
     fingerprint,
     tokenizer_fingerprint,
     weights_fingerprint,
@@ -94,27 +93,9 @@ def cache_identity(recipe, role: str, tokenizer, teacher: dict, backend: dict) -
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
         "chat_template_sha256": chat_template_fingerprint(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
-        "dataset": _dataset_identity(cached_split(recipe, role), role),
+        "dataset": source_identity(cached_split(recipe, role), role),
         "task": vars(recipe.task),
         "library_versions": library_versions(),
-    }
-
-
-def _dataset_identity(config: DatasetConfig, role: str) -> dict:
-    named = [config.data_files] if isinstance(config.data_files, str) else config.data_files
-    files = local_files(config.path, named) if named or Path(config.path).is_dir() else []
-    files = [Path(config.path)] if Path(config.path).is_file() else files
-    return {
-        "path": Path(config.path).name if Path(config.path).exists() else config.path,
-        "name": config.name,
-        "files": [Path(file).name for file in named or []],
-        "files_sha256": fingerprint([[file.name, file_sha256(file)] for file in files]) if files else None,
-        "split": config.split,
-        "revision": config.revision,
-        "columns": config.columns,
-        "max_rows": config.max_rows,
-        "shuffle_seed": config.shuffle_seed,
-        "role": role,
     }
 
 
@@ -139,7 +120,7 @@ def open_recipe_cache(recipe, role: str, teacher_path: str, section: dict) -> Te
         "support": recipe.cache.support,
         "dtype": recipe.cache.dtype,
         "task": vars(recipe.task),
-        "dataset": _dataset_identity(cached_split(recipe, role), role),
+        "dataset": source_identity(cached_split(recipe, role), role),
         "backend": {"name": recipe.cache.backend},
     }
     tokenizer, found = None, cache.manifest["teacher"]

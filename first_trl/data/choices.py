@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import TaskConfig
 from ..constants import IGNORED
+from ..errors import FirstTrlError
 from ..templates import parse_template, render_template, text_around_field
 from .encoding import (
     chat_ids,
@@ -35,16 +36,16 @@ def choice_token_ids(task: TaskConfig, tokenizer, prompt_row: Mapping[str, Any] 
     after the choice and the end of sequence too, so that no answer is the beginning of another.
 
     Raises:
-        ValueError: a choice is unknown to the tokenizer, or the tokens of one choice begin or are another's.
+        FirstTrlError: a choice is unknown to the tokenizer, or the tokens of one choice begin or are another's.
     """
     if not task.choices:
-        raise ValueError("task.choices is not set; list the closed answers, such as choices: [good, bad]")
+        raise FirstTrlError("task.choices is not set; list the closed answers, such as choices: [good, bad]")
     both = [_answer_ids(task, tokenizer, prompt_row, choice) for choice in task.choices]
     one_token_each = all(len(answer) == 1 for answer, _ in both)
     answers = [answer if one_token_each else whole for answer, whole in both]
     for choice, (answer, _) in zip(task.choices, both, strict=True):
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in answer:
-            raise ValueError(
+            raise FirstTrlError(
                 f"task.choices: the tokenizer has no token for {choice!r} (it reads "
                 f"{tokenizer.convert_ids_to_tokens(answer)}); choose another word"
             )
@@ -61,11 +62,11 @@ def _refuse_prefixes(task: TaskConfig, tokenizer, answers: list[list[int]]) -> N
                 continue
             names = tokenizer.convert_ids_to_tokens(ids[:length])
             if length == len(ids):
-                raise ValueError(
+                raise FirstTrlError(
                     f"task.choices: {earlier!r} and {choice!r} are the same token{'s' * (length > 1)} "
                     f"{names[0] if length == 1 else names!r}; choose answers that differ for this tokenizer"
                 )
-            raise ValueError(
+            raise FirstTrlError(
                 f"task.choices: {earlier!r} is the beginning of {choice!r} (tokens {names}), so that it would always "
                 "be the likelier one; end both, with task.append_eos: true or a text after the answer"
             )
@@ -90,7 +91,7 @@ def _answer_ids(
         ended = text_ids(tokenizer, prompt + before + choice + after)
     check_prefix(tokenizer, prompt_ids, answered)
     if ended[: len(answered)] != answered:
-        raise ValueError(
+        raise FirstTrlError(
             f"task.choices: {choice!r} melts into the text after it ({tokenizer.convert_ids_to_tokens(ended[-3:])}); "
             "end the completion template with the answer"
         )
@@ -105,7 +106,7 @@ def single_token_ids(task: TaskConfig, tokenizer, prompt_row: Mapping[str, Any])
     longest = max(range(len(answers)), key=lambda i: len(answers[i]))
     if len(answers[longest]) > 1:
         assert task.choices is not None
-        raise ValueError(
+        raise FirstTrlError(
             f"task.choices: {task.choices[longest]!r} is {len(answers[longest])} tokens after the prompt "
             f"({tokenizer.convert_ids_to_tokens(answers[longest])}), and cache.support: choices keeps one token for "
             "each. Choose answers of one token, such as letters, or set cache.support: top_k"
@@ -119,20 +120,20 @@ def encode_answer_row(
     """As `encode_row`, for a cache that keeps the tokens of the choices alone: the answer is all that is supervised.
 
     Raises:
-        ValueError: as `encode_row`; or more than the answer is supervised, or it is none of `choice_ids`.
+        FirstTrlError: as `encode_row`; or more than the answer is supervised, or it is none of `choice_ids`.
     """
     example = encode_row(row, index, task, tokenizer, place)
     row_name = f"{place}{', ' if place else ''}row {index}"
     supervised = [label for label in example["labels"] if label != IGNORED]
     if len(supervised) != 1:
-        raise ValueError(
+        raise FirstTrlError(
             f"{row_name}: {len(supervised)} tokens are supervised "
             f"({tokenizer.convert_ids_to_tokens(supervised[:4])}), and cache.support: choices keeps the choices' "
             "tokens, which only the answer can be. Set task.append_eos: false and end the completion template with "
             "the answer, or set cache.support: top_k"
         )
     if supervised[0] not in choice_ids:
-        raise ValueError(
+        raise FirstTrlError(
             f"{row_name}: its answer is the token {tokenizer.convert_ids_to_tokens(supervised)[0]!r}, and after the "
             f"first row's prompt the choices are {tokenizer.convert_ids_to_tokens(choice_ids)}. Let every prompt end "
             "in the same text, or set cache.support: top_k"
@@ -160,7 +161,7 @@ def with_answer(row: Mapping[str, Any], task: TaskConfig, choice: str) -> dict[s
     """The row, answered with one of the choices.
 
     Raises:
-        ValueError: the completion looks into its column, which a choice alone cannot fill.
+        FirstTrlError: the completion looks into its column, which a choice alone cannot fill.
     """
     message = {"role": "assistant", "content": choice}
     if is_conversational(task, row) and "messages" in row:
@@ -171,7 +172,7 @@ def with_answer(row: Mapping[str, Any], task: TaskConfig, choice: str) -> dict[s
     (field,) = (piece for piece in parse_template(template) if piece.column is not None)
     assert field.column is not None
     if field.indices:
-        raise ValueError(
+        raise FirstTrlError(
             f"the rows have no {field.column!r}, and the completion {template!r} looks into it; write the answer as a "
             "column of its own, or label datasets.transfer"
         )
@@ -193,10 +194,10 @@ def unlabelled_encoder(task: TaskConfig, tokenizer, first_row: Mapping[str, Any]
         `first_trl.scoring.Candidates` as a pair: the tokens by which the choices are compared, and their completions.
 
     Raises:
-        ValueError: there are no choices; nothing else can be asked of a teacher at one position.
+        FirstTrlError: there are no choices; nothing else can be asked of a teacher at one position.
     """
     if not task.choices:
-        raise ValueError(
+        raise FirstTrlError(
             f"{place}: the rows have no answer, and task.choices is not set. A teacher gives rows without labels one "
             "of the declared answers; list them, or give the rows their answers"
         )
@@ -213,7 +214,7 @@ def unlabelled_encoder(task: TaskConfig, tokenizer, first_row: Mapping[str, Any]
         written = [label for label in example["labels"] if label != IGNORED]
         room = len(example["labels"]) - len(written) + max(map(len, completions))
         if written != completions[0] or room > task.max_length:
-            raise ValueError(
+            raise FirstTrlError(
                 f"{place}, row {index}: after its prompt the choices are not the tokens that they are after the first "
                 "row's, or do not fit. Let every prompt end in the same text, and raise task.max_length if it is long."
             )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..config import TaskConfig
 from ..constants import IGNORED
+from ..errors import FirstTrlError
 from ..templates import render_template, template_fields, text_around_field
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def encode_example(task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", row: 
     chat template ends its turns itself. Of `messages`, only the last one is supervised.
 
     Raises:
-        ValueError: the row does not fit the templates or the choices, has no completion, or keeps no supervised token
-            within `task.max_length`; or the prompt's tokens are not a prefix of the whole example's.
+        FirstTrlError: the row does not fit the templates or the choices, has no completion, or keeps no supervised
+            token within `task.max_length`; or the prompt's tokens are not a prefix of the whole example's.
     """
     prompt_ids = encode_prompt(task, tokenizer, row, check_length=False)
     if is_conversational(task, row):
@@ -56,7 +57,7 @@ def encode_example(task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", row: 
     # Nothing stands before the first token of all, so nothing can predict it.
     num_prompt_tokens = max(len(prompt_ids), 1)
     if num_prompt_tokens >= min(len(input_ids), task.max_length):
-        raise ValueError(_too_long(task, len(prompt_ids), len(input_ids)))
+        raise FirstTrlError(_too_long(task, len(prompt_ids), len(input_ids)))
     labels = [IGNORED] * num_prompt_tokens + input_ids[num_prompt_tokens:]
     return Example(
         input_ids=input_ids[: task.max_length], labels=labels[: task.max_length], num_prompt_tokens=len(prompt_ids)
@@ -76,7 +77,7 @@ def encode_prompt(
     """The tokens of the prompt alone, as `encode_example` begins; the row needs no answer.
 
     Raises:
-        ValueError: as `encode_example`; the prompt leaves no room for an answer (unless `check_length` is False).
+        FirstTrlError: as `encode_example`; the prompt leaves no room for an answer (unless `check_length` is False).
     """
     if is_conversational(task, row):
         prompt, _ = split_messages(row, labelled=False)
@@ -84,7 +85,7 @@ def encode_prompt(
     else:
         ids = text_ids(tokenizer, render_template(templates_of(task, row)[0], row))
     if check_length and len(ids) >= task.max_length:
-        raise ValueError(_too_long(task, len(ids), len(ids)))
+        raise FirstTrlError(_too_long(task, len(ids), len(ids)))
     return ids
 
 
@@ -98,7 +99,7 @@ def templates_of(task: TaskConfig, row: Mapping[str, Any] | None) -> tuple[str, 
     if task.prompt is not None and task.completion is not None:
         return task.prompt, task.completion
     if row is not None and "prompt" not in row:
-        raise ValueError(
+        raise FirstTrlError(
             "task.prompt and task.completion are not set, and the dataset has neither `messages` nor `prompt`: its "
             f"columns are {', '.join(map(str, row.keys()))}. Write both templates, or map the columns with `columns`"
         )
@@ -113,7 +114,7 @@ def _render_pair(task: TaskConfig, row: Mapping[str, Any]) -> tuple[str, str]:
         answer = completion[len(before) : len(completion) - len(after)]
         _check_answer(task, answer, f"the column {template_fields(completion_template)[0]!r}")
     if not completion.strip():
-        raise ValueError(f"the completion {completion_template!r} is empty in this row; fill its answer or drop it")
+        raise FirstTrlError(f"the completion {completion_template!r} is empty in this row; fill its answer or drop it")
     return prompt, completion
 
 
@@ -121,7 +122,7 @@ def _check_answer(task: TaskConfig, answer: str, place: str) -> None:
     if not task.choices or answer in task.choices:
         return
     hint = "remove the spaces around it" if answer.strip() in task.choices else "add it to the choices or drop the row"
-    raise ValueError(f"{place} holds {answer!r}, which is not one of task.choices {task.choices}; {hint}")
+    raise FirstTrlError(f"{place} holds {answer!r}, which is not one of task.choices {task.choices}; {hint}")
 
 
 def split_messages(row: Mapping[str, Any], labelled: bool = True) -> tuple[list[dict], list[dict]]:
@@ -134,11 +135,11 @@ def split_messages(row: Mapping[str, Any], labelled: bool = True) -> tuple[list[
         prompt = clean_messages(row["prompt"], "prompt")
         completion = clean_messages(row["completion"], "completion") if labelled or row.get("completion") else []
     if not prompt:
-        raise ValueError("the conversation has nothing before the answer; put a user's message first")
+        raise FirstTrlError("the conversation has nothing before the answer; put a user's message first")
     if labelled and (not completion or completion[-1]["role"] != "assistant"):
-        raise ValueError("the last message is not the assistant's, so there is nothing to learn; add the answer")
+        raise FirstTrlError("the last message is not the assistant's, so there is nothing to learn; add the answer")
     if labelled and not completion[-1]["content"].strip():
-        raise ValueError("the assistant's last message is empty; drop the row or fill its answer")
+        raise FirstTrlError("the assistant's last message is empty; drop the row or fill its answer")
     return prompt, completion
 
 
@@ -156,7 +157,7 @@ def encode_row(
     try:
         example = encode_example(task, tokenizer, row)
     except ValueError as error:
-        raise ValueError(f"{place}{', ' if place else ''}row {index}: {error}") from error
+        raise FirstTrlError(f"{place}{', ' if place else ''}row {index}: {error}") from error
     return {"input_ids": example["input_ids"], "labels": example["labels"]}
 
 
@@ -178,23 +179,23 @@ def chat_ids(tokenizer, messages: list[dict], kwargs: dict | None, **how: bool) 
     """Tokens of a conversation through the tokenizer's chat template.
 
     `kwargs` are the recipe's (`enable_thinking`, ...), `how` ours (`add_generation_prompt`, `continue_final_message`).
-    ValueError: there is no chat template, it refuses these messages, or `kwargs` sets what is ours to set.
+    FirstTrlError: there is no chat template, it refuses these messages, or `kwargs` sets what is ours to set.
     """
     from jinja2.exceptions import TemplateError
 
     if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
+        raise FirstTrlError(
             f"the rows are conversations and the tokenizer {Path(tokenizer.name_or_path).name!r} has no chat "
             "template; start from the chat version of the model, or write task.prompt and task.completion over columns"
         )
     kwargs = kwargs or {}
     if reserved := sorted(_RESERVED_CHAT_KWARGS & kwargs.keys()):
-        raise ValueError(f"task.chat_template_kwargs: {', '.join(reserved)} cannot be set here; remove it")
+        raise FirstTrlError(f"task.chat_template_kwargs: {', '.join(reserved)} cannot be set here; remove it")
     try:
         return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **how, **kwargs))
     except TemplateError as error:
         roles = [message["role"] for message in messages]
-        raise ValueError(
+        raise FirstTrlError(
             f"the chat template refuses messages with the roles {roles}: {error}; change the rows or the template"
         ) from error
 
@@ -202,11 +203,13 @@ def chat_ids(tokenizer, messages: list[dict], kwargs: dict | None, **how: bool) 
 def clean_messages(messages: Any, column: str) -> list[dict]:
     """Messages without the empty keys that a table adds to rows of different shapes."""
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f"the column {column!r} holds no messages; write a list of {{role, content}}")
+        raise FirstTrlError(f"the column {column!r} holds no messages; write a list of {{role, content}}")
     cleaned = [{key: value for key, value in message.items() if value is not None} for message in messages]
     for number, message in enumerate(cleaned):
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise ValueError(f"the column {column!r}, message {number}: role and content must be text, got {message}")
+            raise FirstTrlError(
+                f"the column {column!r}, message {number}: role and content must be text, got {message}"
+            )
     return cleaned
 
 
@@ -217,7 +220,7 @@ def check_prefix(tokenizer, prompt_ids: list[int], input_ids: list[int]) -> None
     at = next(i for i, token in enumerate(prompt_ids) if input_ids[i : i + 1] != [token])
     alone = tokenizer.convert_ids_to_tokens(prompt_ids[at : at + 3])
     joint = tokenizer.convert_ids_to_tokens(input_ids[at : at + 3])
-    raise ValueError(
+    raise FirstTrlError(
         f"the prompt ends in the tokens {alone}, which become {joint} once the completion follows, so that the model "
         "would be trained on tokens it never sees at inference; move the space from the end of the prompt to the "
         "start of the completion (with a chat template, set what it adds to prompts in task.chat_template_kwargs)"
@@ -227,7 +230,7 @@ def check_prefix(tokenizer, prompt_ids: list[int], input_ids: list[int]) -> None
 def eos_token_id(tokenizer) -> int:
     """The token that ends a completion; ValueError if there is none."""
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise FirstTrlError(
             "task.append_eos is true and the tokenizer has no end-of-sequence token; set its eos_token, or "
             "task.append_eos: false"
         )

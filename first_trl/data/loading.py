@@ -5,18 +5,21 @@
 `first_trl.data.encoding`.
 """
 
+import csv
 import errno
 import glob
 import hashlib
 import json
 from array import array
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import DatasetConfig, TaskConfig
-from ..constants import IGNORED
+from ..constants import HUB_ID, IGNORED
+from ..errors import FirstTrlError
+from ..files import file_digest
 from .encoding import encode_row
 
 if TYPE_CHECKING:
@@ -27,45 +30,190 @@ if TYPE_CHECKING:
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
+def local_files(config: DatasetConfig) -> list[Path]:
+    """The files on this machine that a source reads, patterns and folders resolved; none for a source on the Hub."""
+    path, named = Path(config.path), config.data_files
+    if named is None and path.is_dir():
+        inside = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
+        return [path / file for file in inside if not any(part[0] in "._" for part in file.parts)]
+    if named is None:
+        return [path] if path.is_file() else []
+    base = path if path.is_dir() else Path()
+    patterns = [named] if isinstance(named, str) else named
+    # Each pattern in the order of the recipe, which is that of the rows
+    found = [Path(name) for pattern in patterns for name in sorted(glob.glob(str(base / pattern), recursive=True))]
+    return [file for file in dict.fromkeys(found) if file.is_file()]
+
+
+def source_identity(config: DatasetConfig, role: str) -> dict[str, Any]:
+    """What decides the rows of a split, as plain data without a path of this machine; equal data mean equal rows.
+
+    `files_sha256` is over the names and the contents of the local files, `commit` as `hub_commit`.
+    """
+    files = local_files(config)
+    named = [config.data_files] if isinstance(config.data_files, str) else config.data_files or []
+    return {
+        "path": Path(config.path).name if Path(config.path).exists() else config.path,
+        "name": config.name,
+        "files": [Path(name).name for name in named],
+        "files_sha256": content_digest(files) if files else None,
+        "split": config.split,
+        "revision": config.revision,
+        "commit": hub_commit(config),
+        "columns": config.columns,
+        "max_rows": config.max_rows,
+        "shuffle_seed": config.shuffle_seed,
+        "role": role,
+    }
+
+
+def content_digest(files: list[Path]) -> str:
+    """SHA-256 over the names and contents of files, in hexadecimal."""
+    digests = [[file.name, _file_digest(str(file), *_size_and_time(file))] for file in files]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _size_and_time(file: Path) -> tuple[int, int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns  # a file's ctime cannot be set back
+
+
+@lru_cache(maxsize=4096)
+def _file_digest(path: str, *size_and_times: int) -> str:
+    return file_digest(path)
+
+
+@lru_cache(maxsize=64)
+def _commit(path: str, revision: str | None) -> str | None:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:  # as `datasets` does it; without a network it is the commit of the copy that is here
+        return Path(hf_hub_download(path, "README.md", repo_type="dataset", revision=revision)).parent.name
+    except LocalEntryNotFoundError:
+        return None
+    except EntryNotFoundError:
+        return HfApi().dataset_info(path, revision=revision).sha
+    except (HfHubHTTPError, OSError):  # loading it says what is wrong
+        return None
+
+
+def hub_commit(config: DatasetConfig) -> str | None:
+    """The commit that the revision of a Hub dataset stands for; None for local files, and where nothing is known."""
+    if config.path in BUILDERS.values() or Path(config.path).exists() or not HUB_ID.fullmatch(config.path):
+        return None
+    return _commit(config.path, config.revision)
+
+
 def load_split(config: DatasetConfig, role: str, *, streaming: bool = False) -> "Dataset":
     """Load one split, with its columns renamed, shuffled if a seed is set, then cut to `max_rows`.
 
-    Class labels become their names. `path` may be a json, csv, parquet or text file. Code that comes with a dataset is
-    never run. `role` ("train", "validation" or "test") names the split when the recipe does not.
+    Class labels become their names, and every cell of a CSV file is text, as it is written there. Local files are
+    known by their content and a Hub revision by its commit, so that an older copy of `datasets` is never served. Code
+    that comes with a dataset is never run. `role` ("train", "validation" or "test") names the split when the recipe
+    does not.
 
     Raises:
-        ValueError: the source is missing, broken, empty, gated or unreachable, with the remedy.
+        FirstTrlError: the source is missing, broken, empty, gated or unreachable; or it is to be streamed, and would
+            not give the rows of the other stages.
     """
     import datasets
 
-    path, data_files = _source(config, role)
+    if streaming:
+        _refuse_other_rows(config, role)
+    files = local_files(config)
+    path, data_files = _source(config, role, files)
     split = config.split or (role if data_files is None else "train")
+    options: dict[str, Any] = {"revision": config.revision}
+    if files:
+        # `datasets` knows a file by its path and time, which archives and images set to one value
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "first_trl" / content_digest(files)[:32]
+        options = {"cache_dir": str(folder)}
+    elif path not in BUILDERS.values():
+        options = {"revision": hub_commit(config) or config.revision}
     try:
+        options |= _csv_options(files, f"datasets.{role}")
         dataset = datasets.load_dataset(
-            path, name=config.name, data_files=data_files, split=split, revision=config.revision, streaming=streaming
+            path, name=config.name, data_files=data_files, split=split, streaming=streaming, **options
         )
+    except FirstTrlError:
+        raise
     except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        reason = explain_load_error(error, path, split, data_files)
-        raise ValueError(f"datasets.{role}: {config.path!r} cannot be loaded: {reason}") from error
+        reason = explain_load_error(error, path, split, data_files, files)
+        raise FirstTrlError(f"datasets.{role}: {config.path!r} cannot be loaded: {reason}") from error
     dataset = _name_class_labels(_rename_columns(dataset, config, role))
     if config.shuffle_seed is not None:
         dataset = dataset.shuffle(seed=config.shuffle_seed)
     if streaming:
         return dataset if config.max_rows is None else dataset.take(config.max_rows)
     if len(dataset) == 0:
-        raise ValueError(f"datasets.{role}: {config.path!r}, split {split!r} has no rows; choose another one")
+        raise FirstTrlError(f"datasets.{role}: {config.path!r}, split {split!r} has no rows; choose another one")
     return dataset if config.max_rows is None else dataset.select(range(min(config.max_rows, len(dataset))))
 
 
-def _source(config: DatasetConfig, role: str) -> tuple[str, list[str] | None]:
-    """(path, data_files) for `datasets.load_dataset`; a file as path becomes a builder and a data file."""
-    data_files = [config.data_files] if isinstance(config.data_files, str) else config.data_files
-    builder = BUILDERS.get(Path(config.path).suffix)
-    if data_files is None and builder is not None and not Path(config.path).is_dir():
-        return builder, [config.path]
-    if data_files is None and config.path in BUILDERS.values():
-        raise ValueError(f"datasets.{role}: path {config.path!r} reads files, and none is named; set data_files")
-    return config.path, data_files
+def _refuse_other_rows(config: DatasetConfig, role: str) -> None:
+    """A stream is shuffled in a buffer and cannot be sliced: the cache would hold other rows than the other stages."""
+    for key, value in (("shuffle_seed", config.shuffle_seed), ("split", config.split)):
+        if value is not None and (key == "shuffle_seed" or "[" in str(value)):
+            raise FirstTrlError(
+                f"datasets.{role}.{key} is {value!r}, with which cache.streaming reads other rows than the other "
+                f"stages; set cache.streaming: false, or remove {key} (max_rows alone gives the same rows either way)"
+            )
+
+
+def _source(config: DatasetConfig, role: str, files: list[Path]) -> tuple[str, list[str] | None]:
+    """(path, data_files) for `datasets.load_dataset`; local files are named one by one, as they were resolved."""
+    named = [config.data_files] if isinstance(config.data_files, str) else config.data_files
+    if named is None and config.path in BUILDERS.values():
+        raise FirstTrlError(f"datasets.{role}: path {config.path!r} reads files, and none is named; set data_files")
+    if named is None and Path(config.path).is_dir():
+        return config.path, None
+    if named is None:
+        builder = BUILDERS.get(Path(config.path).suffix)
+        return (builder, [config.path]) if builder else (config.path, None)
+    if not files:
+        return config.path, named
+    builders = {BUILDERS.get(file.suffix) for file in files} if Path(config.path).is_dir() else {config.path}
+    if len(builders) > 1 or None in builders:
+        raise FirstTrlError(
+            f"datasets.{role}.data_files: {', '.join(named)} stands for files of several kinds "
+            f"({', '.join(sorted({file.suffix for file in files}))}); name files of one kind: {', '.join(BUILDERS)}"
+        )
+    return builders.pop(), [str(file) for file in files]
+
+
+def _csv_options(files: list[Path], place: str) -> dict[str, Any]:
+    """How CSV files are read: every cell as the text it holds, so that `NA` is a word and no digit is lost.
+
+    Raises:
+        FirstTrlError: a header names a column twice, files differ in their columns, or a row has more or fewer cells
+            than its header; pandas would shift or rename columns without an error.
+    """
+    import datasets
+
+    if not files or any(file.suffix != ".csv" for file in files):
+        return {}
+    csv.field_size_limit(2**31 - 1)
+    columns: list[str] | None = None
+    for file in files:
+        with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
+            reader = csv.reader(lines)
+            header = next(reader, [])
+            if doubled := [name for number, name in enumerate(header) if name in header[:number]]:
+                raise FirstTrlError(f"{place}: {file} names the column {doubled[0]!r} twice; rename one of them")
+            if columns is not None and header != columns:
+                raise FirstTrlError(
+                    f"{place}: {file} has the columns {header}, {files[0]} has {columns}; make them equal"
+                )
+            columns = header
+            for row in reader:
+                if row and len(row) != len(header):
+                    raise FirstTrlError(
+                        f"{place}: {file}, line {reader.line_num}: {len(row)} cells where the header has "
+                        f"{len(header)}; quote the cells that hold a comma, or delete that line"
+                    )
+    features = datasets.Features({name: datasets.Value("string") for name in columns or []})
+    return {"features": features, "keep_default_na": False, "na_values": [""]} if columns else {}
 
 
 def _rename_columns(dataset: "Dataset", config: DatasetConfig, role: str) -> "Dataset":
@@ -73,7 +221,7 @@ def _rename_columns(dataset: "Dataset", config: DatasetConfig, role: str) -> "Da
     present = dataset.column_names or []
     missing = [column for column in renames if column not in present]
     if missing:
-        raise ValueError(
+        raise FirstTrlError(
             f"datasets.{role}.columns: {config.path!r} has no column {missing[0]!r}; choose among {', '.join(present)}"
         )
     replaced = [name for name in renames.values() if name in present and name not in renames]
@@ -112,7 +260,7 @@ def tokenize_dataset(
         place: where the rows come from, such as `datasets.train`, for the messages of errors.
 
     Raises:
-        ValueError: as `encode_example`, beginning with the place and the number of the row.
+        FirstTrlError: as `encode_example`, beginning with the place and the number of the row.
     """
     import datasets
 
@@ -181,7 +329,9 @@ def _prompt_rows(dataset: "Dataset") -> dict[bytes, list[int]]:
 # Why a source could not be loaded
 
 
-def explain_load_error(error: Exception, path: str, split: str, data_files: list[str] | None) -> str:
+def explain_load_error(
+    error: Exception, path: str, split: str, data_files: list[str] | None, files: list[Path]
+) -> str:
     """What is wrong with this source, and the remedy. `path` and `data_files` as `datasets.load_dataset` got them."""
     chain = _causes(error)
     full = [e for e in chain if isinstance(e, OSError) and e.errno == errno.ENOSPC]
@@ -189,7 +339,6 @@ def explain_load_error(error: Exception, path: str, split: str, data_files: list
         return f"no space left on the disk while preparing it ({full[0]}); free some, or point HF_HOME at another disk"
     if path not in BUILDERS.values() and not Path(path).exists():
         return _explain_hub_error(error, chain, path)
-    files = local_files(path, data_files)
     if not files:
         asked = ", ".join(data_files) if data_files else f"data files in the folder {path}"
         return f"there is no {asked} (looked from {Path.cwd().name}/); correct data_files, relative to where you run"
@@ -198,16 +347,9 @@ def explain_load_error(error: Exception, path: str, split: str, data_files: list
         if problem:
             return problem
     names = ", ".join(map(str, files[:3]))
-    return _explain_text(str(error), split) or f"{' '.join(str(chain[-1]).split())} (read from {names}); mend the data"
-
-
-def local_files(path: str, data_files: list[str] | None) -> list[Path]:
-    """The local files behind a source that exist, patterns expanded."""
-    base = Path(path) if Path(path).is_dir() else Path()
-    if data_files is None:
-        return sorted(file for file in base.rglob("*") if file.suffix in BUILDERS)
-    found = [name for pattern in data_files for name in sorted(glob.glob(str(base / pattern), recursive=True))]
-    return [Path(name) for name in found]
+    return (
+        _explain_text(str(error), split) or f"{' '.join(str(chain[-1]).split())} (read from {names}); correct the data"
+    )
 
 
 def file_problem(file: Path) -> str | None:
@@ -232,16 +374,26 @@ def _json_lines_problem(file: Path) -> str | None:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            place, start = f"{file}, line {number}", line[:60].decode("utf-8", "replace").rstrip()
             try:
-                row = json.loads(line)
-            except ValueError as error:  # UnicodeDecodeError is one too
-                start = line[:60].decode("utf-8", "replace").rstrip()
-                return f"{file}, line {number} is not valid JSON ({error}): {start!r}; mend or delete that line"
-            if not isinstance(row, dict):
+                row = json.loads(line, object_pairs_hook=_once_each)
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:  # half of a \\ud83d\\ude00 pair
                 return (
-                    f"{file}, line {number} is not a JSON object: {line[:60].decode()!r}; write one {{...}} per line"
+                    f"{place} holds {error.object[error.start]!r}, half of a character: {start!r}; correct that text"
                 )
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
+                return f"{place} is not valid JSON ({error}): {start!r}; correct or delete that line"
+            if not isinstance(row, dict):
+                return f"{place} is not a JSON object: {start!r}; write one {{...}} per line"
     return None
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if doubled := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise ValueError(f"the key {doubled[0]!r} stands twice")
+    return dict(pairs)
 
 
 def _explain_hub_error(error: Exception, chain: list[BaseException], path: str) -> str:
