@@ -339,10 +339,10 @@ MISTAKES = [
      "for everything."),
     ("sft", "a corrupt line of JSON", data(ROW, '{"text": "a film", "label": \n', ROW),
      "datasets.train: 'json' cannot be loaded: data/rows.jsonl, line 2 is not valid JSON (Expecting "
-     "value: line 2 column 1 (char 29)): '{\"text\": \"a film\", \"label\":'; mend or delete that line"),
+     "value: line 2 column 1 (char 29)): '{\"text\": \"a film\", \"label\":'; correct or delete that line"),
     ("sft", "a line that is no row", data(ROW, "[1, 2]\n"),
      "datasets.train: 'json' cannot be loaded: data/rows.jsonl, line 2 is not a JSON object: '[1, "
-     "2]\\n'; write one {...} per line"),
+     "2]'; write one {...} per line"),
     ("sft", "an empty file", data(),
      "datasets.train: 'json' cannot be loaded: the file data/rows.jsonl is empty; write the data again"),
     ("sft", "a split that is not", data(ROW, source={"split": "trian"}),
