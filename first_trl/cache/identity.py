@@ -11,7 +11,6 @@ from ..config import DatasetConfig
 from ..data.loading import source_identity
 from .fingerprints import (
     chat_template_fingerprint,
-    fingerprint,
     tokenizer_fingerprint,
     weights_fingerprint,
 )

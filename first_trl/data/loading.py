@@ -173,13 +173,13 @@ def _source(config: DatasetConfig, role: str, files: list[Path]) -> tuple[str, l
         return (builder, [config.path]) if builder else (config.path, None)
     if not files:
         return config.path, named
-    builders = {BUILDERS.get(file.suffix) for file in files} if Path(config.path).is_dir() else {config.path}
-    if len(builders) > 1 or None in builders:
+    kinds = {BUILDERS.get(file.suffix, "") for file in files} if Path(config.path).is_dir() else {config.path}
+    if len(kinds) > 1 or "" in kinds:
         raise FirstTrlError(
             f"datasets.{role}.data_files: {', '.join(named)} stands for files of several kinds "
             f"({', '.join(sorted({file.suffix for file in files}))}); name files of one kind: {', '.join(BUILDERS)}"
         )
-    return builders.pop(), [str(file) for file in files]
+    return kinds.pop(), [str(file) for file in files]
 
 
 def _csv_options(files: list[Path], place: str) -> dict[str, Any]:
