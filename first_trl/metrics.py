@@ -158,19 +158,18 @@ def negative_log_likelihood(label_log_prob: Any) -> float:
     return float(-_check_log_prob(label_log_prob, len(label_log_prob)).mean())
 
 
-def ece_noise_floor(confidence: Any, num_bins: int = 10, draws: int = 200, seed: int = 0) -> dict[str, float]:
+def ece_noise_floor(confidence: Any, num_bins: int = 10, draws: int = 1000, seed: int = 0) -> dict[str, float]:
     """The ECE that perfect calibration would show with these confidences, by chance alone.
 
-    Draws the outcomes from the stated confidences `draws` times. Returns {"mean", "p95"}: an ECE below "p95" cannot be
-    told from perfect calibration with this many examples (a consistency test, Broecker and Smith 2007).
+    Draws the gap of each bin `draws` times from a normal of its standard deviation under the stated confidences.
+    Returns {"mean", "p95"}: an ECE below "p95" cannot be told from perfect calibration with this many examples (a
+    consistency test, Broecker and Smith 2007).
     """
     confidence, _ = _check(confidence, np.zeros(np.shape(confidence)))
-    index, generator = bin_indices(confidence, num_bins), np.random.default_rng(seed)
-    errors = []
-    for _ in range(draws):
-        gap = (generator.random(len(confidence)) < confidence) - confidence
-        errors.append(np.abs(np.bincount(index, weights=gap, minlength=num_bins)).sum() / len(confidence))
-    return {"mean": float(np.mean(errors)), "p95": float(np.percentile(errors, 95))}
+    variance = np.bincount(bin_indices(confidence, num_bins), confidence * (1 - confidence), minlength=num_bins)
+    noise = np.random.default_rng(seed).standard_normal((draws, num_bins))
+    errors = np.abs(noise * np.sqrt(variance)).sum(1) / len(confidence)
+    return {"mean": float(errors.mean()), "p95": float(np.percentile(errors, 95))}
 
 
 def brier_score(confidence: Any, correct: Any) -> float:
@@ -215,8 +214,8 @@ def _aurc(size: np.ndarray, errors: np.ndarray) -> np.ndarray:
     E dH + e / m (m - k dH), dH = H(k + m) - H(k).
     """
     before = (size.cumsum(1) - size).astype(np.int64)
-    total = int(size[0].sum())
-    harmonic = np.r_[0.0, np.cumsum(1 / np.arange(1, total + 1))]
+    total = size.sum(1)
+    harmonic = np.r_[0.0, np.cumsum(1 / np.arange(1, int(total.max()) + 1))]
     step = harmonic[before + size.astype(np.int64)] - harmonic[before]
     rate = np.divide(errors, size, out=np.zeros_like(size), where=size > 0)
     return ((errors.cumsum(1) - errors) * step + rate * (size - before * step)).sum(1) / total
@@ -301,46 +300,60 @@ def threshold_for_accuracy(
 
 
 class _Sample:
-    """One arm's predictions on one set, ready to be measured under many example weights at once.
+    """One arm's predictions on one set, ready to be measured under many weights at once.
 
-    One formula serves the estimate (weights 1) and its bootstrap replicates (counts of a resample).
+    One formula serves the estimate (weights 1) and its bootstrap replicates (counts of a resample). With `example`
+    the n predictions are tokens of U answers, which are resampled whole because the tokens of an answer are not
+    independent; ranks (AUROC, AURC, accuracy at coverage) then have no intervals. Otherwise U = n.
     """
 
-    def __init__(self, confidence: Any, correct: Any, label_log_prob: Any | None, num_bins: int):
-        self.confidence, self.correct = _check(confidence, correct)
-        self.size = len(self.confidence)
-        self.label_log_prob = None
-        if label_log_prob is not None:
-            self.label_log_prob = _check_log_prob(label_log_prob, self.size)
-        self.groups = _Groups(self.confidence, self.correct)
-        # (n, M): each example's correct - confidence in the column of its bin; ECE = sum_m |column sum| / n
-        self.gaps = {
-            name: np.eye(bins)[bin_indices(self.confidence, bins, binning)] * (self.correct - self.confidence)[:, None]
-            for name, bins, binning in (
-                ("ece", num_bins, "uniform"),
-                ("ece_15_bins", 15, "uniform"),
-                ("ece_equal_mass", num_bins, "equal_mass"),
-            )
-        }
-
-    def measure(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """(B, n) weights that sum to n in each row -> {metric: (B,)}."""
-        size, errors = self.groups.sums(weights)
-        result = {"accuracy": weights @ self.correct / self.size}
-        for name, gap in self.gaps.items():
-            result[name] = np.abs(weights @ gap).sum(1) / self.size
-        result["trust_score"] = result["accuracy"] - result["ece"]
+    def __init__(self, values: dict, num_bins: int):
+        self.confidence, self.correct = confidence, correct = _check(values["confidence"], values["correct"])
+        log_prob = values.get("label_log_prob")
+        self.label_log_prob = None if log_prob is None else _check_log_prob(log_prob, len(confidence))
+        example = values.get("example")
+        self.example = None if example is None else np.unique(np.asarray(example), return_inverse=True)[1]
+        self.groups = _Groups(confidence, correct)
+        self.count = self._by_unit(np.ones(len(confidence)))
+        self.size = len(self.count)
+        self.sums = {"accuracy": self._by_unit(correct), "brier": self._by_unit((confidence - correct) ** 2)}
         if self.label_log_prob is not None and np.isfinite(self.label_log_prob).all():
-            result["nll"] = -(weights @ self.label_log_prob) / self.size
-        result["brier"] = weights @ (self.confidence - self.correct) ** 2 / self.size
-        result["auroc"] = _auroc(size, errors)
-        result["aurc"] = _aurc(size, errors)
-        for coverage in COVERAGES:
-            result[f"accuracy_at_{coverage}"] = _accuracy_at_coverage(size, errors, coverage)
+            self.sums["nll"] = self._by_unit(-self.label_log_prob)
+        # (U, M): correct - confidence summed in the column of its bin; ECE = sum_m |column sum| / n
+        schemes = (
+            ("ece", num_bins, "uniform"),
+            ("ece_15_bins", 15, "uniform"),
+            ("ece_equal_mass", num_bins, "equal_mass"),
+        )
+        self.gaps = {name: self._by_unit(correct - confidence, bins, kind) for name, bins, kind in schemes}
+        self.variance = self._by_unit(confidence * (1 - confidence), num_bins, "uniform")
+
+    def _by_unit(self, values: np.ndarray, bins: int | None = None, binning: str = "uniform") -> np.ndarray:
+        """Sums of (n,) values over each of the U units: (U,), or (U, bins), each value in the column of its bin."""
+        index = 0 if bins is None else bin_indices(self.confidence, bins, binning)
+        unit = np.arange(len(values)) if self.example is None else self.example
+        width, units = bins or 1, int(unit.max()) + 1
+        table = np.bincount(unit * width + index, values, minlength=units * width)
+        return table if bins is None else table.reshape(units, width)
+
+    def measure(self, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """(B, U) whole weights, or None for 1 everywhere -> {metric: (B,)}."""
+        is_point, weights = weights is None, np.ones((1, self.size)) if weights is None else weights
+        total = weights @ self.count
+        result = {name: weights @ sums / total for name, sums in self.sums.items()}
+        gaps = {name: weights @ gap / total[:, None] for name, gap in self.gaps.items()}
+        result |= {name: np.abs(gap).sum(1) for name, gap in gaps.items()}
+        result["ece_debiased"] = _debiased(gaps["ece"], np.sqrt(weights @ self.variance) / total[:, None])
+        result["trust_score"] = result["accuracy"] - result["ece"]
+        if self.example is None or is_point:
+            size, errors = self.groups.sums(weights if self.example is None else np.ones((1, len(self.correct))))
+            result |= {"auroc": _auroc(size, errors), "aurc": _aurc(size, errors)}
+            for coverage in COVERAGES:
+                result[f"accuracy_at_{coverage}"] = _accuracy_at_coverage(size, errors, coverage)
         return result
 
     def point(self) -> dict[str, float]:
-        return {name: float(values[0]) for name, values in self.measure(np.ones((1, self.size))).items()}
+        return {name: float(values[0]) for name, values in self.measure().items()}
 
     def noise_floor(self, num_bins: int, seed: int) -> dict[str, float]:
         return ece_noise_floor(self.confidence, num_bins, seed=seed)
@@ -349,17 +362,30 @@ class _Sample:
         return 0 if self.label_log_prob is None else int(np.isneginf(self.label_log_prob).sum())
 
 
+def _debiased(gaps: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """(B, M) gaps of the bins and their standard deviations under perfect calibration -> (B,) an ECE without its bias.
+
+    E|gap| is too large by sqrt(2 / pi) noise where the true gap is 0, and by nothing where it is far larger than the
+    noise: that is subtracted, fading as exp(-2 (gap / noise)^2), and scaled to be exact at 0. Otherwise the blunter of
+    two calibrated arms, which fills fewer bins, would seem the better one. It may be slightly negative: it is for
+    differences between arms, never a figure of its own.
+    """
+    ratio = np.divide(gaps, noise, out=np.zeros_like(gaps), where=noise > 0)
+    return (np.abs(gaps) - np.sqrt(2 / np.pi * 5) * noise * np.exp(-2 * ratio**2)).sum(1)
+
+
 class _MeanSample:
     """The same arm trained from several seeds: each metric is the mean of the seeds', and so is each replicate of it.
 
     All seeds are measured on the same resampled examples, so the intervals are those of the mean over these seeds;
-    what another seed would have given is told by the spread.
+    what another seed would have given is shown by the spread.
     """
 
     def __init__(self, samples: list[_Sample]):
-        self.samples, self.size = samples, samples[0].size
+        self.samples, self.size, self.example = samples, samples[0].size, samples[0].example
+        self.confidence = samples[0].confidence
 
-    def measure(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+    def measure(self, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
         measured = [sample.measure(weights) for sample in self.samples]
         shared = [name for name in measured[0] if all(name in one for one in measured)]
         return {name: np.mean([one[name] for one in measured], axis=0) for name in shared}
@@ -428,6 +454,8 @@ def _summary(sample: "_Sample | _MeanSample", replicates: dict[str, np.ndarray],
     """The dict that `summarize` describes."""
     point = sample.point()
     result: dict[str, Any] = {"num_examples": sample.size}
+    if sample.example is not None:
+        result["num_tokens"] = len(sample.confidence)
     for name in REPORTED:
         value = point.get(name, np.nan)
         result[name] = None if np.isnan(value) else value
@@ -439,7 +467,7 @@ def _summary(sample: "_Sample | _MeanSample", replicates: dict[str, np.ndarray],
     result["ci"] = {}
     for name, values in replicates.items():
         interval = _interval(point[name], values)
-        if interval is not None:
+        if interval is not None and name != "ece_debiased":
             lowest, highest = {"trust_score": (-1.0, 1.0), "nll": (0.0, np.inf)}.get(name, (0.0, 1.0))
             result["ci"][name] = [max(interval[0], lowest), min(interval[1], highest)]
     return result
@@ -453,7 +481,7 @@ def _difference(samples: Sequence[_Sample | _MeanSample], replicates: list[dict[
         if name not in second or np.isnan(first[name] - second[name]):
             continue  # an infinite nll and an undefined auroc have no difference
         difference, interval = first[name] - second[name], None
-        if replicates[0]:
+        if name in replicates[0]:
             interval = _interval(difference, replicates[0][name] - replicates[1][name])
         result[name] = {"difference": difference, "interval": interval}
     return result
@@ -461,7 +489,7 @@ def _difference(samples: Sequence[_Sample | _MeanSample], replicates: list[dict[
 
 def _sample_of(values: dict | list[dict], num_bins: int) -> _Sample | _MeanSample:
     seeds = [values] if isinstance(values, dict) else values
-    samples = [_Sample(one["confidence"], one["correct"], one.get("label_log_prob"), num_bins) for one in seeds]
+    samples = [_Sample(one, num_bins) for one in seeds]
     if len({sample.size for sample in samples}) > 1:
         raise ValueError(f"the seeds have {[sample.size for sample in samples]} examples; compare the same examples.")
     return samples[0] if len(samples) == 1 else _MeanSample(samples)

@@ -351,6 +351,34 @@ def test_a_paired_difference_is_tighter_than_two_intervals_and_antisymmetric():
     assert np.diff(forward["brier"]["interval"])[0] < sum(widths)
 
 
+@pytest.mark.parametrize(("size", "over"), [(500, 0.0), (2000, 0.0), (2000, 0.1)])
+def test_two_arms_of_equal_calibration_and_unequal_sharpness_are_rarely_called_different(size, over):
+    generator, called, draws = np.random.default_rng(0), 0, 80
+    for _ in range(draws):
+        arms = [
+            {"confidence": stated, "correct": generator.random(size) < stated - over, "example": np.arange(size)}
+            for stated in (generator.uniform(0.4, 1, size), np.full(size, 0.7))
+        ]
+        low, high = paired_difference(*arms, bootstrap=100)["ece_debiased"]["interval"]
+        called += low > 0 or high < 0
+    assert called <= (0.05 if over == 0 else 0.1) * draws
+
+
+def test_tokens_of_one_answer_are_resampled_together():
+    generator = np.random.default_rng(0)
+    answers = generator.uniform(0.3, 1, 300)
+    confidence = np.repeat(answers, 20)  # 20 tokens an answer, all right or all wrong
+    tokens = {"confidence": confidence, "correct": np.repeat(generator.random(300) < answers, 20)}
+    whole = compare({"a": tokens | {"example": np.repeat(np.arange(300), 20)}}, "a", bootstrap=200)[0]["a"]
+    naive = compare({"a": tokens}, "a", bootstrap=200)[0]["a"]
+    assert (whole["num_examples"], whole["num_tokens"], naive["num_examples"]) == (300, 6000, 6000)
+    for name in ("accuracy", "ece", "brier", "auroc", "aurc"):
+        assert whole[name] == pytest.approx(naive[name])
+    width, narrow = (np.diff(one["ci"]["accuracy"])[0] for one in (whole, naive))
+    assert 3.5 < width / narrow < 5.5  # sqrt(20)
+    assert "auroc" not in whole["ci"] and "auroc" in naive["ci"]
+
+
 def test_a_paired_difference_leaves_out_what_is_undefined_and_refuses_other_examples():
     first = {"confidence": [0.9, 0.8], "correct": [1, 1], "label_log_prob": [-math.inf, -1]}
     second = {"confidence": [0.9, 0.8], "correct": [1, 0], "label_log_prob": [-1, -1]}
