@@ -51,8 +51,7 @@ def random_rows(count: int, vocab_size: int, supervised: str) -> list[dict]:
 
 def cache_of(folder: Path, model, rows, encode, vocab_limit: int, rows_per_shard: int = 1024):
     """Write a cache of `rows` to `folder`, as the stage does; what it is made from is left out of the manifest."""
-    from first_trl.cache.run import write_shards
-    from first_trl.cache.writer import CacheWriter, library_versions
+    from first_trl.cache.writer import CacheWriter, library_versions, write_shards
     from first_trl.scoring import teacher_rows
 
     identity = {"teacher": {}, "dataset": {}, "task": {}, "library_versions": library_versions()}

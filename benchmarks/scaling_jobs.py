@@ -30,7 +30,7 @@ def distill_seconds(processes: int, rows: int, tokens: int, batch: int = 8) -> f
 def _together(processes: int, work) -> float:
     """Run `work(rank, processes, ready)` in processes of one thread; seconds from the last `ready` to the last end."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["first_trl.trainer", "first_trl.cache.run", "first_trl.scoring", "peft"])
+    context.set_forkserver_preload(["first_trl.trainer", "first_trl.cache.writer", "first_trl.scoring", "peft"])
     barrier, results = context.Barrier(processes), context.SimpleQueue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -92,8 +92,7 @@ def _cache(folder: Path, rows: int, tokens: int, rank: int, processes: int, read
     import numpy as np
     from datasets import Dataset
 
-    from first_trl.cache.run import write_shards
-    from first_trl.cache.writer import CacheWriter, library_versions
+    from first_trl.cache.writer import CacheWriter, library_versions, write_shards
     from first_trl.scoring import teacher_rows
 
     model = build_model(layers=4).eval()

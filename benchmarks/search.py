@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 
-from first_trl.calibration import recalibrate, search
-from first_trl.family import choose_family
+from first_trl.calibration import choose_family, recalibrate, search
 
 RESULTS = Path(__file__).parent / "results" / "search.md"
 KEPT, BOOTSTRAP = 5, 200

@@ -30,12 +30,11 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 
-from .calibration import error_curve, largest_smoothing, recalibrate, search
+from .calibration import choose_family, error_curve, largest_smoothing, recalibrate, search
 from .config import TaskConfig
 from .constants import PREDICT_FILE
 from .data.choices import choice_token_ids
 from .data.encoding import encode_example
-from .family import choose_family
 from .field_types import SettingsError
 from .metrics import threshold_for_accuracy
 from .recipe.loading import arm_of

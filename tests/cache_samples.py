@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from first_trl.cache.fingerprints import chat_template_fingerprint, tokenizer_fingerprint
+from first_trl.cache.format import tokenizer_fingerprint
+from first_trl.cache.identity import chat_template_fingerprint
 from first_trl.cache.writer import CacheWriter
 
 VOCABULARY = 40

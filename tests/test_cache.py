@@ -10,8 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from first_trl.cache.fingerprints import chat_template_fingerprint, dataset_fingerprint, row_key
-from first_trl.cache.format import SEAL, CacheError, cache_schema, read_manifest, render_manifest
+from first_trl.cache.format import (
+    SEAL,
+    CacheError,
+    cache_schema,
+    dataset_fingerprint,
+    read_manifest,
+    render_manifest,
+    row_key,
+)
+from first_trl.cache.identity import chat_template_fingerprint
 from first_trl.cache.reader import check_cache, check_vocabulary, open_cache
 from tests.cache_samples import VOCABULARY, FakeTokenizer, contents, description, make_row, make_rows, write_cache
 

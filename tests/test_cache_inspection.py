@@ -140,7 +140,7 @@ def test_a_teacher_that_changed_a_little_exceeds_the_tolerance(folder, path, sha
 @pytest.mark.parametrize("tail", ["exact", "from_top_k"])
 def test_a_tail_that_is_what_the_kept_tokens_leave_may_differ_by_their_rounding(tmp_path, tail):
     from first_trl.scoring import teacher_rows
-    from first_trl.server_scoring import tail_from_top_k
+    from first_trl.vllm_scoring import tail_from_top_k
     from tests.test_trainer import random_examples
 
     model, examples = build_model(27, initializer_range=1.0).eval(), random_examples(8, 27)

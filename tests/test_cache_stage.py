@@ -22,8 +22,7 @@ import first_trl.scoring
 from first_trl.cache.format import CacheError, shard_name
 from first_trl.cache.identity import open_recipe_cache, teacher_identity
 from first_trl.cache.reader import parquet_files
-from first_trl.cache.run import write_shards
-from first_trl.cache.writer import library_versions
+from first_trl.cache.writer import library_versions, write_shards
 from first_trl.recipe.loading import load_recipe
 from first_trl.run import inputs_of
 from first_trl.stages import cache as stage
@@ -114,7 +113,7 @@ def processes():
     """Processes that start quickly: forked off a server that has the libraries imported and no threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["first_trl.trainer", "first_trl.scoring", "first_trl.data.encoding", "first_trl.cache.run"]
+        ["first_trl.trainer", "first_trl.scoring", "first_trl.data.encoding", "first_trl.cache.writer"]
     )
     started = []
 

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from first_trl.calibration import recalibrate
-from first_trl.family import FOLDS, choose_family
+from first_trl.calibration import FOLDS, choose_family, recalibrate
 from tests.test_calibration import make_rows
 
 FAMILIES = ["temperature", "probability"]
@@ -40,21 +39,23 @@ def test_a_family_that_gives_labels_no_probability_never_wins_by_likelihood():
 
 
 def test_the_score_of_a_family_is_measured_on_rows_that_its_value_did_not_see(monkeypatch):
-    import first_trl.family
+    import first_trl.calibration
 
     seen = []
 
     def watched(log_probs, target, **settings):
         seen.append({row.item() for row in log_probs[:, 0]})
-        return original(log_probs, target, **settings)
+        with monkeypatch.context() as within:
+            within.setattr(first_trl.calibration, "recalibrate", recalibrate)
+            return original(log_probs, target, **settings)
 
-    def laid_over(log_probs, method, value, **tail):
+    def apply(log_probs, method, value):
         assert not seen[-1] & {row.item() for row in log_probs[:, 0]}
-        return recalibrate(log_probs, method, value, **tail)
+        return recalibrate(log_probs, method, value)
 
-    original = first_trl.family.search
-    monkeypatch.setattr(first_trl.family, "search", watched)
-    monkeypatch.setattr(first_trl.family, "recalibrate", laid_over)
+    original = first_trl.calibration.search
+    monkeypatch.setattr(first_trl.calibration, "search", watched)
+    monkeypatch.setattr(first_trl.calibration, "recalibrate", apply)
     rows, target = drawn(103, "temperature", 2.0)
     choose_family(rows, target, ["temperature"])
     assert len(seen) == FOLDS and {len(part) for part in seen} == {82, 83}

@@ -6,13 +6,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from first_trl.cache.fingerprints import (
-    chat_template_fingerprint,
-    dataset_fingerprint,
-    row_key,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
+from first_trl.cache.format import dataset_fingerprint, row_key, tokenizer_fingerprint
+from first_trl.cache.identity import chat_template_fingerprint, weights_fingerprint
 from tests.cache_samples import FakeTokenizer
 
 

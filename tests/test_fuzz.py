@@ -16,10 +16,10 @@ from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from first_trl.cache.fingerprints import file_sha256
 from first_trl.cache.format import MANIFEST, SEAL, render_manifest
 from first_trl.cache.reader import CacheError, open_cache
 from first_trl.config import TaskConfig
+from first_trl.files import file_digest
 from first_trl.hub.card import build_card
 from first_trl.log import recording
 from first_trl.recipe.loading import RecipeError, load_recipe
@@ -234,7 +234,7 @@ def test_no_parquet_file_crashes_the_reader(cases, small_cache):
             damaged[at : at + len(new)] = new
         shard.write_bytes(damaged)
         manifest = json.loads(manifest_bytes)
-        manifest["shards"][0] |= {"bytes": len(damaged), "sha256": file_sha256(shard)}  # or it would not be decoded
+        manifest["shards"][0] |= {"bytes": len(damaged), "sha256": file_digest(shard)}  # or it would not be decoded
         manifest.pop(SEAL)
         (folder / "bad" / MANIFEST).write_bytes(render_manifest(manifest))
         check_cache_folder(folder)

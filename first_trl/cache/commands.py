@@ -111,7 +111,7 @@ def _load_teacher(cache, path: str):
 
     from ..modeling import load_model
     from ..training import load_arguments
-    from .fingerprints import weights_fingerprint
+    from .identity import weights_fingerprint
     from .reader import check_cache
 
     made_by, local = cache.manifest["teacher"], Path(path).is_dir()

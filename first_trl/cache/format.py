@@ -4,12 +4,13 @@ The manifest seals the shards by SHA-256 and itself by one more, and has one ren
 it is noticed. Writer and reader both take the format from here; neither is here.
 """
 
+import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
-
-from .fingerprints import fingerprint
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -146,3 +147,42 @@ def _check_entries(file: Path, manifest: dict) -> None:
         found = sum(shard[total] for shard in manifest["shards"])
         if found != manifest["totals"][total]:
             raise CacheError(f"{file}: {total} is {manifest['totals'][total]}, its shards have {found}. {MAKE_AGAIN}")
+
+
+def canonical_json(content) -> str:
+    """One text for one content: keys sorted, no blanks, ASCII only, no NaN."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def fingerprint(content) -> str:
+    """SHA-256 of anything that JSON can hold, as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """SHA-256 of the whole token -> id mapping, added and special tokens included.
+
+    Which of them ends or pads a sequence is left out: a cache stores ids, and a base model and its chat version, which
+    share every id, may end their turns differently.
+
+    Args:
+        tokenizer: a `transformers` tokenizer.
+    """
+    return fingerprint(tokenizer.get_vocab())
+
+
+def row_key(input_ids: Sequence[int], labels: Sequence[int]) -> str:
+    """SHA-256 of one example: the length and the int32 little-endian bytes of `input_ids`, then of `labels`."""
+    digest = hashlib.sha256()
+    for values in (input_ids, labels):
+        tokens = np.asarray(values, dtype="<i4")
+        digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
+    return digest.hexdigest()
+
+
+def dataset_fingerprint(row_keys: Iterable[str]) -> str:
+    """SHA-256 of a dataset: its row keys in order. Takes any iterable, and keeps none of it."""
+    digest = hashlib.sha256()
+    for key in row_keys:
+        digest.update(bytes.fromhex(key))
+    return digest.hexdigest()

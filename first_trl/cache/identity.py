@@ -9,13 +9,19 @@ from pathlib import Path
 
 from ..config import DatasetConfig
 from ..data.loading import source_identity
-from .fingerprints import (
-    chat_template_fingerprint,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
+from ..files import file_digest
+from .format import fingerprint, tokenizer_fingerprint
 from .reader import TeacherCache, check_cache, open_cache
 from .writer import library_versions
+
+WEIGHT_FILES = (
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_model*.bin",
+    "config.json",
+    "adapter_config.json",
+    "*.index.json",
+)
 
 
 def cached_split(recipe, role: str) -> DatasetConfig:
@@ -133,3 +139,25 @@ def open_recipe_cache(recipe, role: str, teacher_path: str, section: dict) -> Te
         expected["teacher"] = {"id": teacher_path, "revision": section["model_revision"], **_how_it_runs(section)}
     check_cache(cache, tokenizer=tokenizer, **expected)
     return cache
+
+
+def chat_template_fingerprint(tokenizer) -> str | None:
+    """SHA-256 of the chat template (of all of them where there are several), None where there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return None if template is None else fingerprint(template)
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """SHA-256 of a local model or adapter: names and bytes of its weight files and of its configuration.
+
+    Raises:
+        ValueError: the folder holds no weights.
+    """
+    folder = Path(folder)
+    files = sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)})
+    if not any(file.suffix in (".safetensors", ".bin") for file in files):
+        raise ValueError(
+            f"{folder} holds no model weights (*.safetensors, pytorch_model*.bin, adapter_model*.bin). "
+            "Name the folder that save_pretrained wrote."
+        )
+    return fingerprint([[file.name, file_digest(file)] for file in files])

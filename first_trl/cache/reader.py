@@ -19,8 +19,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from .fingerprints import canonical_json, file_sha256, tokenizer_fingerprint
-from .format import MAKE_AGAIN, MANIFEST, SEAL, CacheError, manifest_schema, read_manifest
+from ..files import file_digest
+from .format import (
+    MAKE_AGAIN,
+    MANIFEST,
+    SEAL,
+    CacheError,
+    canonical_json,
+    manifest_schema,
+    read_manifest,
+    tokenizer_fingerprint,
+)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _REMEDIES = {
@@ -117,7 +126,7 @@ def check_shards(path: Path, manifest: dict, verify: bool = True) -> None:
         file = path / shard["name"]
         _compare(file, "size in bytes", file.stat().st_size, shard["bytes"])
         if verify:
-            _compare(file, "sha256", file_sha256(file), shard["sha256"])
+            _compare(file, "sha256", file_digest(file), shard["sha256"])
         try:
             metadata, columns = pq.read_metadata(file), pq.read_schema(file)
             same_columns = columns.equals(schema)

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .fingerprints import file_sha256, row_key
-from .format import CacheError
+from ..files import file_digest
+from .format import CacheError, row_key
 
 _IGNORED = -100
 MASS_BINS = 10_000  # of the histogram that the 10th percentile is read from: it is exact to 1e-4
@@ -78,7 +78,7 @@ class Statistics:
                 "rows": len(table),
                 "supervised_positions": len(tail),
                 "bytes": file.stat().st_size,
-                "sha256": file_sha256(file),
+                "sha256": file_digest(file),
             }
         )
 

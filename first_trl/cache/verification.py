@@ -17,8 +17,7 @@ from ..constants import IGNORED
 from ..head import partition_log_probs, top_k_log_probs
 from ..modeling import innermost, language_model_head
 from ..scoring import hidden_states_at
-from .fingerprints import dataset_fingerprint, row_key
-from .format import CacheError
+from .format import CacheError, dataset_fingerprint, row_key
 from .reader import TeacherCache, check_cache
 from .shard import Statistics
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..cache.fingerprints import tokenizer_fingerprint
+from ..cache.format import tokenizer_fingerprint
 from ..data.choices import choice_token_ids
 from ..data.loading import check_disjoint
 from ..evaluation import test_task

@@ -50,7 +50,7 @@ def teacher_runner(recipe, path: str, section: dict, vocab_limit: int) -> tuple[
     settings = recipe.cache
     wanted = {"top_k": settings.top_k, "vocab_limit": vocab_limit}
     if settings.backend == "server":
-        from first_trl.server_scoring import connect, server_teacher_rows
+        from first_trl.vllm_scoring import connect, server_teacher_rows
 
         server = connect(settings.server_url, path)
         backend = {"name": "server", "model": PurePath(server.model).name, "version": server.version}
@@ -71,8 +71,7 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
 
     from first_trl.cache.identity import cached_split, kept_tokens
     from first_trl.cache.reader import parquet_files
-    from first_trl.cache.run import write_shards
-    from first_trl.cache.writer import CacheWriter
+    from first_trl.cache.writer import CacheWriter, write_shards
     from first_trl.data.loading import load_split
 
     state, settings, folder = PartialState(), recipe.cache, recipe.run_folder / "cache" / role

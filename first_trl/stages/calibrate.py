@@ -30,8 +30,7 @@ def main(recipe, options) -> None:
 
 def calibrate(recipe) -> list[str]:
     """Search every family on the validation cache; returns what was written."""
-    from first_trl.calibration import search
-    from first_trl.family import choose_family
+    from first_trl.calibration import choose_family, search
     from first_trl.files import write_atomically
 
     settings = recipe.calibrate

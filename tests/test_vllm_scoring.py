@@ -23,7 +23,8 @@ from first_trl.field_types import SettingsError
 from first_trl.modeling import load_model
 from first_trl.recipe.loading import load_recipe
 from first_trl.scoring import teacher_rows
-from first_trl.server_scoring import (
+from first_trl.stages import cache as stage
+from first_trl.vllm_scoring import (
     SMALLEST_TAIL,
     PromptServer,
     ServerError,
@@ -32,7 +33,6 @@ from first_trl.server_scoring import (
     server_teacher_rows,
     tail_from_top_k,
 )
-from first_trl.stages import cache as stage
 from tests.cache_recipe import write_recipe
 from tests.cache_samples import contents
 from tests.test_trainer import random_examples
@@ -305,7 +305,7 @@ def cached(recipe, role, overrides=()):
 
 
 def test_a_server_that_dies_leaves_a_cache_that_a_restart_finishes(tmp_path, arrow_files, monkeypatch):
-    monkeypatch.setattr("first_trl.server_scoring.WAITS", WAITS)
+    monkeypatch.setattr("first_trl.vllm_scoring.WAITS", WAITS)
     monkeypatch.setattr(PromptServer, "ask", _with_short_waits(PromptServer.ask))
     recipe = write_recipe(tmp_path, rows=20, rows_per_shard=4, cache={"dtype": "float32"})
     model = load_model(str(tmp_path / "teacher"))
