@@ -4,9 +4,10 @@ import json
 import sys
 import tempfile
 
+import torch
+
 
 def main() -> None:
-
     from tests.test_trainer import cache_of, random_examples, trainer_for
     from tests.tiny import build_model, build_tokenizer
 
@@ -27,6 +28,7 @@ def main() -> None:
             max_grad_norm=0.0,
             max_steps=1,
             save_strategy="no",
+            use_cpu=not torch.cuda.is_available(),
         )
         before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
         trainer.train()
