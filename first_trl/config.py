@@ -145,7 +145,7 @@ class CacheConfig(Settings):
     teacher_dtype: str | None = setting(
         None, "Type the teacher runs in. Default: sft.dtype.", choices=("auto", "bfloat16", "float16", "float32")
     )
-    load_in_4bit: bool = setting(False, "Run the teacher in 4-bit NF4.")
+    load_in_4bit: bool | None = setting(None, "Run the teacher in 4-bit NF4, or not; default: as `sft` trained it.")
     attn_implementation: str | None = setting(None, "Attention of the teacher, e.g. sdpa or flash_attention_2.")
     streaming: bool = setting(False, "Read the rows as a stream: no copy of the dataset on this machine.")
     backend: str = setting("hf", "What runs the teacher: transformers, or a server.", choices=("hf", "server"))

@@ -107,17 +107,15 @@ def merge(
     Raises:
         ValueError: `output` is there already, or `student` is no adapter.
     """
-    from transformers import AutoTokenizer
-
     from .data.loading import load_split
-    from .modeling import load_model
+    from .modeling import load_model, load_tokenizer
     from .training import load_arguments
 
     if output.exists():
         raise ValueError(f"{output} is there already; remove it, or give another folder with --output")
     if not (student / "adapter_config.json").is_file():
         raise ValueError(f"{student} holds no adapter, so there is nothing to merge; give a student trained with LoRA")
-    arguments, tokenizer = load_arguments(loading), AutoTokenizer.from_pretrained(student)
+    arguments, tokenizer = load_arguments(loading), load_tokenizer(student)
     sets = {name: (load_split(config, "test"), task) for name, (config, task) in tests.items()}
     sizes = {"top_k": top_k, "tokens_per_batch": tokens_per_batch}
     before = _answers(load_model(str(student), **arguments), tokenizer, sets, **sizes)

@@ -9,58 +9,161 @@ Shapes: B batch, T tokens, N supervised positions, D hidden, V vocabulary, K kep
 """
 
 import functools
+import re
 import types
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import ModelOutput, find_adapter_config_file, logging
 
 from .constants import IGNORED
-from .head import partition_log_probs_and_tail_max, selected_logits
+from .errors import FirstTrlError
+from .head import partition_log_probs, partition_log_probs_and_tail_max, selected_logits
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = logging.get_logger(__name__)
+
+# What an adapter holds once and several layers refer to: saved once, and missing at the others
+_SHARED_BY_LAYERS = ("vblora_vector_bank", "prompt_encoder", "tinylora_v", "unilora_theta_d")
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or an adapter: a Hub id or a folder. Code that comes with it is never run.
+
+    Raises:
+        FirstTrlError: the tokenizer needs code of its own.
+    """
+    with _own_code_refused(path):
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
 
 
 def load_model(
-    path: str,
+    path: str | Path,
     *,
     revision: str | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     quantization_config=None,
     attn_implementation: str | None = None,
-    device: torch.device | str = "cpu",
-    trust_remote_code: bool = False,
-) -> torch.nn.Module:
-    """A causal language model in evaluation mode: a Hub id, a model folder, or an adapter folder with its base.
+    device: torch.device | str | None = "cpu",
+    **options,
+) -> "PreTrainedModel | PeftModel":
+    """A causal language model in evaluation mode, its head checked: a Hub id, a model folder, or an adapter.
+
+    Training, caching, evaluation, prediction and merging all load here, so that a checkpoint is the same class with
+    the same names of weights everywhere: of one that also sees images, the text model where transformers has it.
 
     Args:
-        path: model id or folder; a folder with `adapter_config.json` is loaded on the base that it names.
-        dtype: `float32`, `bfloat16`, ... of the weights that are not quantised.
+        path: Hub id or folder; an adapter is loaded on the base, and the revision of it, that it names.
+        revision: branch, tag or commit of `path`; of the base, where `path` is a local adapter that names none.
+        dtype: `float32`, `bfloat16`, ... of the weights that are not quantised, or `auto`.
         quantization_config: `transformers.BitsAndBytesConfig` for a 4-bit base, or None.
-    """
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
+        device: the one device that the weights go to, directly; None leaves that to a job that shares them out.
+        **options: other arguments of `from_pretrained`.
 
-    is_adapter = (Path(path) / "adapter_config.json").is_file()
-    auto_class = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
-    model = auto_class.from_pretrained(
-        path,
-        revision=revision,
-        dtype=dtype,
-        quantization_config=quantization_config,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        device_map=None if quantization_config is None else {"": device},
-    )
-    if quantization_config is None:
+    Raises:
+        FirstTrlError: the model needs code of its own, an adapter's weights do not fit, or the head is not understood.
+    """
+    if named := [name for name in ("trust_remote_code", "use_kernels") if options.pop(name, False)]:
+        raise FirstTrlError(f"{path}: {named[0]} would run code that comes with a model, and is refused; remove it.")
+    if "/" in (attn_implementation or ""):
+        raise FirstTrlError(
+            f"attn_implementation is {attn_implementation!r}: kernels of the Hub are code, which is never run; take "
+            "one of transformers' own, such as sdpa or flash_attention_2."
+        )
+    options |= {"dtype": dtype, "quantization_config": quantization_config, "attn_implementation": attn_implementation}
+    options["device_map"] = None if device is None or torch.device(device).type in ("cpu", "mps") else {"": device}
+    with _own_code_refused(path):
+        if find_adapter_config_file(str(path), revision=revision) is None:
+            model = _load_base(path, revision, options)
+        else:
+            model = _load_adapter(path, revision, options, device)
+    if device is not None and quantization_config is None:
         model = model.to(device)
+    check_head(model)
     return model.eval()
 
 
-def innermost(model: torch.nn.Module) -> torch.nn.Module:
+@contextmanager
+def _own_code_refused(path):
+    """Translate transformers' advice to trust remote code, which nothing here ever follows."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise FirstTrlError(
+            f"{path} needs code of its own, which first-trl never runs; take a model that transformers itself knows."
+        ) from None
+
+
+def _load_base(path, revision, options: dict) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    has_text_model = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto_class = AutoModelForCausalLM if has_text_model else AutoModelForImageTextToText
+    model = auto_class.from_pretrained(path, revision=revision, trust_remote_code=False, **options)
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"  # Llama 4's and Mllama's text models call their backbone what it is not
+    return model
+
+
+def _load_adapter(path, revision, options: dict, device) -> "PeftModel":
+    from peft import PeftConfig, PeftModel
+
+    revision_of_base, adapter_revision = (revision, None) if Path(path).is_dir() else (None, revision)
+    config = PeftConfig.from_pretrained(str(path), revision=adapter_revision)
+    base = _load_base(config.base_model_name_or_path, config.revision or revision_of_base, options)
+    if (Path(path) / "tokenizer_config.json").is_file():
+        num_tokens = len(load_tokenizer(path))
+        if num_tokens > base.get_input_embeddings().weight.shape[0]:  # tokens were added before it was trained
+            base.resize_token_embeddings(num_tokens)
+    kwargs = {"revision": adapter_revision, "torch_device": str(device or "cpu")}
+    try:
+        model = PeftModel.from_pretrained(base, str(path), **kwargs)
+        loaded = model.load_adapter(str(path), "default", **kwargs)  # once more, for what PEFT keeps to itself
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FirstTrlError(f"The adapter {path} does not fit {config.base_model_name_or_path}: {reason}") from error
+    strangers = [] if config.is_prompt_learning else [*loaded.missing_keys, *loaded.unexpected_keys]
+    if strangers := [name for name in strangers if not any(shared in name for shared in _SHARED_BY_LAYERS)]:
+        raise FirstTrlError(
+            f"{len(strangers)} weights of the adapter {path} have no counterpart on its base "
+            f"{config.base_model_name_or_path}, e.g. {strangers[0]}: without them it would be the base that answers. "
+            "Give the base that it was trained on, loaded as it was then, or train it again."
+        )
+    return model
+
+
+def innermost(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside a PeftModel, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def keep_to_text(peft_config, model: PreTrainedModel) -> None:
+    """Keep an adapter off whatever of a model is not its text model, such as the tower that reads images."""
+    model = innermost(model)
+    if peft_config is None or model.config.get_text_config() is model.config:
+        return
+    if getattr(peft_config, "exclude_modules", "") is not None:  # chosen by the user, or not of this kind of adapter
+        return
+    text = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is text)
+    if any(not name.startswith(prefix) for name, module in model.named_modules() if isinstance(module, nn.Linear)):
+        peft_config.exclude_modules = rf"(?!{re.escape(prefix)}\.|lm_head).*"
 
 
 class Head(NamedTuple):
@@ -97,6 +200,8 @@ def supervised_mask(labels_BT: torch.Tensor) -> torch.Tensor:
 def logit_scale(config) -> float:
     """The factor that a model multiplies its logits by; 1.0 for most. Each family has its own name for it."""
     text_config = config.get_text_config()
+    if text_config.model_type == "mpt":  # reads its `logit_scale` from checkpoints and never applies it
+        return 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
         if getattr(text_config, name, None) is not None:
             return float(getattr(text_config, name))
@@ -109,13 +214,61 @@ def logit_scale(config) -> float:
 def language_model_head(model: PreTrainedModel) -> Head:
     """The model's [`Head`]. FSDP2 and ZeRO-3 may hold it in pieces; `first_trl.head` gathers them when it reads."""
     module = model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    config = model.config.get_text_config()
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    softcap = next((value for name in caps if (value := getattr(config, name, None))), None)
     return Head(module.weight, getattr(module, "bias", None), logit_scale(model.config), softcap)
 
 
 def backbone_hidden_states(model: PreTrainedModel, **inputs) -> torch.Tensor:
     """(B, T, D) last hidden states of `model`, whose backbone transformers calls `base_model`; no head is applied."""
     return model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model: torch.nn.Module, fused: bool = False) -> None:
+    """Refuse a model whose logits are not what its head, as understood here, makes of its last hidden states.
+
+    Eight tokens go through `model(...).logits` and through [`language_model_head`] (with `fused`, through the head
+    that TRL's SFTTrainer adds); their log-probabilities may differ by 1e-2 nats and by what the dtype rounds away.
+    A model whose weights are shared out already (ZeRO-3) cannot run on its own, and is not checked.
+
+    Raises:
+        FirstTrlError: they differ by more, naming the architecture and both numbers; or the model computes NaN.
+    """
+    inner, training = innermost(model), model.training
+    if any(hasattr(weight, "ds_id") or weight.is_meta for weight in inner.parameters()):
+        logger.info(f"The head of {type(inner).__name__} is not checked: its weights are shared out over processes.")
+        return
+    model.eval()
+    embeddings = inner.get_input_embeddings().weight
+    ids_BT = torch.arange(10, 18, device=embeddings.device)[None] % len(embeddings)
+    logits_TV = inner(input_ids=ids_BT, use_cache=False).logits[0]
+    head, expected_TV = language_model_head(inner), logits_TV.float().log_softmax(dim=-1).to(ids_BT.device)
+    if expected_TV.isnan().any():
+        raise FirstTrlError(
+            f"{type(inner).__name__} computes NaN from eight ordinary tokens: its weights, or its adapter's, are "
+            f"damaged, or overflow in {logits_TV.dtype}; train it again, or load it in another dtype."
+        )
+    if fused:
+        found = inner(input_ids=ids_BT, labels=ids_BT, fused_lm_head=True).log_probs.to(ids_BT.device).T
+        expected = expected_TV[:-1].gather(1, ids_BT[0, 1:, None])
+    else:
+        hidden_TD = backbone_hidden_states(inner, input_ids=ids_BT)[0].to(head.weight.device)
+        top_TK = expected_TV.topk(min(5, expected_TV.shape[1] - 1)).indices
+        ids_TK = top_TK.to(head.weight.device)
+        found = partition_log_probs(hidden_TD, head.weight, ids_TK, *head[1:])[:, :-1].to(ids_BT.device)
+        expected = expected_TV.gather(1, top_TK)
+    model.train(training)
+    worst = (found - expected).abs().argmax()
+    # Half precision rounds a logit to a share of itself, a few times on its way
+    rounding = 4 * torch.finfo(logits_TV.dtype).eps * logits_TV.float().abs().nan_to_num(posinf=0).max()
+    if (found - expected).abs().flatten()[worst] > 1e-2 + rounding:
+        raise FirstTrlError(
+            f"{type(inner).__name__} ({inner.config.model_type}) computes logits as {'TRL' if fused else 'first-trl'} "
+            f"does not: the log-probability of a token is {expected.flatten()[worst]:.4f} nats by the model, "
+            f"{found.flatten()[worst]:.4f} by its head. All that follows would be wrong; take another architecture."
+        )
 
 
 def add_partition_head(model: PreTrainedModel) -> None:

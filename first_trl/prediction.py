@@ -42,10 +42,9 @@ class Predictor:
 
     def __init__(self, adapter: str | Path, *, revision: str | None = None, device: str | None = None):
         import torch
-        from transformers import AutoTokenizer
 
         from .evaluation import read_student
-        from .modeling import load_model
+        from .modeling import load_model, load_tokenizer
         from .training import load_arguments
 
         folder = _folder(str(adapter), revision)
@@ -54,7 +53,7 @@ class Predictor:
         if device is None and torch.accelerator.is_available():
             device = str(torch.accelerator.current_accelerator())
         self.model = load_model(str(folder), device=device or "cpu", **load_arguments(self.description["loading"]))
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = load_tokenizer(folder)
 
     def predict(self, rows: Iterable[dict], accuracy: float = 0.9, tokens_per_batch: int = 8192) -> list[dict]:
         """[{"answer", "confidence", "abstain"}] of rows, in order; they need no label.

@@ -13,6 +13,15 @@ from accelerate import PartialState
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from .data.loading import load_split, tokenize_dataset
+from .modeling import keep_to_text, load_model
+
+QUANTIZATION = (
+    "load_in_4bit",
+    "load_in_8bit",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
+    "bnb_4bit_quant_storage",
+)
 
 
 def split_section(section: dict, config_class: type) -> tuple[dict, ModelConfig]:
@@ -40,14 +49,7 @@ def training_arguments(section: dict, config_class: type, folder: Path, seed: in
         "save_total_limit": 1,
         "bf16": model_args.dtype == "bfloat16",
     }
-    args = config_class(**{**defaults, **settings})
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "dtype": model_args.dtype,
-        "attn_implementation": model_args.attn_implementation,
-        **(args.model_init_kwargs or {}),
-    }
-    return args, model_args
+    return config_class(**{**defaults, **settings}), model_args
 
 
 def label_arguments(recipe, section: dict, folder: Path, seed: int):
@@ -56,16 +58,20 @@ def label_arguments(recipe, section: dict, folder: Path, seed: int):
     return training_arguments({**section, "max_length": length}, SFTConfig, folder, seed)
 
 
-def model_arguments(model_args: ModelConfig) -> dict:
-    """The trainer's arguments that describe the model: id, quantisation and adapter."""
+def model_arguments(args, model_args: ModelConfig) -> dict:
+    """The trainer's arguments that describe the model: loaded as every stage loads it, and its adapter.
+
+    Handed a name, TRL would load another class than `AutoModelForCausalLM` for checkpoints that also see images, and
+    spread the model over all devices of the machine where the job is one process.
+    """
+    options, args.model_init_kwargs = args.model_init_kwargs or {}, None
+    device = None if launched_sharded() else args.device
+    model = load_model(model_args.model_name_or_path, device=device, **{**_load_arguments(model_args), **options})
     adapter = get_peft_config(model_args)
     if adapter is not None and model_args.model_revision != "main":
         adapter.revision = model_args.model_revision  # PEFT loads the base of an adapter at the revision that it names
-    return {
-        "model": model_args.model_name_or_path,
-        "quantization_config": get_quantization_config(model_args),
-        "peft_config": adapter,
-    }
+    keep_to_text(adapter, model)
+    return {"model": model, "peft_config": adapter}
 
 
 def tokenized_splits(recipe, roles: tuple[str, ...], tokenizer) -> dict:
@@ -117,8 +123,10 @@ def clear_unfinished(folder: Path, continues: bool) -> None:
 
 def load_arguments(section: dict) -> dict:
     """The arguments of `first_trl.modeling.load_model` for a model that a recipe section describes."""
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    model_args = ModelConfig(**{key: value for key, value in section.items() if key in names})
+    return _load_arguments(split_section(section, ModelConfig)[1])
+
+
+def _load_arguments(model_args: ModelConfig) -> dict:
     return {
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
@@ -130,11 +138,15 @@ def load_arguments(section: dict) -> dict:
 def teacher_section(recipe) -> dict:
     """How the teacher is loaded for inference: as `sft` trained it, unless `cache` says otherwise."""
     settings = recipe.cache
+    quantization = {name: recipe.sft[name] for name in QUANTIZATION if name in recipe.sft}
+    if settings.load_in_4bit is not None:
+        quantization |= {"load_in_4bit": settings.load_in_4bit, "load_in_8bit": False}
     return {
         "model_revision": settings.teacher_revision or "main",
         "dtype": settings.teacher_dtype or recipe.sft.get("dtype", "float32"),
         "attn_implementation": settings.attn_implementation or recipe.sft.get("attn_implementation"),
-        "load_in_4bit": settings.load_in_4bit,
+        "load_in_4bit": False,
+        **quantization,
         "backend": settings.backend,
     }
 

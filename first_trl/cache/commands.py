@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def inspect(options: argparse.Namespace) -> None:
     """Print a page about a cache; tokens are shown as text where the teacher's tokenizer is at hand."""
-    from transformers import AutoTokenizer
 
+    from ..modeling import load_tokenizer
     from .inspection import describe, teacher_near
     from .reader import check_cache, open_cache
 
@@ -66,7 +66,7 @@ def inspect(options: argparse.Namespace) -> None:
     source = options.tokenizer or teacher_near(Path(cache.path))
     tokenizer = None
     if source is not None:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
         check_cache(cache, tokenizer=tokenizer)
     print(describe(cache, tokenizer))
     if tokenizer is None:
@@ -107,16 +107,15 @@ def verify(options: argparse.Namespace) -> None:
 def _load_teacher(cache, path: str):
     """The teacher of a cache and its tokenizer, loaded as when the cache was made; refused if it is another one."""
     import torch
-    from transformers import AutoTokenizer
 
-    from ..modeling import load_model
+    from ..modeling import load_model, load_tokenizer
     from ..training import load_arguments
     from .identity import weights_fingerprint
     from .reader import check_cache
 
     made_by, local = cache.manifest["teacher"], Path(path).is_dir()
     revision = None if local else made_by["commit"] or made_by["revision"]
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    tokenizer = load_tokenizer(path, revision)
     known = local and made_by["weights_sha256"] is not None
     weights = {"teacher": {"weights_sha256": weights_fingerprint(path)}} if known else {}
     check_cache(cache, tokenizer=tokenizer, **weights)

@@ -117,7 +117,7 @@ def open_recipe_cache(recipe, role: str, teacher_path: str, section: dict) -> Te
     Raises:
         CacheError: the cache is damaged, or one of these differs; both values are named.
     """
-    from transformers import AutoTokenizer
+    from ..modeling import load_tokenizer
 
     cache = open_cache(recipe.run_folder / "cache" / role)
     expected = {
@@ -131,7 +131,7 @@ def open_recipe_cache(recipe, role: str, teacher_path: str, section: dict) -> Te
     tokenizer, found = None, cache.manifest["teacher"]
     if Path(teacher_path).is_dir():
         expected["teacher"] = teacher_identity(teacher_path, section)
-        tokenizer = AutoTokenizer.from_pretrained(teacher_path)
+        tokenizer = load_tokenizer(teacher_path)
         expected["chat_template_sha256"] = chat_template_fingerprint(tokenizer)
     elif found["weights_sha256"] is not None and Path(teacher_path).name == found["id"]:
         expected["teacher"] = _how_it_runs(section)

@@ -24,13 +24,13 @@ def cache_splits(recipe) -> list[str]:
     """Cache both splits with one teacher; returns what was written."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
-    from transformers import AutoTokenizer
 
     from first_trl.cache.identity import cache_identity, teacher_identity
+    from first_trl.modeling import load_tokenizer
     from first_trl.training import teacher_section
 
     state, path, section = PartialState(), teacher_path(recipe), teacher_section(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=recipe.cache.teacher_revision)
+    tokenizer = load_tokenizer(path, recipe.cache.teacher_revision)
     run_teacher, backend = teacher_runner(recipe, path, section, len(tokenizer))
     roles = cached_roles(recipe)
     identities: list = [None] * len(roles)

@@ -25,12 +25,11 @@ def main(recipe, options) -> None:
 def train_arm(recipe, arm: str, continues: bool) -> list[str]:
     """Train one student, of an arm or of one of its seeds; returns what was written."""
     from accelerate import PartialState
-    from transformers import AutoTokenizer
     from trl import SFTTrainer
 
     from first_trl.cache.identity import open_recipe_cache
     from first_trl.first_config import FIRSTConfig
-    from first_trl.modeling import adapters_to_float32
+    from first_trl.modeling import adapters_to_float32, load_tokenizer
     from first_trl.trainer import FIRSTTrainer
     from first_trl.training import (
         clear_unfinished,
@@ -57,7 +56,7 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
             value = calibration["families"][method]["value"]
         section = {**section, "recalibration_method": method, "recalibration_value": value}
         args, model_args = training_arguments(section, FIRSTConfig, folder, seed)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     roles = ("train", "validation") if args.eval_strategy != "no" else ("train",)
     if on_labels:
         splits = tokenized_splits(recipe, roles, tokenizer)
@@ -69,7 +68,7 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
         train_dataset=splits["train"],
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
-        **model_arguments(model_args),
+        **model_arguments(args, model_args),
     )
     if on_labels and not (args.bf16 or args.fp16):
         adapters_to_float32(trainer.model)  # as FIRSTTrainer does: the arms differ in their targets alone

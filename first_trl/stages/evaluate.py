@@ -85,13 +85,13 @@ def refuse_overlap(recipe) -> None:
     Raises:
         ValueError: a test set shares prompts with another split; the message counts them.
     """
-    from transformers import AutoTokenizer
 
     from first_trl.data.choices import with_placeholder_answers
     from first_trl.data.loading import check_disjoint, load_split, tokenize_dataset
     from first_trl.evaluation import test_task
+    from first_trl.modeling import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(teacher_path(recipe), revision=recipe.cache.teacher_revision or "main")
+    tokenizer = load_tokenizer(teacher_path(recipe), recipe.cache.teacher_revision)
     data = recipe.datasets
     learnt = {"train": data.train, "transfer": data.transfer, "validation": data.validation}
     splits = {role: (config, role, recipe.task) for role, config in learnt.items() if config is not None}
@@ -123,11 +123,10 @@ def answer_all_sets(recipe, arm: str) -> None:
     """One model's answers to validation and to every test set, in `report/answers/<arm>/`."""
     import pyarrow.parquet as pq
     from accelerate import PartialState
-    from transformers import AutoTokenizer
 
     from first_trl.data.loading import load_split
     from first_trl.evaluation import answer_set, test_task
-    from first_trl.modeling import load_model
+    from first_trl.modeling import load_model, load_tokenizer
     from first_trl.training import load_arguments, teacher_section
 
     if arm == "teacher":
@@ -137,7 +136,7 @@ def answer_all_sets(recipe, arm: str) -> None:
     else:
         path, section = str(recipe.run_folder / "students" / arm), recipe.arm_section(arm)
     model = load_model(path, device=PartialState().device, **load_arguments(section))
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=section.get("model_revision", "main"))
+    tokenizer = load_tokenizer(path, section.get("model_revision"))
     folder = recipe.run_folder / "report" / "answers" / arm
     folder.mkdir(parents=True, exist_ok=True)
     sets = {"validation": (recipe.datasets.validation, recipe.task)}

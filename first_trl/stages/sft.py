@@ -18,10 +18,9 @@ def main(recipe, options) -> None:
 def fine_tune(recipe, continues: bool) -> list[str]:
     """Train the teacher on the labels; returns what was written."""
     from accelerate import PartialState
-    from transformers import AutoTokenizer
     from trl import SFTTrainer
 
-    from first_trl.modeling import adapters_to_float32
+    from first_trl.modeling import adapters_to_float32, load_tokenizer
     from first_trl.training import clear_unfinished, label_arguments, model_arguments, tokenized_splits, train_and_save
 
     folder = recipe.run_folder / "teacher"
@@ -29,14 +28,14 @@ def fine_tune(recipe, continues: bool) -> list[str]:
         clear_unfinished(folder, continues)
     PartialState().wait_for_everyone()
     args, model_args = label_arguments(recipe, recipe.sft, folder, recipe.seed)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     splits = tokenized_splits(recipe, ("train", "validation") if args.eval_strategy != "no" else ("train",), tokenizer)
     trainer = SFTTrainer(
         args=args,
         train_dataset=splits["train"],
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
-        **model_arguments(model_args),
+        **model_arguments(args, model_args),
     )
     if not (args.bf16 or args.fp16):
         adapters_to_float32(trainer.model)
