@@ -9,98 +9,38 @@ Shapes: N supervised positions of a batch in row-major order, M a subset of them
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
-from trl import SFTTrainer, pack_dataset
+from trl import SFTTrainer
 
 from .cache.reader import TeacherCache, check_cache, check_vocabulary, open_cache
 from .calibration import recalibrate
+from .collator import COLUMNS, POSITIONS_PER_ROW, TEACHER_COLUMNS, TeacherCollator, prepare_rows
 from .constants import IGNORED
 from .first_config import FIRSTConfig
 from .losses import conditional_divergence, mass_divergence, partition_divergence
-from .modeling import PartitionOutput, adapters_to_float32, add_partition_head, supervised_mask
+from .modeling import (
+    PartitionOutput,
+    adapters_to_float32,
+    add_partition_head,
+    check_head,
+    innermost,
+    keep_to_text,
+    load_model,
+    load_tokenizer,
+    supervised_mask,
+)
+from .training import launched_sharded
 
 logger = logging.get_logger(__name__)
 
-TEACHER_COLUMNS = ["teacher_ids", "teacher_log_probs", "teacher_tail_log_prob"]
-COLUMNS = ["input_ids", "labels", *TEACHER_COLUMNS]
-POSITIONS_PER_ROW = "positions_per_row"
 LOW_MASS = 0.5  # below this, `renormalize` trains a distribution that the student's argmax never visits
-
-
-@dataclass
-class TeacherCollator:
-    """TRL's collator for the tokens, and the teacher's rows beside them.
-
-    Adds `teacher_ids` (N, K) int64 and `teacher_log_probs` (N, K+1) float32, last column the tail, where N counts the
-    supervised positions of the batch in row-major order: the same order padded, padding-free and packed.
-
-    Raises:
-        ValueError: rows and supervised positions do not match, so the example is not as the cache wrote it; or a row
-            has no supervised position.
-    """
-
-    tokens: Callable[[list[dict]], dict[str, torch.Tensor]]
-
-    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        token_columns = ("input_ids", "labels", "seq_lengths")
-        batch = self.tokens([{name: row[name] for name in token_columns if name in row} for row in examples])
-        supervised = batch["labels"][:, 1:] != IGNORED
-        if not all(len(row["teacher_ids"]) for row in examples):
-            raise ValueError(
-                "A row of the dataset has no supervised position, so a student learns nothing from it: leave it out, "
-                'as in dataset.filter(lambda row: len(row["teacher_ids"]) > 0).'
-            )
-        rows = {name: np.concatenate([np.asarray(row[name]) for row in examples]) for name in TEACHER_COLUMNS}
-        if "seq_lengths" in examples[0]:  # packed: one entry per token, see `_one_entry_per_token`
-            num_tokens = len(rows["teacher_ids"])
-            kept = (batch["labels"][0, :num_tokens] != IGNORED).numpy()
-            rows = {name: values[kept] for name, values in rows.items()}
-        if len(rows["teacher_ids"]) != int(supervised.sum()):
-            raise ValueError(
-                f"A batch has {int(supervised.sum())} supervised positions but {len(rows['teacher_ids'])} rows: "
-                "the dataset was changed after the cache was written. Pass the cache itself as the dataset."
-            )
-        log_probs_NK1 = np.concatenate(
-            [rows["teacher_log_probs"].astype(np.float32), rows["teacher_tail_log_prob"].astype(np.float32)[:, None]],
-            axis=1,
-        )
-        batch["teacher_ids"] = torch.from_numpy(rows["teacher_ids"].astype(np.int64))
-        # float16 storage leaves a row's sum within 5e-4 of 1; a divergence between rows wants it exact
-        batch["teacher_log_probs"] = torch.from_numpy(log_probs_NK1).log_softmax(dim=1)
-        batch[POSITIONS_PER_ROW] = torch.tensor([_num_positions(row) for row in examples])
-        return batch
-
-
-def _num_positions(example: dict) -> int:
-    """Supervised positions of an example; of a packed one, those of its documents."""
-    if "seq_lengths" not in example:
-        return len(example["teacher_ids"])
-    starts = np.cumsum([0, *np.asarray(example["seq_lengths"])[:-1]])  # the first token of each is nobody's target
-    supervised = np.asarray(example["labels"]) != IGNORED
-    supervised[starts] = False
-    return int(supervised.sum())
-
-
-def _one_entry_per_token(example: dict) -> dict:
-    """Spread the teacher's rows over the tokens, entry i for token i's label, so that packing moves both alike."""
-    supervised = np.asarray(example["labels"]) != IGNORED
-    supervised[:1] = False  # a document's first token is nobody's target
-    spread = {}
-    for name in TEACHER_COLUMNS:
-        values = np.asarray(example[name])
-        spread[name] = np.zeros((len(supervised), *values.shape[1:]), values.dtype)
-        spread[name][supervised] = values
-    return spread
 
 
 def _as_cache(dataset, tokenizer) -> TeacherCache:
@@ -124,18 +64,6 @@ def _as_cache(dataset, tokenizer) -> TeacherCache:
             "cache, written by `first-trl cache`."
         )
     return dataset
-
-
-def _prepare(cache: TeacherCache, args: FIRSTConfig, packing: bool) -> Dataset:
-    """The cache's rows as the collator wants them, packed where asked."""
-    dataset = cache.dataset.select_columns(COLUMNS).with_format("numpy")
-    if not packing:
-        return dataset
-    max_length = args.max_length or cache.manifest.get("task", {}).get("max_length")
-    if max_length is None:
-        raise ValueError("packing needs max_length, the number of tokens in a packed row; set it in FIRSTConfig.")
-    dataset = dataset.map(_one_entry_per_token, desc="Aligning teacher rows with tokens")
-    return pack_dataset(dataset, max_length, args.packing_strategy).with_format("numpy")
 
 
 class FIRSTTrainer(SFTTrainer):
@@ -183,8 +111,7 @@ class FIRSTTrainer(SFTTrainer):
                     f"{name} has no place in FIRSTTrainer: the cache is already tokenised, and no logits are built."
                 )
         if processing_class is None:
-            source = model if isinstance(model, str) else model.config._name_or_path
-            processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+            processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
         eval_packing = args.packing if args.eval_packing is None else args.eval_packing
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset} if eval_dataset else {}
         train_cache = _as_cache(train_dataset, processing_class)
@@ -194,10 +121,18 @@ class FIRSTTrainer(SFTTrainer):
                 "own answers: set it to 0, or make the cache from labelled rows."
             )
         eval_caches = {name: _as_cache(dataset, processing_class) for name, dataset in named.items()}
-        eval_datasets = {name: _prepare(cache, args, eval_packing) for name, cache in eval_caches.items()}
-        train_dataset = _prepare(train_cache, args, args.packing)
+        eval_datasets = {name: prepare_rows(cache, args, eval_packing) for name, cache in eval_caches.items()}
+        train_dataset = prepare_rows(train_cache, args, args.packing)
         if not args.packing:
             args.max_length = None  # the cache is truncated; SFTTrainer would refuse it with padding-free
+        if isinstance(model, str):
+            options, args.model_init_kwargs = args.model_init_kwargs or {}, None
+            quantization = kwargs.pop("quantization_config", None)
+            device = None if launched_sharded() else args.device
+            model = load_model(model, device=device, quantization_config=quantization, **options)
+        else:
+            check_head(model)
+        keep_to_text(kwargs.get("peft_config"), model)
         super().__init__(
             model=model,
             args=args,
@@ -211,8 +146,7 @@ class FIRSTTrainer(SFTTrainer):
             check_vocabulary(cache, vocab_size, tokenizer=processing_class)
         self._refuse_unsupported_parallelism()
         self.data_collator: Any = TeacherCollator(self.data_collator)
-        base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        add_partition_head(base_model)
+        add_partition_head(innermost(self.model))
         if not (args.bf16 or args.fp16):
             adapters_to_float32(self.model)
         self._sums: dict[str, Any] = {"train": defaultdict(float), "eval": defaultdict(float)}

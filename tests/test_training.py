@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from trl import ModelConfig
+from trl import SFTConfig
 
 from first_trl.recipe.loading import load_recipe
 from first_trl.training import (
@@ -13,8 +13,10 @@ from first_trl.training import (
     model_arguments,
     save_whole,
     teacher_section,
+    training_arguments,
 )
 from tests.cache_recipe import write_recipe
+from tests.tiny import build_model
 
 
 def test_a_checkpoint_that_a_crash_left_in_a_part_is_passed_over(tmp_path):
@@ -26,18 +28,36 @@ def test_a_checkpoint_that_a_crash_left_in_a_part_is_passed_over(tmp_path):
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
-def test_an_adapter_names_the_revision_of_its_base():
-    def adapter(**settings):
-        return model_arguments(ModelConfig(model_name_or_path="me/base", use_peft=True, **settings))["peft_config"]
+def test_an_adapter_names_the_revision_of_its_base(monkeypatch, tmp_path):
+    loaded = []
+    monkeypatch.setattr("first_trl.training.load_model", lambda *path, **how: loaded.append(how) or build_model())
 
-    assert adapter(model_revision="v3").revision == "v3"
+    def adapter(**settings):
+        section = {"model_name_or_path": "me/base", "use_peft": True, "use_cpu": True, **settings}
+        return model_arguments(*training_arguments(section, SFTConfig, tmp_path, 0))["peft_config"]
+
+    assert adapter(model_revision="v3").revision == "v3" and loaded[-1]["revision"] == "v3"
     assert adapter().revision is None
+    assert {str(how["device"]) for how in loaded} == {"cpu"}  # never spread over the devices of the machine
 
 
 def test_models_are_loaded_at_the_revision_of_the_recipe(tmp_path):
     assert load_arguments({"model_revision": "v3"})["revision"] == "v3" and load_arguments({})["revision"] == "main"
     recipe = load_recipe(write_recipe(tmp_path), ["--cache.teacher", "me/teacher", "--cache.teacher_revision", "v2"])
     assert load_arguments(teacher_section(recipe))["revision"] == "v2"
+
+
+def test_the_teacher_runs_as_it_was_trained_unless_cache_says_otherwise():
+    four_bit = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True, "dtype": "bfloat16"}
+    unset = {"teacher_revision": None, "teacher_dtype": None, "attn_implementation": None, "backend": "hf"}
+
+    def quantization(load_in_4bit):
+        cache = SimpleNamespace(**unset, load_in_4bit=load_in_4bit)
+        return load_arguments(teacher_section(SimpleNamespace(cache=cache, sft=four_bit)))["quantization_config"]
+
+    inherited = quantization(None)
+    assert inherited.load_in_4bit and inherited.bnb_4bit_quant_type == "nf4" and inherited.bnb_4bit_use_double_quant
+    assert quantization(True) is not None and quantization(False) is None
 
 
 @pytest.mark.parametrize(("settings", "length"), [({}, None), ({"padding_free": True}, None), ({"packing": True}, 32)])
