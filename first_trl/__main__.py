@@ -22,7 +22,6 @@ from pathlib import Path
 from .cache import commands as cache_commands
 from .failures import memory_advice
 from .log import RunLog, libraries_into, recording, status
-from .plan import command as plan_command
 from .recipe.loading import STAGES, Recipe
 from .run import is_current, jobs_of
 
@@ -44,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 
         return _alone(merge, argv[1:])
     if argv[:1] == ["plan"]:
-        return plan_command.main(argv[1:])
+        from .checks import main as plan
+
+        return plan(argv[1:])
     if argv and argv[0] in STAGES:
         config_file, rest = _take_option(argv[1:], "--config_file")
         return launch(argv[0], rest, config_file)

@@ -10,10 +10,9 @@ import yaml
 
 from first_trl.cache.arrays import learned_by_heart
 from first_trl.cache.reader import open_cache
+from first_trl.checks import check_recipe
 from first_trl.config import TaskConfig
 from first_trl.data.choices import has_answer, with_answer
-from first_trl.plan.estimate import make_plan
-from first_trl.plan.machine import Machine
 from first_trl.recipe.loading import load_recipe
 from first_trl.stages import cache, calibrate, distill, evaluate
 from tests.cache_recipe import write_recipe
@@ -111,8 +110,8 @@ def test_an_interrupted_cache_of_unlabelled_rows_keeps_its_finished_shards(tmp_p
 
 
 def test_a_plan_does_not_ask_for_labels(tmp_path):
-    plan = make_plan(load_recipe(unlabelled_recipe(tmp_path)), Machine())
-    assert plan.problems == [] and {work.name: work.rows for work in plan.works}["distill.first"] == 12
+    report = check_recipe(load_recipe(unlabelled_recipe(tmp_path)), here=False)
+    assert report.problems == [] and {cost.name: cost.rows for cost in report.costs}["distill.first"] == 12
 
 
 def test_open_answers_and_other_splits_need_labels(tmp_path):

@@ -266,7 +266,7 @@ def tokenize_dataset(
 
     lists = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")})
     # Named here, because a tokenizer's own hash changes when it is used, and the cache would never be found again.
-    parts = [dataset._fingerprint, asdict(task), _tokenizer_state(tokenizer), Path(__file__).read_bytes()]
+    parts = [dataset._fingerprint, asdict(task), tokenizer_state(tokenizer), Path(__file__).read_bytes()]
     return dataset.map(
         partial(encode_row, task=task, tokenizer=tokenizer, place=place),
         with_indices=True,
@@ -278,7 +278,7 @@ def tokenize_dataset(
     )
 
 
-def _tokenizer_state(tokenizer) -> list:
+def tokenizer_state(tokenizer) -> list:
     """What decides the tokens of a text, without the padding and truncation that earlier calls left behind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())

@@ -1,0 +1,481 @@
+"""What a recipe costs, by formula: rows, tokens, steps, bytes of its cache, memory of each device, FLOPs and hours.
+
+The rows are counted by `first_trl.checks`, the models are built without storage, and the rest is arithmetic, within
+30 % of a real run. No weights are read. What is wrong with a recipe is the question of `first_trl.checks`, not of
+this module.
+
+Shapes: B rows of T tokens in one step of one device, D hidden, L layers, I intermediate, V vocabulary, N parameters.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import FirstTrlError
+from .recipe.loading import Recipe
+from .run import jobs_of
+
+# Devices by their makers' dense peak: title, TFLOPS in bfloat16 (None: it has none) and in float32, memory in GB.
+ACCELERATORS: dict[str, tuple[str, float | None, float, float]] = {
+    "h100": ("NVIDIA H100 SXM", 989, 67, 80),
+    "h200": ("NVIDIA H200 SXM", 989, 67, 141),
+    "a100": ("NVIDIA A100 80GB", 312, 19.5, 80),
+    "l40s": ("NVIDIA L40S", 362, 91.6, 48),
+    "l4": ("NVIDIA L4", 121, 30.3, 24),
+    "rtx4090": ("NVIDIA GeForce RTX 4090", 165, 82.6, 24),
+    "t4": ("NVIDIA T4", None, 8.1, 16),
+    "mi300x": ("AMD Instinct MI300X", 1307, 163, 192),
+}
+UTILISATION = 0.3  # of the peak: what well-fed training of small batches reaches, not what a data sheet promises
+# Numbers of optimizer state for each trained parameter, by a part of the optimizer's name; AdamW's two otherwise.
+_STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "adagrad": 1, "rmsprop": 1}
+# Bytes in a cache after compression, measured: of a row its key and lists, of a token the share of its id's bits, of a
+# kept token its log-probability and its id, of a position its tail.
+_ROW_BYTES, _ID_SHARE, _TAIL_BYTES, _CLOSED_ID_BYTES = 42, 0.75, 2.9, 0.4
+_LOG_PROB_BYTES = {"float16": 1.6, "float32": 3.4}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`processes` devices of one kind, each with one process; see [`read_machine`]."""
+
+    processes: int = 1
+    kind: str = "NO"  # accelerate's distributed_type
+    zero_stage: int = 0
+    accelerator: str = "h100"
+    utilisation: float = UTILISATION
+
+    @property
+    def shards(self) -> int:
+        """Over how many devices the weights are shared out."""
+        return self.processes if self.kind == "FSDP" or self.zero_stage == 3 else 1
+
+    @property
+    def gradient_shards(self) -> int:
+        """Over how many devices gradients and optimizer are shared out."""
+        return self.processes if self.kind == "FSDP" or self.zero_stage >= 2 else 1
+
+    def hours(self, flops: float, dtype: str | None) -> float | None:
+        """Hours of the clock on all devices together; None where the accelerator has no such type."""
+        _, bfloat16, float32, _ = ACCELERATORS[self.accelerator]
+        tflops = bfloat16 if dtype in ("bfloat16", "float16", "auto") else float32
+        return None if tflops is None else flops / (tflops * 1e12 * self.utilisation * self.processes) / 3600
+
+
+def read_machine(config_file: str | None, accelerator: str = "h100", utilisation: float = UTILISATION) -> Machine:
+    """The devices of an accelerate configuration; one process without a file.
+
+    Raises:
+        FirstTrlError: there is no such file, or it is no accelerate configuration; or an option is out of range.
+    """
+    if accelerator not in ACCELERATORS:
+        raise FirstTrlError(f"--accelerator {accelerator!r} is not known; choose one of {', '.join(ACCELERATORS)}.")
+    if not 0 < utilisation <= 1:
+        raise FirstTrlError(f"--utilisation is {utilisation}; it is a share of the peak, above 0 and at most 1.")
+    if config_file is None:
+        return Machine(accelerator=accelerator, utilisation=utilisation)
+    if not Path(config_file).is_file():
+        raise FirstTrlError(f"--config_file {config_file}: there is no such file; configs/ has one for every case.")
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        config = load_config_from_file(config_file)
+    except (ValueError, TypeError, KeyError) as error:
+        raise FirstTrlError(f"--config_file {config_file} is no accelerate configuration: {error}") from error
+    return Machine(
+        processes=config.num_processes or 1,
+        kind=str(getattr(config.distributed_type, "value", config.distributed_type)),
+        zero_stage=int((getattr(config, "deepspeed_config", None) or {}).get("zero_stage", 0)),
+        accelerator=accelerator,
+        utilisation=utilisation,
+    )
+
+
+@dataclass
+class Split:
+    """What a split holds: the counts of its encoded rows, and the 101 percentiles of their lengths in tokens."""
+
+    rows: int = 0
+    tokens: int | None = None  # None where no tokenizer could be read
+    supervised: int = 0
+    lengths: list[int] = field(default_factory=list)
+    lost: dict[str, int] = field(default_factory=dict)  # reason -> rows that were dropped or cut
+
+    @property
+    def longest(self) -> int:
+        return self.lengths[-1] if self.lengths else 0
+
+    def padded(self, batch: int) -> float:
+        """Tokens of a row with its share of padding, in batches drawn at random: their longest row, on average."""
+        at = 100 * batch / (batch + 1)
+        low = self.lengths[math.floor(at)]
+        return low + (at % 1) * (self.lengths[math.ceil(at)] - low)
+
+
+class Memory(NamedTuple):
+    """Bytes on each device at the moment of most."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+@dataclass
+class Cost:
+    """One job; None where a figure is not known or has no meaning."""
+
+    name: str
+    rows: int | None = None
+    tokens: int | None = None  # of the rows, once
+    supervised: int | None = None  # positions of the rows, once
+    steps: int | None = None
+    disk: int | None = None  # bytes that it leaves behind: shards, or a student with its last checkpoint
+    flops: float | None = None  # of the whole job
+    hours: float | None = None
+    memory: Memory | None = None
+
+
+class Size(NamedTuple):
+    """A model without storage: numbers of parameters, and bytes of its weights at rest."""
+
+    active: int  # parameters of the blocks that one token passes through
+    trained: int
+    frozen_bytes: int
+    trained_bytes: int
+    outside_bytes: int  # of embeddings and head, which a sharded run makes whole to compute
+
+
+def build_on_meta(config, dtype: str | None = None, peft_config=None):
+    """The model of a configuration, with its adapter, without storage."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    chosen = getattr(torch, dtype) if dtype not in (None, "auto") else getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=chosen)
+        if peft_config is not None:
+            model = get_peft_model(model.requires_grad_(False), peft_config)
+    return model
+
+
+def size_of(model, bits: int = 16, nested: bool = False, trained_dtype: str | None = None) -> Size:
+    """Parameters and bytes of a model.
+
+    Args:
+        bits: 4 or 8 where the matrices of the blocks are quantised; anything else leaves them as they are.
+        nested: whether the scales of 4-bit weights are quantised too.
+        trained_dtype: of what is trained, where that is not as built.
+    """
+    import torch
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    outside = {
+        id(weight)
+        for module in (base.get_input_embeddings(), base.get_output_embeddings())
+        for weight in module.parameters()
+    }
+    packed = {8: 1.0, 4: 0.5 + (1 / 64 + 4 / (64 * 256) if nested else 4 / 64)}.get(
+        bits
+    )  # bytes of a quantised weight
+    linear = {id(module.weight) for module in base.modules() if isinstance(module, torch.nn.Linear)} - outside
+    text = base.config.get_text_config()
+    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+    share = (getattr(text, "num_experts_per_tok", None) or experts) / experts
+    active, trained, frozen_bytes, trained_bytes, outside_bytes = 0.0, 0, 0.0, 0.0, 0.0
+    for name, weight in model.named_parameters():
+        count = weight.numel()
+        size = count * (packed if packed and id(weight) in linear and not weight.requires_grad else weight.itemsize)
+        if id(weight) in outside:
+            outside_bytes += size
+        else:
+            active += count * (share if ".experts." in name else 1)
+        if weight.requires_grad:
+            trained += count
+            trained_bytes += count * (getattr(torch, trained_dtype).itemsize if trained_dtype else weight.itemsize)
+        else:
+            frozen_bytes += size
+    return Size(round(active), trained, round(frozen_bytes), round(trained_bytes), round(outside_bytes))
+
+
+def block_elements(config, dropout: bool = False) -> int:
+    """Numbers that one block keeps of each token for its backward: 17 D for the classic block of I = 4 D.
+
+    Two norms and two residuals, queries, keys, values and the output of attention, and the middle of the MLP, which a
+    gated one keeps four times. With `dropout` an adapter keeps its own copy of the input of every matrix.
+    """
+    text = config.get_text_config()
+    hidden, heads = text.hidden_size, getattr(text, "num_attention_heads", 1)
+    head = getattr(text, "head_dim", None) or hidden // heads
+    queries, keys = heads * head, (getattr(text, "num_key_value_heads", None) or heads) * head
+    middle = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 4 * hidden
+    middle *= getattr(text, "num_experts_per_tok", None) or 1
+    gated = 4 if getattr(text, "hidden_act", None) in ("silu", "gelu_pytorch_tanh", "swish") else 2
+    copies = 5 * hidden + queries + middle if dropout else 0
+    return 5 * hidden + 3 * queries + 2 * keys + gated * middle + copies
+
+
+def head_bytes(config, positions: float, itemsize: int, backward: bool) -> int:
+    """What the head holds beside the weights: hidden states, their gradients in float32, and a tile of logits."""
+    from .head import _TILE_ELEMENTS
+
+    hidden = positions * config.get_text_config().hidden_size
+    return round(hidden * (itemsize + (8 if backward else 0)) + _TILE_ELEMENTS * 8)
+
+
+def head_flops(config, positions: float, backward: bool) -> float:
+    """2NVD to read the head once, and as much again for the gradient of the hidden states."""
+    text = config.get_text_config()
+    return 2 * positions * text.vocab_size * text.hidden_size * (2 if backward else 1)
+
+
+def optimizer_bytes(optim: str, trained: int, trained_bytes: int) -> int:
+    """Bytes of the optimizer's state: AdamW's two moments unless the name says otherwise."""
+    states = next((count for name, count in _STATES.items() if name in optim), 2)
+    return states * (trained if "8bit" in optim else trained_bytes)
+
+
+def training_steps(args, rows: int, processes: int) -> int:
+    """Optimizer steps of a training run, as transformers' Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(rows / (args.per_device_train_batch_size * processes))
+    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+
+def cache_bytes(recipe: Recipe, splits: list[Split], vocab_size: int) -> int:
+    """Bytes of the shards of a cache."""
+    settings, total = recipe.cache, 0.0
+    top_k = len(recipe.task.choices or ()) if settings.support == "choices" else settings.top_k
+    id_bytes = _ID_SHARE * math.log2(vocab_size) / 8
+    for split in splits:
+        closed = recipe.task.choices is not None and split.supervised <= 2 * split.rows  # the answer, perhaps its end
+        kept = top_k * (_LOG_PROB_BYTES[settings.dtype] + (_CLOSED_ID_BYTES if closed else id_bytes))
+        total += split.rows * _ROW_BYTES + (split.tokens or 0) * id_bytes + split.supervised * (_TAIL_BYTES + kept)
+        total += 4000 * math.ceil(split.rows / settings.rows_per_shard)  # what every shard says of itself
+    return round(total)
+
+
+def training_arguments_of(recipe: Recipe, job: str, on_labels: bool):
+    """(SFTConfig or FIRSTConfig, ModelConfig) of a training job, made as for a CPU, which every machine has."""
+    from trl import SFTConfig
+
+    from .first_config import FIRSTConfig
+    from .training import training_arguments
+
+    section = recipe.sft if job == "sft" else recipe.arm_section(job.removeprefix("distill."))
+    section = {key: value for key, value in section.items() if not key.startswith("recalibration_")}
+    return training_arguments({**section, "use_cpu": True}, SFTConfig if on_labels else FIRSTConfig, Path(job), 0)
+
+
+def training_cost(cost: Cost, config, args, model_args, split: Split, machine: Machine) -> None:
+    """Fill in the steps, memory, FLOPs and hours of a training job; `config` is None where it cannot be read."""
+    from trl import get_peft_config
+
+    packed = args.max_length if args.packing else None
+    if packed and split.tokens is None:
+        return
+    rows = math.ceil((split.tokens or 0) / packed) if packed else split.rows
+    cost.steps = training_steps(args, rows, machine.processes)
+    if config is None or split.tokens is None:
+        return
+    mixed = args.bf16 or args.fp16
+    dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else model_args.dtype
+    itemsize = 2 if dtype in ("bfloat16", "float16", "auto") else 4
+    bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 16
+    # TRL holds the adapter of a quantised base in bfloat16, and PEFT any other in float32
+    adapter = ("bfloat16" if bits < 16 and mixed else "float32") if model_args.use_peft else None
+    model = build_on_meta(config, model_args.dtype, get_peft_config(model_args))
+    size = size_of(model, bits, model_args.use_bnb_nested_quant, adapter)
+    text, batch = config.get_text_config(), args.per_device_train_batch_size
+    longest, width = packed or split.longest, packed or split.padded(batch)
+    block = block_elements(config, dropout=bool(model_args.use_peft and model_args.lora_dropout))
+    layers = text.num_hidden_layers
+    kept = layers * text.hidden_size + block if args.gradient_checkpointing else layers * block
+    positions = batch * split.supervised / rows
+    weights = size.frozen_bytes + (0 if model_args.use_peft else size.trained_bytes)
+    gathered = size.outside_bytes + 2 * weights // layers if machine.shards > 1 else 0  # whole while they compute
+    buckets = size.trained_bytes if machine.processes > 1 and machine.gradient_shards == 1 else 0  # DDP's
+    cost.memory = Memory(
+        weights=weights // machine.shards + gathered,
+        adapter=size.trained_bytes // machine.shards if model_args.use_peft else 0,
+        gradients=size.trained_bytes // machine.gradient_shards + buckets,
+        optimizer=optimizer_bytes(str(args.optim.value), size.trained, size.trained_bytes) // machine.gradient_shards,
+        activations=round(batch * longest * kept * itemsize),
+        head=head_bytes(config, positions, itemsize, backward=True),
+    )
+    saved = size.trained_bytes + optimizer_bytes(str(args.optim.value), size.trained, size.trained_bytes)
+    cost.disk = size.trained_bytes + (0 if args.save_strategy == "no" else saved * (args.save_total_limit or 1))
+    seen = batch * args.gradient_accumulation_steps * machine.processes * cost.steps
+    # 2 operations forward, 2 for the gradient of what flows back, 2 for that of trained weights, 2 to compute again
+    per_parameter = (4 if model_args.use_peft else 6) + (2 if args.gradient_checkpointing else 0)
+    cost.flops = seen * width * per_parameter * size.active + head_flops(config, seen * split.supervised / rows, True)
+    cost.hours = machine.hours(cost.flops, dtype)
+
+
+def scoring_cost(config, section: dict, splits: list[Split], positions: int, tokens_per_batch: int):
+    """(memory, FLOPs) of a forward over whole splits, in batches of at most `tokens_per_batch` tokens."""
+    model = build_on_meta(config, section.get("dtype") or "float32")
+    size = size_of(model.requires_grad_(False), 4 if section.get("load_in_4bit") else 16)
+    longest, rows, text = max(split.longest for split in splits), sum(split.rows for split in splits), None
+    text = config.get_text_config()
+    in_batch = max(longest, min(tokens_per_batch, sum(split.tokens or 0 for split in splits)))
+    itemsize = next(model.parameters()).itemsize
+    head = head_bytes(config, positions / rows * in_batch / longest, itemsize, backward=False)
+    # one block at a time: its input, its output, and the middle of its MLP
+    activations = in_batch * itemsize * (block_elements(config) // 2 + text.hidden_size)
+    memory = Memory(size.frozen_bytes, 0, 0, 0, activations, head)
+    tokens = sum(split.tokens or 0 for split in splits)
+    return memory, 2 * tokens * size.active + head_flops(config, positions, backward=False)
+
+
+def costs(recipe: Recipe, machine: Machine, splits: dict[str, Split], configs: dict[str, Any], vocab_size: int):
+    """The cost of every job of a recipe, in order.
+
+    Args:
+        splits: `train`, `transfer`, `validation` and `test.NAME`, those that could be loaded.
+        configs: model's id or folder -> its configuration, of those that could be read.
+        vocab_size: of the tokenizer; 0 where it could not be read.
+
+    Raises:
+        FirstTrlError: the settings of a training section do not fit together, or its adapter does not fit the model.
+    """
+    found = []
+    for job in (
+        job for stage in ("sft", "cache", "calibrate", "distill", "evaluate") for job in jobs_of(recipe, stage)
+    ):
+        if job in ("cache", "calibrate", "evaluate"):
+            names = {
+                "cache": ["transfer" if recipe.datasets.transfer else "train", "validation"],
+                "calibrate": ["validation"],
+                "evaluate": ["validation", *(name for name in splits if name.startswith("test."))],
+            }[job]
+            found.append(_scoring(recipe, job, [splits[name] for name in names if name in splits], machine, configs))
+            if job == "cache" and vocab_size and found[-1].tokens:
+                found[-1].disk = cache_bytes(recipe, [splits[name] for name in names if name in splits], vocab_size)
+            continue
+        on_labels = job == "sft" or recipe.arm_trainer(job.removeprefix("distill.")) == "sft"
+        split = splits.get("train" if on_labels or recipe.datasets.transfer is None else "transfer", Split())
+        section = recipe.sft if job == "sft" else recipe.arm_section(job.removeprefix("distill."))
+        found.append(_total(job, [split]))
+        try:
+            args, model_args = training_arguments_of(recipe, job, on_labels)
+            if split.rows:
+                training_cost(found[-1], configs.get(section["model_name_or_path"]), args, model_args, split, machine)
+        except (ValueError, TypeError) as error:
+            raise FirstTrlError(f"{job}: {' '.join(str(error).split())}") from error
+    return found
+
+
+def _total(job: str, splits: list[Split]) -> Cost:
+    tokens = [split.tokens for split in splits if split.tokens is not None]
+    whole = bool(splits) and len(tokens) == len(splits)
+    rows = sum(split.rows for split in splits) or None
+    return Cost(job, rows, sum(tokens) if whole else None, sum(s.supervised for s in splits) if whole else None)
+
+
+def _scoring(recipe: Recipe, job: str, splits: list[Split], machine: Machine, configs: dict[str, Any]) -> Cost:
+    """The teacher over the cached splits, or every model over validation and the test sets."""
+    from .training import teacher_section
+
+    cost, settings = _total(job, splits), recipe.cache if job == "cache" else recipe.evaluate
+    if job == "calibrate" or cost.tokens is None or (job == "cache" and recipe.cache.backend == "server"):
+        return cost
+    sections = {recipe.cache.teacher or recipe.sft["model_name_or_path"]: (teacher_section(recipe), 1)}
+    if job == "evaluate" and "model_name_or_path" in recipe.distill:
+        sections[recipe.distill["model_name_or_path"]] = recipe.distill, len(recipe.students) + 1  # and the base
+    if all(configs.get(path) is not None for path in sections):
+        positions = (cost.supervised if job == "cache" else cost.rows) or 0
+        each = [
+            scoring_cost(configs[path], section, splits, positions, settings.tokens_per_batch)
+            for path, (section, _) in sections.items()
+        ]
+        cost.memory = max((memory for memory, _ in each), key=lambda memory: memory.total)
+        cost.flops = sum(count * flops for (_, flops), (_, count) in zip(each, sections.values(), strict=True))
+        cost.hours = machine.hours(cost.flops, teacher_section(recipe).get("dtype"))
+    return cost
+
+
+def machine_limits(recipe: Recipe, machine: Machine, found: list[Cost]) -> Iterator[str]:
+    """What the jobs ask of these devices that they do not have."""
+    title, bfloat16, _, memory = ACCELERATORS[machine.accelerator]
+    for name, section in {
+        "sft": recipe.sft,
+        **{f"arms.{arm}": recipe.arm_section(arm) for arm in recipe.arms},
+    }.items():
+        if bfloat16 is None and (section.get("bf16") or section.get("dtype") == "bfloat16"):
+            yield f"{name}: {title} has no bfloat16; write float16 or choose another"
+    for cost in found:
+        if cost.memory is not None and cost.memory.total > memory * 1e9:
+            yield (
+                f"{cost.name}: needs {cost.memory.total / 1e9:.0f} GB on each device, more than {title} has; lower "
+                "per_device_train_batch_size or tokens_per_batch, write gradient_checkpointing: true or load_in_4bit: "
+                "true, or share the weights out (configs/fsdp2.yaml)"
+            )
+
+
+def describe(found: list[Cost], machine: Machine) -> list[str]:
+    """The costs as lines of text: a table of the jobs, and one of their memory."""
+    title, bfloat16, float32, _ = ACCELERATORS[machine.accelerator]
+    head = ("", "rows", "tokens", "supervised", "steps", "on disk", "FLOPs", "hours")
+    lines = _table(
+        head,
+        [
+            (
+                c.name,
+                *map(_count, (c.rows, c.tokens, c.supervised, c.steps)),
+                _bytes(c.disk),
+                "-" if c.flops is None else f"{c.flops:.2g}",
+                _hours(c.hours),
+            )
+            for c in found
+        ],
+    )
+    half = "no bfloat16" if bfloat16 is None else f"{bfloat16:g} TFLOPS bfloat16"
+    lines += [
+        "",
+        "Rows, tokens and supervised positions are a split's, once. FLOPs are the whole job's, padding included.",
+        f"Hours: {machine.processes} x {title}, at {100 * machine.utilisation:.0f} % of the published peak (an "
+        f"assumption; {half}, {float32:g} float32).",
+        "",
+    ]
+    rows = [(c.name, *map(_bytes, (*c.memory, c.memory.total))) for c in found if c.memory]
+    if not rows:
+        return [*lines, "Memory: not known without the models' configurations and the rows."]
+    lines.append(
+        f"Memory of each device at its peak ({machine.kind}, {machine.processes} processes), within 30 %; "
+        "libraries and the driver take up to 1 GB more."
+    )
+    return lines + _table(("", *Memory._fields, "in all"), rows)
+
+
+def _table(head: tuple, rows: list[tuple]) -> list[str]:
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    return [
+        "  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in (head, *rows)
+    ]
+
+
+def _count(value) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "-"
+    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if value >= s), ("B", 1))
+    return f"{value / size:.{0 if size == 1 else 1}f} {unit}"
+
+
+def _hours(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}" if value >= 0.1 else f"{3600 * value:.1f} s"

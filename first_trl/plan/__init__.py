@@ -1,1 +1,0 @@
-"""What a recipe will cost before it runs: start at `estimate`."""
