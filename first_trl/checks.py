@@ -26,7 +26,7 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from .cache.fingerprints import tokenizer_fingerprint
+from .cache.format import tokenizer_fingerprint
 from .constants import IGNORED, STAGES
 from .data.choices import choice_token_ids, encode_answer_row, has_answer, single_token_ids, unlabelled_encoder
 from .data.encoding import encode_prompt, encode_row
