@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, logging
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
+from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
 from first_trl import FIRSTConfig, FIRSTTrainer
 from first_trl.losses import partition_divergence
@@ -60,6 +61,29 @@ class BackboneTrainer(SFTTrainer):
             model.get_base_model(), input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
         )
         return hidden_BTD.float().square().mean()
+
+
+class SupervisedSFTTrainer(SFTTrainer):
+    """TRL's step as TRL takes it on a GPU: its fused head reads the supervised positions alone, on a CPU too."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        student, labels = model.get_base_model(), inputs["labels"][:, 1:]
+        hidden_BTD = backbone_hidden_states(
+            student, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+        )[:, :-1]
+        mask = labels != -100
+        log_probs_N, *_ = _ChunkedLogProbFunction.apply(
+            hidden_BTD[mask],
+            student.get_output_embeddings().weight,
+            None,  # no bias
+            labels[mask],
+            1.0,  # temperature
+            _CHUNKED_LOGPROB_CHUNK_SIZE,
+            None,  # no soft-cap
+            1.0,  # logit scale
+            ("log_probs", "entropy", "is_top1"),  # what SFTTrainer logs
+        )
+        return -log_probs_N.sum() / num_items_in_batch
 
 
 class FullLogitsTrainer(FIRSTTrainer):
@@ -101,6 +125,7 @@ ARMS = {
     "bucket": (FIRSTTrainer, FIRSTConfig, {}),
     "bucket_quarter": (FIRSTTrainer, FIRSTConfig, {"mass_fraction": 0.25}),
     "sft": (SFTTrainer, SFTConfig, {}),
+    "sft_supervised": (SupervisedSFTTrainer, SFTConfig, {}),
     "full_logits": (FullLogitsTrainer, FIRSTConfig, {}),
     "live_teacher": (LiveTeacherTrainer, SFTConfig, {}),
 }
