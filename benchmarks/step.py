@@ -7,8 +7,8 @@
 
 Each arm lives in a process of its own, so that its peak memory is its own, and the processes take their steps in turn,
 so that whatever else the machine does falls on all of them. The table gives medians over the runs; a ratio is the
-median of the ratios within one round, which a slow minute cannot bend. Written to benchmarks/results/step-DEVICE.md (of one
-shape alone, step-SHAPE-DEVICE.md).
+median of the ratios within one round, which a slow minute cannot bend. Written to benchmarks/results/step-DEVICE.md, or,
+of one shape alone, to step-SHAPE-DEVICE.md.
 
 What an arm is, and how its memory is read, is in `step_arms.py`.
 """
@@ -161,7 +161,7 @@ def preamble(args: argparse.Namespace) -> list[str]:
         "alternating runs, each from the first forward to the end of the optimizer's step",
         "* SFT: where there is no Triton (a CPU), TRL's trainer scores masked positions too, which a GPU does not do: "
         "with the answer alone supervised, compare with `supervised`, which scores what a GPU would. A CPU table "
-        "shows the arithmetic and the memory of the head; it cannot show launches, synchronisation or a GPU's bandwidth",
+        "shows the head's arithmetic and memory; it cannot show launches, synchronisation or a GPU's bandwidth",
         f"* peak: highest {memory} during the step, above what it held when the step began",
         "",
     ]
