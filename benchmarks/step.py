@@ -7,7 +7,7 @@
 
 Each arm lives in a process of its own, so that its peak memory is its own, and the processes take their steps in turn,
 so that whatever else the machine does falls on all of them. The table gives medians over the runs; a ratio is the
-median of the ratios within one round, which a slow minute cannot bend. Written to benchmarks/results/step-DEVICE.md, or,
+median of the ratios within one round, which a slow minute cannot bend. Written to benchmarks/results/step-DEVICE.md;
 of one shape alone, to step-SHAPE-DEVICE.md.
 
 What an arm is, and how its memory is read, is in `step_arms.py`.
