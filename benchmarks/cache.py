@@ -45,9 +45,9 @@ def table_of_bytes(args: argparse.Namespace) -> list[str]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from first_trl.config import DatasetConfig, TaskConfig
     from first_trl.data.encoding import encode_row
     from first_trl.data.loading import load_split
+    from first_trl.settings import DatasetConfig, TaskConfig
 
     path = DATA / "models" / "reviews-teacher-base"
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -22,7 +22,7 @@ from pathlib import Path
 from .cache import commands as cache_commands
 from .failures import memory_advice
 from .log import RunLog, libraries_into, recording, status
-from .recipe.loading import STAGES, Recipe
+from .recipe import STAGES, Recipe
 from .run import is_current, jobs_of
 
 SINGLE_PROCESS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
@@ -128,7 +128,7 @@ def run_pipeline(
     recipe_path: str, config_file: str | None, stages: str | None, overrides: list[str], quiet: bool = False
 ) -> int:
     """Every stage of a recipe in order, each in its own process, skipping what is current."""
-    from .recipe.loading import RecipeError, load_recipe
+    from .recipe import RecipeError, load_recipe
 
     try:
         recipe = load_recipe(recipe_path, overrides)

@@ -47,7 +47,7 @@ from .plan import (
     machine_limits,
     read_machine,
 )
-from .recipe.loading import Recipe, RecipeError, load_recipe
+from .recipe import Recipe, RecipeError, load_recipe
 
 SMALLEST_VALIDATION = 100  # rows; a calibration on fewer has an interval too wide to be of use
 MOST_LOST = 0.05  # of a split's rows, dropped or cut, that need no warning
@@ -266,7 +266,7 @@ def _encode(report: Report, recipe: Recipe, name: str, task, rows, tokenizer) ->
         report.problems.append(f"{place}: {error}")
         return np.zeros(0, np.int64)
     kinds = {"tokens": "int32", "supervised": "int32", "first": "int32", "prompt": "int64", "problem": "string"}
-    parts = [rows._fingerprint, asdict(task), tokenizer_state(tokenizer), recipe.cache.support, version("first-trl")]
+    parts = [rows._fingerprint, dict(task), tokenizer_state(tokenizer), recipe.cache.support, version("first-trl")]
     checked = rows.map(
         partial(_encode_batch, encode=encode),
         batched=True,

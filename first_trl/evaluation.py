@@ -21,7 +21,6 @@ reached it on validation. `first_trl.prediction` reads it.
 Shapes: N examples, K kept tokens, C choices.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -31,14 +30,13 @@ import torch
 from datasets import Dataset
 
 from .calibration import choose_family, error_curve, largest_smoothing, recalibrate, search
-from .config import TaskConfig
 from .constants import PREDICT_FILE
 from .data.choices import choice_token_ids
 from .data.encoding import encode_example
-from .field_types import SettingsError
 from .metrics import threshold_for_accuracy
-from .recipe.loading import arm_of
+from .recipe import arm_of
 from .scoring import answer_scores, sequence_log_probs
+from .settings import TaskConfig
 
 SMALLEST_TAIL = 2.0**-24  # what float32 probabilities of the choices cannot tell from a sum of 1
 VALIDATION = "validation"
@@ -186,7 +184,7 @@ def choice_shares(log_probs_NC: np.ndarray) -> np.ndarray:
 
 def test_task(task: TaskConfig, overrides: dict | None) -> TaskConfig:
     """The task of a test set: the recipe's, with the set's own templates and choices where it has them."""
-    return dataclasses.replace(task, **(overrides or {}))
+    return TaskConfig(**dict(task) | (overrides or {}))
 
 
 def collect(
@@ -384,7 +382,7 @@ def read_student(folder: str | Path) -> tuple[TaskConfig, dict]:
         )
     try:
         task = TaskConfig(**content["task"])
-    except (TypeError, SettingsError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{file} has a task that cannot be read ({error}); evaluate the student again") from error
     if not task.choices:
         raise ValueError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from .constants import DIVERGENCES, TAILS
+from .loss_rules import loss_conflicts
 
 
 @dataclass
@@ -22,8 +23,8 @@ class FIRSTConfig(SFTConfig):
         ce_weight: weight w in [0, 1] of cross-entropy on the label: loss = (1 - w) * divergence + w * cross-entropy.
         mass_fraction: fraction of the positions at which the mass term of the bucket loss is evaluated, rescaled so
             that the loss stays unbiased. 1.0 is exact.
-        recalibration_method: how the teacher's rows are recalibrated before the loss sees them; `none` is plain
-            distillation.
+        recalibration_method: how the teacher's rows are recalibrated before the loss sees them. Default: `temperature`
+            where a value is given, otherwise `none`, which is plain distillation.
         recalibration_value: the value found by `first_trl.calibration.search`; required by every method but `none`.
         max_length: tokens in a packed row; only used with `packing`. The cache is already truncated.
 
@@ -46,8 +47,9 @@ class FIRSTConfig(SFTConfig):
         default=1.0,
         metadata={"help": "Fraction in (0, 1] of positions that pay for the vocabulary-sized part of the loss."},
     )
-    recalibration_method: str = field(
-        default="none", metadata={"help": "Recalibration of the teacher's rows; `none` is plain distillation."}
+    recalibration_method: str | None = field(
+        default=None,
+        metadata={"help": "Recalibration of the teacher's rows; none: plain distillation. With a value: temperature."},
     )
     recalibration_value: float | None = field(
         default=None, metadata={"help": "Value of the recalibration, as found on the validation cache."}
@@ -69,21 +71,14 @@ class FIRSTConfig(SFTConfig):
             raise ValueError(f"ce_weight is {self.ce_weight}; it must lie in [0, 1].")
         if not 0 < self.mass_fraction <= 1:
             raise ValueError(f"mass_fraction is {self.mass_fraction}; it must lie in (0, 1], 1.0 being exact.")
-        if self.mass_fraction < 1 and (self.tail, self.divergence) != ("bucket", "forward_kl"):
-            raise ValueError(
-                f"mass_fraction {self.mass_fraction} needs tail='bucket' and divergence='forward_kl' (got "
-                f"{self.tail!r} and {self.divergence!r}): only that loss splits into a mass and a conditional part."
-            )
+        if self.recalibration_method is None:
+            self.recalibration_method = "none" if self.recalibration_value is None else "temperature"
+        for key, what, remedy in loss_conflicts(vars(self)):
+            raise ValueError(f"{key}={getattr(self, key)!r}: {what}; {remedy}.")
         if self.recalibration_method != "none" and self.recalibration_value is None:
             raise ValueError(
                 f"recalibration_method is {self.recalibration_method!r} but recalibration_value is missing; take the "
                 "value from calibration.json, or from first_trl.calibration.search on a validation cache."
-            )
-        if (self.divergence, self.tail, self.recalibration_method) == ("reverse_kl", "bucket", "probability"):
-            raise ValueError(
-                "divergence='reverse_kl' with recalibration_method='probability' makes every loss infinite: that map "
-                "leaves the teacher's tail no probability, and the student always has some there. Use "
-                "divergence='forward_kl' or 'jsd', or recalibration_method='temperature'."
             )
         self._refuse_what_this_trainer_cannot_honour()
 
@@ -91,18 +86,7 @@ class FIRSTConfig(SFTConfig):
         for name, allowed, remedy in (
             ("label_smoothing_factor", 0.0, "use recalibration_method='label_smoothing', which smooths the teacher"),
             ("use_liger_kernel", False, "remove it: the loss here never builds the logits that it would save"),
-            ("loss_type", "nll", "remove it: the loss is chosen by `divergence` and `tail`"),
             ("assistant_only_loss", False, "remove it: the cache decides which tokens are supervised"),
         ):
             if getattr(self, name) != allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect in FIRSTTrainer; {remedy}.")
-        if self.eval_packing and not (self.packing or self.padding_free):
-            raise ValueError(
-                "eval_packing=True needs packing=True or padding_free=True: otherwise TRL's collator pads, and "
-                "the documents of a packed row would see each other."
-            )
-        if (self.packing or self.eval_packing) and self.packing_strategy == "wrapped":
-            raise ValueError(
-                "packing_strategy='wrapped' makes a document's first token a target of the previous document, for "
-                "which no teacher exists; use 'bfd'."
-            )

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipe_job(options: argparse.Namespace) -> dict[str, Any]:
     from .evaluation import test_task
-    from .recipe.loading import load_recipe
+    from .recipe import load_recipe
 
     recipe = load_recipe(options.source)
     arm = options.arm or recipe.push.arm
@@ -88,7 +88,7 @@ def _folder_job(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rows(path: str):
-    from .config import DatasetConfig
+    from .settings import DatasetConfig
 
     return DatasetConfig(path=path, split="train")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import FirstTrlError
-from .recipe.loading import Recipe
+from .recipe import Recipe
 from .run import jobs_of
 
 # Devices by their makers' dense peak: title, TFLOPS in bfloat16 (None: it has none) and in float32, memory in GB.

@@ -125,7 +125,7 @@ def _folder(adapter: str, revision: str | None) -> Path:
 
 def _check_base(folder: Path) -> None:
     """Refuse an adapter whose base model was a folder that is not here."""
-    from .recipe.rules import looks_local
+    from .recipe import looks_local
 
     config = folder / "adapter_config.json"
     if not config.is_file():

@@ -21,13 +21,13 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
-from .config import SPEED_SETTINGS
 from .data.loading import source_identity
 from .failures import explain
 from .files import locked, path_fingerprint, write_atomically
 from .log import RunLog, libraries_into, recording, status
-from .recipe.loading import STAGES, Recipe, RecipeError, load_recipe
+from .recipe import STAGES, Recipe, RecipeError, load_recipe
 from .redaction import redacted
+from .settings import SPEED_SETTINGS
 
 METHODS_WITHOUT_VALUE = ("none",)
 LONG = timedelta(days=30)  # for processes that do not train together: the others wait for the last one
@@ -70,7 +70,9 @@ def recalibration_of(recipe: Recipe, arm: str) -> tuple[str, float | None]:
     section = recipe.arm_section(arm)
     if recipe.arm_trainer(arm) == "sft":
         return "none", None
-    return section.get("recalibration_method", recipe.calibrate.method), section.get("recalibration_value")
+    value = section.get("recalibration_value")
+    default = recipe.calibrate.method if value is None else "temperature"
+    return section.get("recalibration_method") or default, value
 
 
 def needs_calibration(recipe: Recipe, arm: str) -> bool:

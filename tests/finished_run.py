@@ -66,7 +66,7 @@ def make_run(folder, base, base_name=None, **sections):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from first_trl.recipe.loading import load_recipe
+    from first_trl.recipe import load_recipe
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", "validation", "test"):

@@ -23,7 +23,7 @@ from first_trl.cache.format import CacheError, shard_name
 from first_trl.cache.identity import open_recipe_cache, teacher_identity
 from first_trl.cache.reader import parquet_files
 from first_trl.cache.writer import library_versions, write_shards
-from first_trl.recipe.loading import load_recipe
+from first_trl.recipe import load_recipe
 from first_trl.run import inputs_of
 from first_trl.stages import cache as stage
 from first_trl.stages import calibrate, distill

@@ -204,7 +204,8 @@ def test_preparing_again_replaces_the_folder_but_never_somebody_elses(finished, 
 def test_a_secret_in_a_file_stops_everything_and_is_not_repeated(finished, tmp_path, monkeypatch):
     run, recipe = finished
     monkeypatch.setenv("MY_API_KEY", "correct-horse-battery")
-    leaking = dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, prompt="correct-horse-battery {text}"))
+    leaking = recipe.model_copy(deep=True)
+    leaking.task.prompt = "correct-horse-battery {text}"
     with pytest.raises(ValueError, match="MY_API_KEY") as refusal:
         prepare_upload_folder(run, "first", leaking, tmp_path / "push")
     assert "correct-horse" not in str(refusal.value) and list(tmp_path.iterdir()) == []

@@ -31,9 +31,9 @@ def test_importing_the_package_costs_almost_nothing():
 
 
 def test_nothing_heavy_is_imported_to_print_help_or_to_read_a_recipe():
-    code = "import sys, first_trl, first_trl.__main__, first_trl.recipe.loading; print(*sys.modules)"
+    code = "import sys, first_trl, first_trl.__main__, first_trl.recipe; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    assert "first_trl.recipe.loading" in loaded
+    assert "first_trl.recipe" in loaded
     assert not set(HEAVY) & set(loaded)
 
 
@@ -65,6 +65,6 @@ def test_a_stage_is_launched_under_accelerate_with_its_configuration(monkeypatch
 
 
 def test_an_unknown_stage_is_refused(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("first_trl.recipe.loading.load_recipe", lambda *_: None)
+    monkeypatch.setattr("first_trl.recipe.load_recipe", lambda *_: None)
     assert command.main(["run", "recipe.yaml", "--stages", "cache,distil"]) == 2
     assert "Unknown stage 'distil'" in capsys.readouterr().err

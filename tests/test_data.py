@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from first_trl.config import DatasetConfig, TaskConfig
 from first_trl.data.choices import choice_token_ids, single_token_ids
 from first_trl.data.encoding import encode_example, encode_prompt
 from first_trl.data.loading import check_disjoint, load_split, local_files, source_identity, tokenize_dataset
 from first_trl.errors import FirstTrlError
+from first_trl.settings import DatasetConfig, TaskConfig
 from first_trl.templates import render_template, template_fields
 
 TEMPLATE = "Review: {text}\nSentiment:"

@@ -16,7 +16,7 @@ from first_trl import demo
 from first_trl.demo.models import BASES, PROMPT, build_model, build_tokenizer, pretrain, unlabelled_texts, write_models
 from first_trl.demo.task import SPLITS, STYLES, TEAMS, THINGS, team_probabilities, tickets, write_task
 from first_trl.files import path_fingerprint
-from first_trl.recipe.loading import load_recipe
+from first_trl.recipe import load_recipe
 
 FEW = dict.fromkeys(SPLITS, 40)
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from first_trl.config import TaskConfig
 from first_trl.evaluation import answer_set, collect, predictions, read_answers, recalibrated_answers
 from first_trl.evaluation import test_task as task_of_a_set
+from first_trl.settings import TaskConfig
 
 # Two examples over tokens 3..7: K = 2 kept tokens and the tail. The first label is kept, the second is in the tail.
 ANSWERS = {

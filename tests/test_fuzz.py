@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 from first_trl.cache.format import MANIFEST, SEAL, render_manifest
 from first_trl.cache.reader import CacheError, open_cache
-from first_trl.config import TaskConfig
 from first_trl.files import file_digest
 from first_trl.hub.card import build_card
 from first_trl.log import recording
-from first_trl.recipe.loading import RecipeError, load_recipe
+from first_trl.recipe import RecipeError, load_recipe
 from first_trl.redaction import redacted
 from first_trl.report.verdict import verdict
 from first_trl.report.writing import measure, page
+from first_trl.settings import TaskConfig
 from first_trl.templates import render_template
 from tests.cache_samples import make_rows, write_cache
 from tests.test_card import facts, measured

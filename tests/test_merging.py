@@ -88,7 +88,7 @@ def test_what_cannot_be_merged_is_refused_with_the_remedy(tmp_path, capsys):
 
 
 def test_a_failed_measurement_leaves_nothing_behind(tmp_path, monkeypatch):
-    from first_trl.config import DatasetConfig
+    from first_trl.settings import DatasetConfig
 
     run, recipe, _ = finished(tmp_path)
 

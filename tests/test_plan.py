@@ -9,7 +9,7 @@ import torch
 from first_trl import __main__ as command
 from first_trl.checks import check_recipe
 from first_trl.plan import Machine, block_elements, build_on_meta, head_flops, optimizer_bytes, read_machine, size_of
-from first_trl.recipe.loading import load_recipe
+from first_trl.recipe import load_recipe
 from tests.cache_recipe import write_recipe
 from tests.tiny import build_model
 

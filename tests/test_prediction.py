@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import first_trl
-from first_trl.config import TaskConfig
 from first_trl.evaluation import describe_student, fit_thresholds, read_student, threshold_for
 from first_trl.hub.card import prepare_upload_folder
 from first_trl.hub.upload import push_folder
 from first_trl.prediction import ROWS_AT_A_TIME, Predictor, answered_lines, main, predict
+from first_trl.settings import TaskConfig
 from tests.finished_run import make_base, make_run
 from tests.test_push import run_elsewhere
 from tests.tiny import WORDS

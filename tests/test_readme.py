@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from first_trl import __main__ as command
-from first_trl.recipe.loading import STAGES
+from first_trl.recipe import STAGES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,7 +92,7 @@ def test_the_sft_script_needs_five_changed_lines():
 
 
 def test_the_recipes_of_the_examples_are_recipes(tmp_path, monkeypatch):
-    from first_trl.recipe.loading import load_recipe
+    from first_trl.recipe import load_recipe
 
     whole, arms, alone = BLOCKS["yaml"]
     (tmp_path / "data").mkdir()

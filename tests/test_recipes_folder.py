@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from first_trl.recipe.loading import DEFAULT_ARMS, load_recipe
+from first_trl.constants import DEFAULT_ARMS
+from first_trl.recipe import load_recipe
 from first_trl.templates import render_template
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -95,7 +96,9 @@ def test_trl_and_peft_accept_the_settings_of_every_training_run(name, tmp_path):
     for arm in recipe.arms:
         runs.append((recipe.arm_section(arm), SFTConfig if recipe.arm_trainer(arm) == "sft" else FIRSTConfig))
     for section, config_class in runs:
-        found = {"recalibration_value": 0.3} if "recalibration_method" in section else {}  # as the stage adds it
+        found = (
+            {"recalibration_value": 0.3} if section.get("recalibration_method", "none") != "none" else {}
+        )  # as the stage adds it
         section = {**section, **found, "use_cpu": True}
         args, model_args = training_arguments(section, config_class, tmp_path, recipe.seed)
         arguments = model_arguments(model_args)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from first_trl.evaluation import teacher_curves
-from first_trl.recipe.loading import load_recipe
+from first_trl.recipe import load_recipe
 from first_trl.run import calibration_methods, jobs_of
 from first_trl.stages import cache, calibrate, distill, evaluate
 from tests.cache_recipe import write_recipe, write_rows

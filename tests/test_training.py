@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from trl import SFTConfig
 
-from first_trl.recipe.loading import load_recipe
+from first_trl.recipe import load_recipe
 from first_trl.training import (
     label_arguments,
     last_whole_checkpoint,

@@ -11,9 +11,9 @@ import yaml
 from first_trl.cache.arrays import learned_by_heart
 from first_trl.cache.reader import open_cache
 from first_trl.checks import check_recipe
-from first_trl.config import TaskConfig
 from first_trl.data.choices import has_answer, with_answer
-from first_trl.recipe.loading import load_recipe
+from first_trl.recipe import load_recipe
+from first_trl.settings import TaskConfig
 from first_trl.stages import cache, calibrate, distill, evaluate
 from tests.cache_recipe import write_recipe
 from tests.tiny import build_model

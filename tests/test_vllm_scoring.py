@@ -16,13 +16,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from first_trl.cache.reader import open_cache
-from first_trl.config import CacheConfig
-from first_trl.field_types import SettingsError
 from first_trl.modeling import load_model
-from first_trl.recipe.loading import load_recipe
+from first_trl.recipe import load_recipe
 from first_trl.scoring import teacher_rows
+from first_trl.settings import CacheConfig
 from first_trl.stages import cache as stage
 from first_trl.vllm_scoring import (
     SMALLEST_TAIL,
@@ -285,13 +285,13 @@ def test_a_key_in_the_environment_goes_to_the_server_and_is_asked_for(monkeypatc
         ({"backend": "server", "server_url": "localhost:8000"}, "server_url", "http://127.0.0.1:8000"),
         ({"backend": "server", "server_url": "http://me:key@host"}, "server_url", "not the address of a server"),
         ({"server_url": "http://127.0.0.1:8000"}, "server_url", "write backend: server"),
-        ({"backend": "vllm"}, "backend", "one of hf, server"),
+        ({"backend": "vllm"}, "backend", "'hf' or 'server'"),
     ],
 )
 def test_settings_of_one_backend_are_refused_with_another(settings, key, message):
-    with pytest.raises(SettingsError, match=message) as raised:
+    with pytest.raises(ValidationError, match=message) as raised:
         CacheConfig(**settings)
-    assert [problem.key for problem in raised.value.problems] == [key]
+    assert key in str(raised.value)
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from first_trl.config import TaskConfig
 from first_trl.evaluation import answer_set, collect, predictions, read_answers, recalibrated_answers
 from first_trl.scoring import sequence_log_probs
+from first_trl.settings import TaskConfig
 from tests.test_trainer import random_examples
 
 ROWS = {

@@ -7,9 +7,9 @@ path of this machine is among them. Nothing here runs a teacher or reads a shard
 import json
 from pathlib import Path
 
-from ..config import DatasetConfig
 from ..data.loading import source_identity
 from ..files import file_digest
+from ..settings import DatasetConfig
 from .format import fingerprint, tokenizer_fingerprint
 from .reader import TeacherCache, check_cache, open_cache
 from .writer import library_versions

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..config import TaskConfig
 from ..constants import IGNORED
 from ..errors import FirstTrlError
+from ..settings import TaskConfig
 from ..templates import parse_template, render_template, text_around_field
 from .encoding import (
     chat_ids,

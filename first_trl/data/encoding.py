@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ..config import TaskConfig
 from ..constants import IGNORED
 from ..errors import FirstTrlError
+from ..settings import TaskConfig
 from ..templates import render_template, template_fields, text_around_field
 
 if TYPE_CHECKING:

@@ -11,23 +11,20 @@ import glob
 import hashlib
 import json
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import DatasetConfig, TaskConfig
-from ..constants import HUB_ID, IGNORED
+from ..constants import BUILDERS, HUB_ID, IGNORED
 from ..errors import FirstTrlError
 from ..files import file_digest
+from ..settings import DatasetConfig, TaskConfig
 from .encoding import encode_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-# File suffix -> builder of `datasets`.
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 def local_files(config: DatasetConfig) -> list[Path]:
@@ -266,7 +263,7 @@ def tokenize_dataset(
 
     lists = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")})
     # Named here, because a tokenizer's own hash changes when it is used, and the cache would never be found again.
-    parts = [dataset._fingerprint, asdict(task), tokenizer_state(tokenizer), Path(__file__).read_bytes()]
+    parts = [dataset._fingerprint, dict(task), tokenizer_state(tokenizer), Path(__file__).read_bytes()]
     return dataset.map(
         partial(encode_row, task=task, tokenizer=tokenizer, place=place),
         with_indices=True,

@@ -10,7 +10,7 @@ several `seeds`, `students/<arm>/seed-<n>/`. An arm with
 import json
 from functools import partial
 
-from first_trl.recipe.loading import arm_of
+from first_trl.recipe import arm_of
 from first_trl.run import needs_calibration, recalibration_of, require, run_job, stage_command, teacher_path
 
 

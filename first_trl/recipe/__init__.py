@@ -1,1 +1,0 @@
-"""From a YAML file to a checked recipe: start at `loading`; the settings themselves are `first_trl.config`."""

@@ -1,0 +1,337 @@
+"""The sections of a recipe as pydantic models, with the help and the limits of every setting.
+
+Nothing heavy is imported here, so that a wrong recipe is refused in a fraction of a second. `sft`, `distill` and the
+arms hold settings of TRL's SFTConfig and ModelConfig and of FIRSTConfig: [`training_model`] makes a model of these.
+Reading a recipe file, and the rules between sections, are `first_trl.recipe`.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic_core import PydanticCustomError
+
+from .constants import CRITERIA, DIVERGENCES, HUB_ID, POSITIONS, RECALIBRATION_METHODS, TAILS
+from .templates import Piece, parse_template
+from .trl_fields import FieldSpec, known_fields
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_SERVER_URL = re.compile(r"https?://[^\s@?#]+")
+# Settings of the cache that say how fast it is made. Other batches round differently, as far as the teacher's dtype
+# rounds, and a server batches as it likes: neither tells two caches apart, in the manifest or in the run's record.
+SPEED_SETTINGS = ("tokens_per_batch", "server_requests")
+
+
+class Problem(NamedTuple):
+    """One thing wrong with one setting: where, what was written, what is wrong, what to do."""
+
+    path: tuple
+    value: Any
+    what: str
+    remedy: str
+
+
+class Section(BaseModel):
+    """Base of the sections: types are strict, unknown keys are errors, and `conflicts` are rules between settings."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    def conflicts(self) -> Iterator[Problem]:
+        """What is wrong between settings that each have the right type; paths start in this section."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _refuse_conflicts(self):
+        if problems := list(self.conflicts()):
+            text = "; ".join(f"{p.path[-1]} = {p.value!r}: {p.what}; {p.remedy}" for p in problems)
+            raise PydanticCustomError("conflicts", "{text}", {"text": text, "problems": problems})
+        return self
+
+
+# Two conversions that people rely on every day: `1e-4`, which YAML reads as text, and a lone text for a list of texts.
+Number = Annotated[
+    float,
+    BeforeValidator(lambda v: float(v) if isinstance(v, str) and _NUMBER.fullmatch(v.strip()) else v),
+]
+Texts = Annotated[
+    list[str],
+    BeforeValidator(lambda v: [v] if isinstance(v, str) else v, json_schema_input_type=list[str] | str),
+]
+Count = Annotated[int, Field(ge=1, le=10**12)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes, which training seeds as well
+Bins = Annotated[int, Field(ge=1, le=1000)]
+Resamples = Annotated[int, Field(ge=0, le=100_000)]
+
+
+class TaskConfig(Section):
+    """How a row of data becomes a prompt and a completion, the same in training, caching and evaluation.
+
+    With neither template, rows have the columns `prompt` and `completion`, or are conversational (`messages`, or
+    messages in those two columns) and go through the tokenizer's chat template.
+    """
+
+    prompt: str | None = Field(None, description="Template of the prompt over the columns, e.g. 'Review: {text}'.")
+    completion: str | None = Field(None, description="Template of what the model must answer, e.g. ' {label}'.")
+    choices: list[str] | None = Field(None, description="The closed answers: all values of the completion's column.")
+    append_eos: bool = Field(True, description="End every completion with the end-of-sequence token.")
+    max_length: int = Field(1024, ge=2, le=10**8, description="Most tokens of prompt and completion together.")
+    chat_template_kwargs: dict | None = Field(
+        None, description="Arguments of the chat template, for conversational rows, e.g. {enable_thinking: false}."
+    )
+
+    def conflicts(self) -> Iterator[Problem]:
+        if (self.prompt is None) != (self.completion is None):
+            given, missing = ("prompt", "completion") if self.completion is None else ("completion", "prompt")
+            what, remedy = f"it comes without {missing}", f"write {missing} too, or neither"
+            yield Problem((given,), getattr(self, given), what, remedy)
+        if self.prompt is not None and self.chat_template_kwargs is not None:
+            what = "a prompt template does not go through the chat template"
+            remedy = "remove it, or remove prompt and completion and give conversational rows"
+            yield Problem(("chat_template_kwargs",), self.chat_template_kwargs, what, remedy)
+        pieces: tuple[Piece, ...] = ()
+        for key in ("prompt", "completion"):
+            template = getattr(self, key)
+            try:
+                pieces = parse_template(template or "")
+            except ValueError as error:
+                what = str(error).removeprefix(f"template {template!r}").lstrip(": ")
+                yield Problem((key,), template, what, "correct the template")
+        if self.completion is not None and not self.completion.strip():
+            yield Problem(("completion",), self.completion, "it is empty", "write what the model must answer")
+        if self.choices is None:
+            return
+        if len(self.choices) < 2 or len(set(self.choices)) < len(self.choices) or not all(self.choices):
+            remedy = "list at least two different answers, none of them empty"
+            yield Problem(("choices",), self.choices, "these are not choices between answers", remedy)
+        columns = [piece for piece in pieces if piece.column is not None]
+        if self.completion is not None and len(columns) != 1:
+            what = f"with choices the completion needs exactly one column, not {len(columns)}"
+            yield Problem(("completion",), self.completion, what, "write e.g. ' {label}', or remove choices")
+
+
+class DatasetConfig(Section):
+    """One split: what `datasets.load_dataset` takes, the columns to rename, and how many rows to keep."""
+
+    path: str = Field(description="Hub id, local folder or file, or json, csv, parquet, text with data_files.")
+    name: str | None = Field(None, description="Configuration of the dataset, e.g. main.")
+    split: str | None = Field(None, description="Split, slices allowed, e.g. train[:90%]. Default: the role's name.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the dataset on the Hub.")
+    data_files: str | list[str] | None = Field(None, description="Files to read, relative to the current directory.")
+    columns: dict[str, str] | None = Field(None, description="Name used in the templates -> column of the dataset.")
+    max_rows: Count | None = Field(None, description="Keep this many rows.")
+    shuffle_seed: Seed | None = Field(None, description="Shuffle with this seed before max_rows is taken.")
+    out_of_domain: bool = Field(False, description="Test sets: reported as out of domain.")
+    task: dict | None = Field(None, description="Test sets: settings of `task` that this set needs otherwise.")
+
+    def conflicts(self) -> Iterator[Problem]:
+        columns = list((self.columns or {}).values())
+        if len(set(columns)) < len(columns):
+            yield Problem(("columns",), self.columns, "two names read one column", "keep one of them")
+
+
+class Datasets(Section):
+    """The splits of a recipe: one to learn from, one to choose on, and named ones that are only reported.
+
+    `transfer` holds rows that the teacher never trained on; where it is given, students are distilled on it and not on
+    `train`, whose rows the teacher labels with a confidence that validation never sees.
+    """
+
+    train: DatasetConfig | None = Field(None, description="Rows that the teacher, and students on labels, learn.")
+    validation: DatasetConfig = Field(description="Rows that recalibration and thresholds are fitted on.")
+    test: dict[str, DatasetConfig] = Field(description="Rows that are only reported: a name for each set.")
+    transfer: DatasetConfig | None = Field(None, description="Rows that students are distilled on, instead of train.")
+
+
+class CacheConfig(Section):
+    """What is kept of the teacher, and how it is run."""
+
+    top_k: int = Field(5, ge=1, le=10**6, description="Most probable tokens kept per position (the paper keeps 5).")
+    support: Literal["top_k", "choices"] = Field(
+        "top_k",
+        description="Tokens kept: the top_k most probable, or those of task.choices, so that recalibration moves mass "
+        "among them.",
+    )
+    dtype: Literal["float16", "float32"] = Field("float16", description="Type of the stored log-probabilities.")
+    rows_per_shard: Count = Field(1024, description="Examples in one file: what a crash can lose.")
+    tokens_per_batch: Count = Field(
+        8192, description="Tokens of a teacher batch, padding included. Changing it does not invalidate a cache."
+    )
+    teacher: str | None = Field(None, description="Model or adapter to cache, instead of the teacher that `sft` made.")
+    teacher_revision: str | None = Field(None, description="Branch, tag or commit of that teacher on the Hub.")
+    teacher_dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = Field(
+        None, description="Type the teacher runs in. Default: sft.dtype."
+    )
+    load_in_4bit: bool | None = Field(
+        None, description="Run the teacher in 4-bit NF4, or not. Default: as `sft` trained it."
+    )
+    attn_implementation: str | None = Field(None, description="Attention of the teacher, e.g. sdpa.")
+    streaming: bool = Field(False, description="Read the rows as a stream: no copy of the dataset on this machine.")
+    backend: Literal["hf", "server"] = Field(
+        "hf", description="What runs the teacher: transformers, or a server such as `vllm serve`."
+    )
+    server_url: str | None = Field(
+        None, description="The server, e.g. http://127.0.0.1:8000; any that gives prompt_logprobs."
+    )
+    server_requests: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="Requests under way to the server at one time. Changing it does not invalidate a cache.",
+    )
+
+    def conflicts(self) -> Iterator[Problem]:
+        if self.teacher_revision is not None and self.teacher is None:
+            remedy = "write cache.teacher too, or remove it"
+            yield Problem(("teacher_revision",), self.teacher_revision, "there is no cache.teacher", remedy)
+        if self.backend == "server" and not _SERVER_URL.fullmatch(self.server_url or ""):
+            remedy = "write the address that the server was started at, e.g. http://127.0.0.1:8000"
+            yield Problem(("server_url",), self.server_url, "it is not the address of a server", remedy)
+        # A server chooses type, quantisation and attention itself, and shows no tokens of one's choice.
+        local = ("teacher_dtype", "load_in_4bit", "attn_implementation", "support")
+        for key in ("server_url", "server_requests") if self.backend == "hf" else local:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                other = "server" if self.backend == "hf" else "hf"
+                what, remedy = f"backend: {self.backend} has no use for it", f"remove it, or write backend: {other}"
+                yield Problem((key,), getattr(self, key), what, remedy)
+
+
+class CalibrateConfig(Section):
+    """How the recalibration value is searched on the validation cache."""
+
+    method: Literal[*RECALIBRATION_METHODS, "auto"] = Field(  # type: ignore[valid-type]
+        "temperature",
+        description="Family of maps to search; auto takes the one with the lowest cross-validated criterion.",
+    )
+    criterion: Literal[*CRITERIA] = Field("ece", description="What the search minimises.")  # type: ignore[valid-type]
+    num_bins: Bins = Field(10, description="Bins of the calibration error.")
+    positions: Literal[*POSITIONS] = Field(  # type: ignore[valid-type]
+        "answer", description="The first completion token, or every one."
+    )
+    include_eos: bool = Field(False, description="With positions: all, count the end of sequence, which is forced.")
+    bootstrap: Resamples = Field(200, description="Resamples for the interval of the value; 0 for none.")
+    seed: Seed = Field(0, description="Seed of the resamples.")
+
+
+class EvaluateConfig(Section):
+    """How the arms are measured on the test sets."""
+
+    num_bins: Bins = Field(10, description="Bins of the calibration error and of the diagrams.")
+    bootstrap: Resamples = Field(1000, description="Resamples for the intervals; 0 for none.")
+    tokens_per_batch: Count = Field(8192, description="Tokens of one batch, padding included.")
+    seed: Seed = Field(0, description="Seed of the resamples.")
+    allow_overlap: bool = Field(False, description="Measure on test sets that share rows with the other splits.")
+
+
+class PushConfig(Section):
+    """Where an adapter goes on the Hub."""
+
+    hub_model_id: str | None = Field(None, description="Repository, e.g. my-name/my-student.")
+    arm: str = Field("first", description="The arm whose student is pushed.")
+    private: bool = Field(False, description="Create the repository as private.")
+    revision: str | None = Field(None, description="Branch to push to.")
+    create_pr: bool = Field(False, description="Open a pull request instead of pushing.")
+    commit_message: str | None = Field(None, description="Message of the commit.")
+
+    def conflicts(self) -> Iterator[Problem]:
+        if self.hub_model_id is not None and not (HUB_ID.fullmatch(self.hub_model_id) and "/" in self.hub_model_id):
+            remedy = "write owner/name, letters, digits, '-', '_' and '.' only"
+            yield Problem(("hub_model_id",), self.hub_model_id, "it is not the id of a repository", remedy)
+
+
+# Settings of TRL that the stages set themselves, or that TRL is about to remove, and settings of earlier versions of
+# first-trl: key -> (what is wrong, the remedy).
+_TASK = ("the task section decides what is trained on, in every stage alike", "remove it")
+_STAGE = ("the stage decides this", "remove it")
+_TOKENIZER = ("the tokenizer's own is used", "remove it, and save a tokenizer that has it beside the model")
+_PUSH = ("training does not upload", "remove it and fill the push section; `first-trl push` uploads")
+_METRICS = ("training computes no metrics from logits", "remove it: `first-trl evaluate` measures on the test sets")
+RESERVED_KEYS = {
+    "output_dir": ("the stages choose their own folders", "write output_dir and name at the top of the recipe"),
+    **dict.fromkeys(("dataset_kwargs", "dataset_text_field", "completion_only_loss", "assistant_only_loss"), _TASK),
+    "truncation_mode": ("task.max_length decides where a row ends", "remove it"),
+    **dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), _TOKENIZER),
+    **dict.fromkeys(("remove_unused_columns", "label_names", "do_train", "do_eval", "do_predict"), _STAGE),
+    "local_rank": ("accelerate sets it", "remove it and use `accelerate launch`"),
+    "resume_from_checkpoint": (
+        "stages continue from their last checkpoint by themselves",
+        "remove it; to start again, delete the stage's folder",
+    ),
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo", "hub_strategy"), _PUSH),
+    "hub_always_push": _PUSH,
+    **dict.fromkeys(("include_for_metrics", "batch_eval_metrics", "prediction_loss_only"), _METRICS),
+    "label_smoothing_factor": (
+        "TRL removes it in version 2.0, and it needs an extra forward pass",
+        "smooth the teacher: an arm with recalibration_method: label_smoothing",
+    ),
+    "use_liger_kernel": ("the loss here builds no logits for it to save", "remove it"),
+    "cross_fit": (
+        "it was removed: rows that the teacher never trained on measured better",
+        "remove it and write datasets.transfer",
+    ),
+    "tail_knots": ("it was removed together with vocabulary_temperature, which measured worse", "remove it"),
+    "vllm_options": (
+        "vLLM no longer runs in this process",
+        "start `vllm serve` with these options, and write backend: server and server_url",
+    ),
+}
+REMOVED_VALUES = {
+    "vllm": ("vLLM no longer runs in this process", "start `vllm serve`, and write backend: server and server_url"),
+    "vocabulary_temperature": ("it was removed, because it measured worse", "write temperature"),
+}
+
+# Bounds of the settings that people most often get wrong; the rest is left to TRL.
+LIMITS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"), {"ge": 0}),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), {"ge": 1}),
+    **dict.fromkeys(("gradient_accumulation_steps", "lora_r", "lora_alpha"), {"ge": 1}),
+    **dict.fromkeys(("seed", "data_seed"), {"ge": 0, "lt": 2**32}),
+    "num_train_epochs": {"gt": 0},
+    "max_length": {"ge": 2},
+    "lora_dropout": {"ge": 0, "lt": 1},
+    "ce_weight": {"ge": 0, "le": 1},
+    "mass_fraction": {"gt": 0, "le": 1},
+}
+_CHOICES = {"divergence": DIVERGENCES, "tail": TAILS, "recalibration_method": RECALIBRATION_METHODS}
+TRAINING = {"sft": "SFTConfig", "distill": "FIRSTConfig"}
+
+
+class _Lists:
+    """`list[str]` of an annotation, for a lone text too."""
+
+    def __class_getitem__(cls, item: Any) -> Any:
+        return Texts if item is str else list[item]
+
+
+class _Names(dict):
+    """The names that annotations use; those of TRL's own classes stand for anything."""
+
+    def __missing__(self, name: str) -> Any:
+        return Any
+
+
+_NAMES = {"float": Number, "list": _Lists, "int": int, "str": str, "bool": bool, "dict": dict, "Literal": Literal}
+
+
+def training_fields(section: str) -> dict[str, FieldSpec]:
+    """The settings that `sft`, or `distill` and the arms, may hold."""
+    return known_fields(TRAINING[section]) | known_fields("ModelConfig")
+
+
+def first_only_keys() -> set[str]:
+    """The settings that FIRSTConfig adds to SFTConfig."""
+    return set(known_fields("FIRSTConfig")) - set(known_fields("SFTConfig"))
+
+
+@cache
+def training_model(section: str) -> type[Section]:
+    """The settings of `sft` or `distill` as a model in which none is required."""
+    fields: dict[str, Any] = {}
+    for name, spec in training_fields(section).items():
+        choices = _CHOICES.get(name, spec.choices)
+        hint = Literal[*choices] if choices else eval(spec.annotation, {"__builtins__": {}}, _Names(_NAMES))
+        if choices and "None" in spec.annotation:
+            hint = hint | None
+        fields[name] = (hint, Field(spec.default, description=spec.help, **LIMITS.get(name, {})))
+    return create_model(f"{section.capitalize()}Settings", __base__=Section, **fields)
