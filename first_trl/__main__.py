@@ -140,6 +140,10 @@ def run_pipeline(
     if unknown:
         print(f"Unknown stage {unknown[0]!r} in --stages; choose from {', '.join(STAGES)}.", file=sys.stderr)
         return 2
+    from .checks import passed
+
+    if not passed(recipe, wanted, config_file, quiet):
+        return 2
     arguments = [recipe_path, *["--quiet"] * quiet, *overrides]
     started = time.monotonic()
     for stage in (stage for stage in STAGES if stage in wanted):

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,14 +28,15 @@ from typing import Any
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from .cache.format import tokenizer_fingerprint
-from .constants import IGNORED, STAGES
+from .constants import HUB_ID, IGNORED, STAGES
 from .data.choices import choice_token_ids, encode_answer_row, has_answer, single_token_ids, unlabelled_encoder
 from .data.encoding import encode_prompt, encode_row
 from .data.loading import load_split, source_identity, tokenizer_state
 from .errors import FirstTrlError
 from .evaluation import test_task
+from .failures import explain
 from .files import file_digest, write_atomically
-from .log import RunLog, libraries_into
+from .log import RunLog, libraries_into, recording, status
 from .plan import (
     ACCELERATORS,
     UTILISATION,
@@ -97,13 +99,16 @@ def check_recipe(
         if key is not None and not report.unknown:
             _remember(recipe, key, report)
     if here:
-        report.problems += report.unknown and [f"{entry}; it is needed to run" for entry in report.unknown]
+        report.problems, report.unknown = [*report.unknown, *report.problems], []  # what is out of reach cannot run
         report.problems += _machine_problems(recipe, stages, machine, report)
     return report
 
 
 def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
     """What the rows, the models and the recipe decide."""
+    import datasets
+
+    datasets.disable_progress_bars()  # of loading; the pass over the rows has one, under a terminal
     report = Report()
     configs, tokenizers = _read_models(recipe, stages, report)
     tokenizer = next(iter(tokenizers.values()), None)  # the teacher's, where it could be read
@@ -118,10 +123,8 @@ def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
     report.problems += _overlaps(recipe, encoded)
     report.warnings += _thin_validation(recipe, stages, report.splits)
     report.problems += _model_problems(recipe, stages, configs, tokenizer, report.splits)
-    try:
-        report.costs = costs(recipe, machine, report.splits, configs, len(tokenizer) if tokenizer is not None else 0)
-    except FirstTrlError as error:
-        report.problems.append(str(error))
+    report.costs = costs(recipe, machine, report.splits, configs, len(tokenizer) if tokenizer is not None else 0)
+    report.problems += [f"{cost.name}: {cost.problem}" for cost in report.costs if cost.problem]
     return report
 
 
@@ -152,27 +155,53 @@ def _models(recipe: Recipe, stages: Sequence[str]) -> dict[str, tuple[str, str |
 
 def _read_models(recipe: Recipe, stages: Sequence[str], report: Report) -> tuple[dict, dict]:
     """({folder or id: configuration}, {place: tokenizer}) of the models that could be read."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     configs: dict[str, Any] = {}
     tokenizers: dict[str, Any] = {}
     for place, (path, revision) in _models(recipe, stages).items():
-        base, base_revision = path, revision
-        adapter = Path(path) / "adapter_config.json"
         try:
-            if adapter.is_file():
-                base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-                base_revision = None
+            base, base_revision = _base_of(path, revision)
             _refuse_size(json.loads(_config_file(base, base_revision).read_text(encoding="utf-8")))
-            configs[path] = AutoConfig.from_pretrained(base, revision=base_revision, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(base, revision=base_revision, trust_remote_code=False)
+            if type(config) not in AutoModelForCausalLM._model_mapping:
+                raise FirstTrlError(
+                    f"{type(config).__name__} is no causal language model; take one that predicts text"
+                )
+            for folder in {path, base}:
+                _refuse_no_weights(Path(folder))
             tokenizers[place] = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+            configs[path] = config
         except Exception as error:  # a broken file makes transformers raise whatever its values lead to
-            reason = " ".join(str(error).split()).partition(" Check ")[0][:300] or type(error).__name__
-            if Path(base).exists():
-                report.problems.append(f"{place}: {path}: its configuration or tokenizer cannot be read: {reason}")
-            else:
-                report.unknown.append(f"{place}: {path}: {reason}")
+            known = (
+                explain(error, "")
+                or f"its configuration or tokenizer cannot be read ({_brief(error)}); fetch it again"
+            )
+            (report.problems if Path(path).exists() else report.unknown).append(f"{place}: {path}: {known}")
     return configs, tokenizers
+
+
+def _base_of(path: str, revision: str | None) -> tuple[str, str | None]:
+    """The model that an adapter is loaded on, with its revision; any other model is its own."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        return path, revision
+    content = json.loads(file.read_text(encoding="utf-8"))
+    base = content["base_model_name_or_path"]
+    if not Path(base).is_dir() and not HUB_ID.fullmatch(base):
+        raise FirstTrlError(f"its base {base} is not here; move it back, or correct {file}")
+    return base, content.get("revision")
+
+
+def _refuse_no_weights(folder: Path) -> None:
+    if folder.is_dir() and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+        raise FirstTrlError(
+            f"{folder} has no weights (*.safetensors); save them with save_pretrained, or fetch it again"
+        )
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _config_file(path: str, revision: str | None) -> Path:
@@ -260,6 +289,8 @@ def _encode(report: Report, recipe: Recipe, name: str, task, rows, tokenizer) ->
     import numpy as np
 
     place, split = f"datasets.{name}", report.splits[name]
+    if sys.stderr.isatty():
+        datasets.enable_progress_bars()
     try:
         encode = _encoder(recipe, name, task, tokenizer, rows[0])
     except FirstTrlError as error:
@@ -277,6 +308,7 @@ def _encode(report: Report, recipe: Recipe, name: str, task, rows, tokenizer) ->
         new_fingerprint=datasets.fingerprint.Hasher.hash(parts),
         desc=f"Checking {place}",
     )
+    datasets.disable_progress_bars()
     columns = {column: checked.data.column(column).to_numpy() for column in kinds}
     good = columns["tokens"] > 0
     split.tokens, split.supervised = int(columns["tokens"].sum()), int(columns["supervised"].sum())
@@ -416,7 +448,7 @@ def _machine_problems(recipe: Recipe, stages: Sequence[str], machine: Machine, r
 
     sections = {"sft": recipe.sft} if "sft" in stages and recipe.cache.teacher is None else {}
     sections |= {f"arms.{arm}": recipe.arm_section(arm) for arm in recipe.arms if "distill" in stages}
-    yield from _folder_problems(recipe, report)
+    yield from _folder_problems(recipe.run_folder, report.costs)
     for name, section in sections.items():
         yield from _missing_packages(name, section)
         if machine.shards > 1 and (problem := missing_quant_storage(section)):
@@ -429,11 +461,10 @@ def _machine_problems(recipe: Recipe, stages: Sequence[str], machine: Machine, r
                 yield f"{name}.{key}: true, and this machine has no accelerator; write {key}: false, or use_cpu: true"
 
 
-def _folder_problems(recipe: Recipe, report: Report) -> Iterator[str]:
-    folder = recipe.run_folder
+def _folder_problems(folder: Path, found: Sequence[Cost] = ()) -> Iterator[str]:
     there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
     if not there.is_dir():
-        what = "a link to nothing" if there.is_symlink() and not there.exists() else "a file"
+        what = "a file" if there.exists() else "a link to nothing"
         yield f"output_dir: {there} is {what}, where the run needs a folder; choose another output_dir"
         return
     try:
@@ -443,7 +474,7 @@ def _folder_problems(recipe: Recipe, report: Report) -> Iterator[str]:
         yield f"output_dir: {there} cannot be written to ({error.strerror}); choose another output_dir"
         return
     held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
-    needed, free = sum(cost.disk or 0 for cost in report.costs), shutil.disk_usage(there).free + held
+    needed, free = sum(cost.disk or 0 for cost in found), shutil.disk_usage(there).free + held
     if needed > free:
         yield (
             f"output_dir: {there} has room for {free / 1e9:.1f} GB, and cache, checkpoints and students take about "
@@ -517,6 +548,26 @@ def _remember(recipe: Recipe, key: str, report: Report) -> None:
         )
     except OSError:  # `_folder_problems` says so
         pass
+
+
+def passed(recipe: Recipe, stages: Sequence[str], config_file: str | None = None, quiet: bool = False) -> bool:
+    """Whether these stages may start here; whatever was found is printed, every problem at once, and logged."""
+    started = time.monotonic()
+    try:
+        machine = read_machine(config_file)
+        if problems := list(_folder_problems(recipe.run_folder)):  # there is no place for a log
+            raise FirstTrlError("\n".join(["Problems:", *(f"  - {problem}" for problem in problems)]))
+    except FirstTrlError as error:
+        print(error, file=sys.stderr)
+        return False
+    with recording(recipe.run_folder / "log.txt", quiet=quiet) as log, libraries_into(log):
+        report = check_recipe(recipe, stages, machine)
+        for line in report.lines():
+            print(line, file=sys.stderr)
+        rows = sum(split.rows for split in report.splits.values())
+        found = f"{len(report.problems)} problems; nothing was started" if report.problems else "no problems"
+        status(f"checked {rows:,} rows, the models and this machine in {time.monotonic() - started:.0f} s: {found}")
+    return not report.problems
 
 
 def main(argv: list[str]) -> int:

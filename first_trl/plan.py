@@ -142,6 +142,7 @@ class Cost:
     flops: float | None = None  # of the whole job
     hours: float | None = None
     memory: Memory | None = None
+    problem: str | None = None  # why it cannot run as its section says
 
 
 class Size(NamedTuple):
@@ -345,9 +346,6 @@ def costs(recipe: Recipe, machine: Machine, splits: dict[str, Split], configs: d
         splits: `train`, `transfer`, `validation` and `test.NAME`, those that could be loaded.
         configs: model's id or folder -> its configuration, of those that could be read.
         vocab_size: of the tokenizer; 0 where it could not be read.
-
-    Raises:
-        FirstTrlError: the settings of a training section do not fit together, or its adapter does not fit the model.
     """
     found = []
     for job in (
@@ -371,8 +369,8 @@ def costs(recipe: Recipe, machine: Machine, splits: dict[str, Split], configs: d
             args, model_args = training_arguments_of(recipe, job, on_labels)
             if split.rows:
                 training_cost(found[-1], configs.get(section["model_name_or_path"]), args, model_args, split, machine)
-        except (ValueError, TypeError) as error:
-            raise FirstTrlError(f"{job}: {' '.join(str(error).split())}") from error
+        except (ValueError, TypeError) as error:  # of TRL's or PEFT's arguments, or of an adapter that does not fit
+            found[-1].problem = " ".join(str(error).split())
     return found
 
 
