@@ -77,6 +77,13 @@ class TaskConfig(Section):
     choices: list[str] | None = Field(None, description="The closed answers: all values of the completion's column.")
     append_eos: bool = Field(True, description="End every completion with the end-of-sequence token.")
     max_length: int = Field(1024, ge=2, le=10**8, description="Most tokens of prompt and completion together.")
+    too_long: Literal["refuse", "drop", "cut"] = Field(
+        "refuse",
+        description="Rows that do not fit: refuse or drop them, or cut their prompt's longest text at its end.",
+    )
+    supervise: Literal["last", "all"] = Field(
+        "last", description="Turns of a conversation that are learned: the assistant's last, or all."
+    )
     chat_template_kwargs: dict | None = Field(
         None, description="Arguments of the chat template, for conversational rows, e.g. {enable_thinking: false}."
     )
@@ -90,6 +97,9 @@ class TaskConfig(Section):
             what = "a prompt template does not go through the chat template"
             remedy = "remove it, or remove prompt and completion and give conversational rows"
             yield Problem(("chat_template_kwargs",), self.chat_template_kwargs, what, remedy)
+        if self.supervise == "all" and (self.prompt is not None or self.choices is not None):
+            what = "it is for the turns of conversations with free answers"
+            yield Problem(("supervise",), "all", what, "remove it, or remove prompt, completion and choices")
         pieces: tuple[Piece, ...] = ()
         for key in ("prompt", "completion"):
             template = getattr(self, key)
@@ -122,6 +132,12 @@ class DatasetConfig(Section):
     columns: dict[str, str] | None = Field(None, description="Name used in the templates -> column of the dataset.")
     max_rows: Count | None = Field(None, description="Keep this many rows.")
     shuffle_seed: Seed | None = Field(None, description="Shuffle with this seed before max_rows is taken.")
+    bad_rows: Literal["refuse", "drop"] = Field(
+        "refuse", description="Rows that cannot be used (no answer, not a choice): refuse or drop them, counted."
+    )
+    overlap: Literal["refuse", "drop"] = Field(
+        "refuse", description="Test sets: rows that a model was fitted on, refuse or drop them, counted."
+    )
     out_of_domain: bool = Field(False, description="Test sets: reported as out of domain.")
     task: dict | None = Field(None, description="Test sets: settings of `task` that this set needs otherwise.")
 

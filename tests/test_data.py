@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import time
 
 import datasets
 import pytest
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from first_trl.data.choices import choice_token_ids, single_token_ids
-from first_trl.data.encoding import encode_example, encode_prompt
+from first_trl.data.encoding import TooLongError, encode_example, encode_prompt
 from first_trl.data.loading import check_disjoint, load_split, local_files, source_identity, tokenize_dataset
 from first_trl.errors import FirstTrlError
 from first_trl.settings import DatasetConfig, TaskConfig
@@ -242,12 +243,56 @@ def test_what_a_tokenizer_adds_stands_once_in_front_and_never_inside(tok, bos, e
         assert doubled["input_ids"] == example["input_ids"]
 
 
-def test_an_empty_prompt_keeps_the_first_token_out_of_the_loss(tok):
-    example = encode_example(reviews(prompt=""), tok, ROWS[0])
-    assert example["labels"] == [-100, tok.eos_token_id]
+def test_an_empty_prompt_is_refused_unless_the_tokenizer_begins_it(tok):
+    with pytest.raises(FirstTrlError, match="the prompt is empty"):
+        encode_example(reviews(prompt=""), tok, ROWS[0])
     with_bos = byte_level_tokenizer(bos=True, eos=True)
     example = encode_example(reviews(prompt=""), with_bos, ROWS[0])
     assert example["labels"][0] == -100 and pieces(with_bos, example["labels"][1:]) == [" good", "</s>"]
+
+
+def test_a_text_of_fifty_megabytes_is_refused_before_it_is_tokenised(tok):
+    row = {"text": "x " * 25_000_000, "label": "good"}
+    for encode in (encode_example, encode_prompt):
+        start = time.monotonic()
+        with pytest.raises(TooLongError, match="50,0.. characters|50,000,0.. characters"):
+            encode(reviews(), tok, row)
+        assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("size", [120, 4_000, 2_000_000])
+def test_a_row_that_is_too_long_is_cut_at_the_end_of_its_longest_text(tok, size):
+    row = {"text": "a good film " * (size // 12), "hint": "not bad", "label": "good"}
+    task = reviews(prompt="{hint}: {text}\nSentiment:", choices=["good", "bad"], max_length=24, too_long="cut")
+    example = encode_example(task, tok, row)
+    text = tok.decode(example["input_ids"])
+    assert example["cut"] == "prompt" and len(example["input_ids"]) == 24
+    assert text.startswith("not bad: a good film") and text.endswith("\nSentiment: good</s>")
+    short = encode_example(task, tok, {**row, "text": "a film"})
+    assert short["cut"] == "" and len(short["input_ids"]) <= 24
+
+
+def test_a_row_whose_template_alone_is_too_long_is_refused_even_where_rows_are_cut(tok):
+    with pytest.raises(TooLongError, match="its longest text is cut already"):
+        encode_example(reviews(max_length=4, too_long="cut"), tok, ROWS[0])
+    with pytest.raises(TooLongError, match="no column of text that can be cut"):
+        encode_example(
+            reviews(prompt="Review: {text[0]}", max_length=4, too_long="cut"), tok, {**ROWS[0], "text": ["x"]}
+        )
+
+
+def test_a_conversation_is_cut_in_its_longest_message(chat_tok):
+    messages = [{"role": "user", "content": "a good film " * 100}, {"role": "assistant", "content": "bad"}]
+    example = encode_example(TaskConfig(max_length=32, too_long="cut"), chat_tok, {"messages": messages})
+    assert len(example["input_ids"]) == 32 and chat_tok.decode(example["input_ids"]).endswith("<|assistant|>bad</s>")
+
+
+def test_of_a_closed_answer_nothing_is_cut(tok):
+    task = reviews(choices=["good film", "bad film"])
+    whole = encode_example(task, tok, {"text": "x", "label": "good film"})
+    with pytest.raises(TooLongError, match="raise task.max_length"):
+        shorter = reviews(choices=task.choices, max_length=len(whole["input_ids"]) - 1)
+        encode_example(shorter, tok, {"text": "x", "label": "good film"})
 
 
 def test_a_merge_across_the_border_is_refused_with_its_tokens_and_the_remedy(tok):
@@ -262,9 +307,9 @@ def test_a_long_completion_is_cut_from_its_end_and_a_long_prompt_is_refused(tok)
     cut = encode_example(reviews(completion=" {text}", max_length=length), tok, ROWS[2])
     assert cut["input_ids"] == whole["input_ids"][:length] and cut["labels"] == whole["labels"][:length]
     for task in (reviews(max_length=whole["num_prompt_tokens"]), reviews(max_length=4)):
-        with pytest.raises(ValueError, match="raise task.max_length or shorten the prompt"):
+        with pytest.raises(ValueError, match="raise task.max_length, shorten the prompt"):
             encode_example(task, tok, ROWS[2])
-        with pytest.raises(ValueError, match="raise task.max_length or shorten the prompt"):
+        with pytest.raises(ValueError, match="raise task.max_length, shorten the prompt"):
             encode_prompt(task, tok, ROWS[2])
 
 

@@ -1,4 +1,4 @@
-"""The declared choices of a closed-answer task as tokens: what each is after a prompt, and what rows may be cached so.
+"""Answers as tokens: what each declared choice is after a prompt, which tokens no answer could differ in, stand-ins.
 
 Everything here follows from `first_trl.data.encoding`, which encodes whole rows; probabilities are those of
 `first_trl.scoring`.
@@ -6,23 +6,17 @@ Everything here follows from `first_trl.data.encoding`, which encodes whole rows
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..constants import IGNORED
 from ..errors import FirstTrlError
 from ..settings import TaskConfig
 from ..templates import parse_template, render_template, text_around_field
-from .encoding import (
-    chat_ids,
-    check_prefix,
-    encode_prompt,
-    encode_row,
-    is_conversational,
-    split_messages,
-    templates_of,
-    text_ids,
-    with_end,
-)
+from .conversations import chat_arguments, chat_ids, is_conversational, message_column, split_messages
+from .encoding import check_prefix, encode_prompt, encode_row, templates_of, text_ids, with_end
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,8 +74,8 @@ def _answer_ids(
     if row is not None and is_conversational(task, row):
         prompt_ids = encode_prompt(task, tokenizer, row, check_length=False)
         messages = split_messages(row, labelled=False)[0] + [{"role": "assistant", "content": choice}]
-        answered = chat_ids(tokenizer, messages, task.chat_template_kwargs, continue_final_message=True)
-        ended = chat_ids(tokenizer, messages, task.chat_template_kwargs)
+        answered = chat_ids(tokenizer, messages, chat_arguments(task, row), continue_final_message=True)
+        ended = chat_ids(tokenizer, messages, chat_arguments(task, row))
     else:
         prompt_template, completion_template = templates_of(task, row)
         before, after = text_around_field(completion_template)
@@ -98,6 +92,82 @@ def _answer_ids(
     if not (row is not None and is_conversational(task, row)):
         ended = with_end(task, tokenizer, ended)
     return answered[len(prompt_ids) :], ended[len(prompt_ids) :]
+
+
+# Answers that differ in every token, so that what their completions share is what the template writes
+_ANSWERS = ("yes", "No", "good", "bad", "a", "B", "1", "2")
+
+
+def forced_tokens(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What every answer after this row's prompt begins and ends with, as plain data for a manifest.
+
+    Returns:
+        `opening` and `closing`, lists of token ids: common to the completions of all the choices, or without choices
+        to those of unlike answers. A reasoning template opens with `<think>`; an end of turn closes. `answer` is the
+        number of completion tokens before the one that says the answer: with choices the first in which they differ,
+        without them 0.
+    """
+    words = task.choices or [word for word in _ANSWERS if _is_known(tokenizer, word)]
+    completions = [_completion_ids(task, tokenizer, row, word) for word in words]
+    if not completions:
+        return {"opening": [], "closing": with_end(task, tokenizer, [-1])[1:], "answer": 0}
+    opening = _common_prefix(completions)
+    closing = _common_prefix([ids[len(opening) :][::-1] for ids in completions])[::-1]
+    return {"opening": opening, "closing": closing, "answer": len(opening) if task.choices else 0}
+
+
+def _is_known(tokenizer, word: str) -> bool:
+    return tokenizer.unk_token_id not in text_ids(tokenizer, word)
+
+
+def _completion_ids(task: TaskConfig, tokenizer, row: Mapping[str, Any], answer: str) -> list[int]:
+    prompt_ids = encode_prompt(task, tokenizer, row, check_length=False)
+    if is_conversational(task, row):
+        messages = split_messages(row, labelled=False)[0] + [{"role": "assistant", "content": answer}]
+        return chat_ids(tokenizer, messages, chat_arguments(task, row))[len(prompt_ids) :]
+    prompt_template, completion_template = templates_of(task, row)
+    before, after = parse_template(completion_template)[0].literal, text_around_field(completion_template)[1]
+    ids = text_ids(tokenizer, render_template(prompt_template, row) + before + answer + after)
+    return with_end(task, tokenizer, ids)[len(prompt_ids) :]
+
+
+def _common_prefix(lists: list[list[int]]) -> list[int]:
+    return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*lists, strict=False))]
+
+
+def forced_positions(labels: np.ndarray, starts: np.ndarray, forced: Mapping[str, Any]) -> np.ndarray:
+    """Which supervised tokens were forced: the opening of each answer, and its end of turn with what follows it.
+
+    Args:
+        labels (T,): labels of examples one after the other, -100 where nothing is learned.
+        starts (E,): where each example begins.
+        forced: from `forced_tokens`.
+
+    Returns:
+        (T,) bool, False outside the supervised tokens. Of an opening or a closing that an answer has in part (thoughts
+        follow `<think>`, a cut ended the row) that part is forced.
+    """
+    learned = np.concatenate([[False], labels != IGNORED, [False]])
+    edges = learned[1:] != learned[:-1]
+    edges[starts] |= learned[1:][starts]  # a turn never runs on from one example into the next
+    begins = np.flatnonzero(edges[:-1] & learned[1:-1])
+    ends = np.flatnonzero(edges[1:] & learned[1:-1]) + 1
+    result = np.zeros(len(labels), dtype=bool)
+    alive = np.ones(len(begins), dtype=bool)
+    for offset, token in enumerate(forced["opening"]):
+        position = np.minimum(begins + offset, len(labels) - 1)
+        alive &= (begins + offset < ends) & (labels[position] == token)
+        result[position[alive]] = True
+    found = np.zeros(len(ends), dtype=bool)
+    for length in range(len(forced["closing"]), 0, -1):
+        first = ends - length
+        inside = first >= begins
+        for offset in range(length):
+            inside &= labels[np.maximum(first, 0) + offset] == forced["closing"][offset]
+        for offset in range(length):
+            result[(first + offset)[inside & ~found]] = True
+        found |= inside
+    return result
 
 
 def single_token_ids(task: TaskConfig, tokenizer, prompt_row: Mapping[str, Any]) -> list[int]:
@@ -146,8 +216,8 @@ def encode_answer_row(
 
 def has_answer(task: TaskConfig, row: Mapping[str, Any]) -> bool:
     """Whether a row says what its answer is; what the answer is, and whether it is a choice, is not looked at."""
-    if is_conversational(task, row) and "messages" in row:
-        return bool(row["messages"]) and row["messages"][-1].get("role") == "assistant"
+    if is_conversational(task, row) and message_column(row):
+        return bool(split_messages(row, labelled=False)[1])
     return all(row.get(name) is not None for name in _answer_columns(task, row))
 
 
@@ -164,8 +234,8 @@ def with_answer(row: Mapping[str, Any], task: TaskConfig, choice: str) -> dict[s
         FirstTrlError: the completion looks into its column, which a choice alone cannot fill.
     """
     message = {"role": "assistant", "content": choice}
-    if is_conversational(task, row) and "messages" in row:
-        return {**row, "messages": [*split_messages(row, labelled=False)[0], message]}
+    if is_conversational(task, row) and (column := message_column(row)):
+        return {**row, column: [*split_messages(row, labelled=False)[0], message]}
     if is_conversational(task, row):
         return {**row, "completion": [message]}
     template = templates_of(task, row)[1]

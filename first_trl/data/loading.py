@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import templates
 from ..constants import BUILDERS, HUB_ID, IGNORED
 from ..errors import FirstTrlError
 from ..files import file_digest
@@ -263,7 +264,7 @@ def tokenize_dataset(
 
     lists = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")})
     # Named here, because a tokenizer's own hash changes when it is used, and the cache would never be found again.
-    parts = [dataset._fingerprint, dict(task), tokenizer_state(tokenizer), Path(__file__).read_bytes()]
+    parts = [dataset._fingerprint, dict(task), tokenizer_state(tokenizer), _code_of_tokens()]
     return dataset.map(
         partial(encode_row, task=task, tokenizer=tokenizer, place=place),
         with_indices=True,
@@ -273,6 +274,12 @@ def tokenize_dataset(
         new_fingerprint=datasets.fingerprint.Hasher.hash(parts),
         desc="Tokenizing",
     )
+
+
+@lru_cache(maxsize=1)
+def _code_of_tokens() -> list[str]:
+    """Digests of the modules that decide a row's tokens, so that no upgrade reads what an older one tokenised."""
+    return [file_digest(file) for file in [*sorted(Path(__file__).parent.glob("*.py")), Path(templates.__file__)]]
 
 
 def tokenizer_state(tokenizer) -> list:

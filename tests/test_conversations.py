@@ -1,0 +1,236 @@
+"""Rows of every conversational shape, through the chat templates that TRL ships, and what of them is learned."""
+
+import json
+from importlib.resources import files
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from trl.data_utils import maybe_convert_to_chatml
+
+from first_trl.constants import IGNORED
+from first_trl.data.choices import forced_positions, forced_tokens
+from first_trl.data.encoding import check_first_row, encode_example, encode_prompt, first_row
+from first_trl.errors import FirstTrlError
+from first_trl.settings import TaskConfig
+from tests.test_data import byte_level_tokenizer
+
+TEMPLATES = {path.name.removesuffix(".jinja"): path.read_text() for path in files("trl.chat_templates").iterdir()}
+MARKED = sorted(name for name in TEMPLATES if name.endswith("_training"))
+ONE = [{"role": "user", "content": "a good film ?"}, {"role": "assistant", "content": "good"}]
+TWO = [*ONE, {"role": "user", "content": "and a bad one ?"}, {"role": "assistant", "content": "bad film"}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "rate",
+            "description": "Rates a film.",
+            "parameters": {"type": "object", "properties": {"film": {"type": "string"}}},
+        },
+    }
+]
+CALL = {
+    "role": "assistant",
+    "tool_calls": [{"type": "function", "function": {"name": "rate", "arguments": {"film": "a"}}}],
+}
+CALLED = [ONE[0], CALL, {"role": "tool", "name": "rate", "content": "4"}, {"role": "assistant", "content": "good"}]
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|eot_id|>", "<think>", "</think>")
+
+
+def chat_tokenizer(template, eos="<|im_end|>"):
+    tokenizer = byte_level_tokenizer(chat_template=TEMPLATES.get(template, template))
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    tokenizer.eos_token = eos
+    return tokenizer
+
+
+def learned(tokenizer, example):
+    """The supervised text, one entry for each run of supervised tokens."""
+    runs, last = [], IGNORED
+    for label in example["labels"]:
+        if label != IGNORED:
+            runs = [*runs[:-1], [*runs[-1], label]] if last != IGNORED else [*runs, [label]]
+        last = label
+    return [tokenizer.decode(run) for run in runs]
+
+
+SHAPES = {
+    "messages": {"messages": ONE},
+    "prompt and completion": {"prompt": ONE[:1], "completion": ONE[1:]},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "a good film ?"}, {"from": "gpt", "value": "good"}]},
+    "from and value": {"conversations": [{"from": message["role"], "value": message["content"]} for message in ONE]},
+    "content parts": {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in ONE]},
+    "empty keys": {"messages": [{**message, "tool_calls": None, "name": None} for message in ONE]},
+}
+
+
+@pytest.mark.parametrize("template", ["qwen3", "llama3_2", "gemma3", "qwen2_5", "qwen3_training"])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_every_shape_of_a_row_becomes_the_same_tokens(template, shape):
+    tokenizer = chat_tokenizer(template)
+    arguments = {"date_string": "1 Jan 2025"} if template == "llama3_2" else None
+    task = TaskConfig(chat_template_kwargs=arguments)
+    row = Dataset.from_list([SHAPES[shape]])[0]  # with the keys that a table adds
+    example = encode_example(task, tokenizer, row)
+    assert example == encode_example(task, tokenizer, {"messages": ONE})
+    assert "good" in learned(tokenizer, example)[0] and len(learned(tokenizer, example)) == 1
+    assert example["input_ids"][: example["num_prompt_tokens"]] == encode_prompt(task, tokenizer, row)
+
+
+def test_a_conversation_of_from_and_value_is_converted_as_trl_converts_it():
+    tokenizer, row = chat_tokenizer("qwen2_5"), SHAPES["from and value"]
+    converted = maybe_convert_to_chatml(json.loads(json.dumps(row)))
+    assert encode_example(TaskConfig(), tokenizer, row) == encode_example(TaskConfig(), tokenizer, converted)
+
+
+@pytest.mark.parametrize("template", ["qwen3", "qwen2_5", "llama3_2", "qwen3_training"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_tool_calls_reach_the_template_as_trl_hands_them_over(template, as_text):
+    tokenizer = chat_tokenizer(template)
+    arguments = {"date_string": "1 Jan 2025"} if template == "llama3_2" else {}
+    row = {"messages": CALLED, "tools": json.dumps(TOOLS) if as_text else TOOLS}
+    example = encode_example(TaskConfig(chat_template_kwargs=arguments or None), tokenizer, row)
+    expected = tokenizer.apply_chat_template(
+        [{**message, "content": message.get("content", "")} for message in CALLED], tools=TOOLS, **arguments
+    )["input_ids"]
+    assert example["input_ids"] == expected and "Rates a film." in tokenizer.decode(expected)
+    ends_in_a_call = encode_example(
+        TaskConfig(chat_template_kwargs=arguments or None), tokenizer, {"messages": CALLED[:2], "tools": TOOLS}
+    )
+    assert '"rate"' in learned(tokenizer, ends_in_a_call)[0]
+
+
+@pytest.mark.parametrize("template", MARKED)
+@pytest.mark.parametrize("messages", [ONE, TWO], ids=["one turn", "two turns"])
+def test_all_turns_are_those_of_trls_assistant_only_loss(template, messages):
+    tokenizer = chat_tokenizer(template)
+    if "strftime_now(" in TEMPLATES[template]:
+        pytest.skip("writes today's date: refused, see below")
+    if template.startswith(("idefics3", "smolvlm", "llava", "qwen2_5_vl", "qwen3_vl")):
+        messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    trl = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    example = encode_example(TaskConfig(supervise="all", max_length=4096), tokenizer, {"messages": messages})
+    assert example["input_ids"] == trl["input_ids"]
+    assert [label != IGNORED for label in example["labels"]] == [bool(mark) for mark in trl["assistant_masks"]]
+    assert sum(trl["assistant_masks"]) > 0
+
+
+@pytest.mark.parametrize("template", ["qwen2_5", "gemma3", "llama3_2"])
+def test_without_marks_all_turns_are_found_by_the_difference_that_each_makes(template):
+    tokenizer = chat_tokenizer(template)
+    task = TaskConfig(supervise="all", chat_template_kwargs={"date_string": "1 Jan 2025"})
+    example = encode_example(task, tokenizer, {"messages": TWO})
+    end = {"qwen2_5": "<|im_end|>\n", "gemma3": "<end_of_turn>\n", "llama3_2": "<|eot_id|>"}[template]
+    assert learned(tokenizer, example) == [f"good{end}", f"bad film{end}"]
+    last = encode_example(TaskConfig(chat_template_kwargs=task.chat_template_kwargs), tokenizer, {"messages": TWO})
+    assert last["input_ids"] == example["input_ids"] and learned(tokenizer, last) == [f"bad film{end}"]
+
+
+def test_in_a_completion_of_several_messages_the_assistants_are_learned_as_trl_masks_them():
+    tokenizer = chat_tokenizer("qwen2_5")
+    row = {"prompt": TWO[:1], "completion": TWO[1:]}
+    assert learned(tokenizer, encode_example(TaskConfig(supervise="all"), tokenizer, row)) == [
+        "good<|im_end|>\n",
+        "bad film<|im_end|>\n",
+    ]
+    with_prompt = {"prompt": TWO[:3], "completion": TWO[3:]}
+    assert learned(tokenizer, encode_example(TaskConfig(supervise="all"), tokenizer, with_prompt)) == [
+        "bad film<|im_end|>\n"
+    ]
+
+
+def test_a_template_that_writes_earlier_turns_otherwise_is_refused_with_trls_own_as_the_remedy():
+    with pytest.raises(FirstTrlError, match="message 1 .*get_training_chat_template.*supervise: last"):
+        encode_example(TaskConfig(supervise="all"), chat_tokenizer("qwen3"), {"messages": TWO})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [ONE[0], {"role": "assistant", "content": [{"type": "image", "text": None}]}]}, "types image"),
+        ({"messages": [ONE[0], {"role": "assistant", "content": ""}]}, "last message is empty"),
+        ({"messages": ONE, "tools": "[{"}, "'tools' is not valid JSON"),
+        ({"messages": [{"role": "user"}, ONE[1]]}, "message 0: role and content must be text"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_with_its_message(row, message):
+    with pytest.raises(FirstTrlError, match=message):
+        encode_example(TaskConfig(), chat_tokenizer("qwen2_5"), row)
+
+
+# Templates that write today's date
+
+
+@pytest.mark.parametrize("template", ["llama3_2", "gptoss"])
+def test_a_template_that_writes_todays_date_is_refused_with_the_argument_that_pins_it(template):
+    remedy = {"llama3_2": 'chat_template_kwargs: {date_string: "26 Jul 2024"}', "gptoss": "no argument that pins it"}
+    with pytest.raises(FirstTrlError, match="today's date") as refusal:
+        encode_example(TaskConfig(), chat_tokenizer(template), {"messages": ONE})
+    assert remedy[template] in str(refusal.value)
+    if template == "llama3_2":
+        pinned = TaskConfig(chat_template_kwargs={"date_string": "26 Jul 2024"})
+        assert "26 Jul 2024" in chat_tokenizer(template).decode(
+            encode_example(pinned, chat_tokenizer(template), {"messages": ONE})["input_ids"]
+        )
+
+
+# Forced tokens
+
+
+@pytest.mark.parametrize(
+    ("template", "task", "opening", "closing", "answer"),
+    [
+        ("qwen3", {}, "<think>\n\n</think>\n\n", "<|im_end|>\n", 0),
+        ("qwen3", {"choices": ["good", "bad"]}, "<think>\n\n</think>\n\n", "<|im_end|>\n", 6),
+        ("qwen3", {"chat_template_kwargs": {"enable_thinking": False}}, "", "<|im_end|>\n", 0),
+        ("gemma3", {"choices": ["mostly good", "mostly bad"]}, "mostly", "<end_of_turn>\n", None),
+        ("qwen2_5", {"choices": ["good", "bad"]}, "", "<|im_end|>\n", 0),
+    ],
+)
+def test_forced_tokens_are_what_every_answer_begins_and_ends_with(template, task, opening, closing, answer):
+    tokenizer = chat_tokenizer(template)
+    forced = forced_tokens(TaskConfig(**task), tokenizer, {"messages": ONE})
+    assert tokenizer.decode(forced["opening"]) == opening and tokenizer.decode(forced["closing"]) == closing
+    assert forced["answer"] == (len(forced["opening"]) if answer is None else answer)
+
+
+def test_forced_tokens_of_a_template_of_text_are_its_text_and_the_end_of_sequence():
+    tokenizer = byte_level_tokenizer()
+    row = {"text": "a film", "label": "good"}
+    task = TaskConfig(prompt="Review: {text}\nSentiment:", completion=" it is {label}.")
+    forced = forced_tokens(task, tokenizer, row)
+    assert tokenizer.decode(forced["opening"]).startswith(" it is")
+    assert tokenizer.decode(forced["closing"]) == ".</s>" and forced["answer"] == 0
+
+
+def test_forced_positions_are_found_in_labels_whatever_was_cut_or_thought():
+    forced = {"opening": [1, 2, 3], "closing": [8, 9]}
+    examples = {
+        (-100, -100, 1, 2, 3, 20, 21, 8, 9): (2, 3, 4, 7, 8),
+        (-100, 20, 8, -100, 1, 2, 3, 21, 8, 9): (2, 4, 5, 6, 8, 9),  # two turns, the first as a template marks it
+        (-100, 1, 20, 21, 8): (1, 4),  # thoughts after the first token; cut before the last
+        (-100, 20, 21): (),
+        (-100, -100): (),
+    }
+    flat = np.concatenate([np.array(labels) for labels in examples])
+    starts = np.cumsum([0, *(len(labels) for labels in examples)])[:-1]
+    expected = np.concatenate([[i in at for i in range(len(labels))] for labels, at in examples.items()])
+    assert forced_positions(flat, starts, forced).tolist() == expected.tolist()
+    assert not forced_positions(flat, starts, {"opening": [], "closing": []}).any()
+
+
+# The same prompts
+
+
+def test_another_chat_template_beginning_or_normaliser_is_refused_with_both_texts():
+    teacher = chat_tokenizer("qwen3")
+    cached = json.loads(json.dumps(first_row(TaskConfig(), teacher, {"messages": ONE, "other": object})))
+    check_first_row(cached, TaskConfig(), chat_tokenizer("qwen3"))
+    with pytest.raises(FirstTrlError, match=r"<think>.*good<\|im_end\|>.*chat template"):
+        check_first_row(cached, TaskConfig(), chat_tokenizer("qwen3_instruct_2507"))
+    task = TaskConfig(prompt="{text}", completion=" {label}")
+    cached = first_row(task, byte_level_tokenizer(), {"text": "a film", "label": "good"})
+    with pytest.raises(FirstTrlError, match="<s>"):
+        check_first_row(cached, task, byte_level_tokenizer(bos=True))
+    with pytest.raises(FirstTrlError, match="make it again"):
+        check_first_row(None, task, byte_level_tokenizer())
