@@ -79,7 +79,7 @@ class TaskConfig(Section):
     max_length: int = Field(1024, ge=2, le=10**8, description="Most tokens of prompt and completion together.")
     too_long: Literal["refuse", "drop", "cut"] = Field(
         "refuse",
-        description="Rows that do not fit: refuse or drop them, or cut their prompt's longest text at its end.",
+        description="Rows that do not fit: refuse or drop them, or cut the end of their prompt's longest text.",
     )
     supervise: Literal["last", "all"] = Field(
         "last", description="Turns of a conversation that are learned: the assistant's last, or all."

@@ -161,7 +161,7 @@ def _longest_text(task: TaskConfig, row: Mapping[str, Any]) -> tuple[str, Callab
         return prompt[at]["content"], with_content
     prompt_template, completion_template = templates_of(task, row)
     pieces = [piece for piece in parse_template(prompt_template) if piece.column is not None and not piece.indices]
-    columns = {piece.column for piece in pieces} - set(template_fields(completion_template))
+    columns = {str(piece.column) for piece in pieces} - set(template_fields(completion_template))
     texts = {column: row[column] for column in columns if isinstance(row.get(column), str)}
     if not texts:
         raise TooLongError(
