@@ -4,17 +4,18 @@ Every file that the package writes for later reading goes through `write_atomica
 """
 
 import hashlib
+import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from .errors import FirstTrlError
 
-HASHED_BELOW = 64 * 2**20  # bytes; larger files are known by size and time of change
+ALWAYS_READ_BELOW = 2**20  # bytes
 
 
 @contextmanager
@@ -47,22 +48,46 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def path_fingerprint(path: str | Path) -> str:
-    """A digest of a file or folder: contents of small files, size and modification time of large ones.
+class Digests:
+    """SHA-256 of files, kept in a file: one whose size, inode and times are as then is not read again.
 
-    Raises:
-        FileNotFoundError: nothing is there.
+    The time of the last change of status (ctime) cannot be set, so that other content under the same modification
+    time is noticed. Files below a MiB are always read.
+
+    Args:
+        path: where the digests are kept; one that cannot be read is begun again.
+        full: read every file, and update what is kept.
     """
-    path = Path(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        status = file.stat()
-        small = status.st_size < HASHED_BELOW
-        content = hashlib.sha256(file.read_bytes()).hexdigest() if small else str(status.st_mtime_ns)
-        name = str(file.relative_to(path)) if path.is_dir() else file.name
-        digest.update(f"{name}\0{status.st_size}\0{content}\n".encode())
-    return digest.hexdigest()
+
+    def __init__(self, path: Path | None = None, full: bool = False):
+        self.path, self.full, self._known, self._changed = path, full, {}, False
+        if path is not None:
+            with suppress(OSError, ValueError):
+                known = json.loads(path.read_text(encoding="utf-8"))
+                self._known = known if isinstance(known, dict) else {}
+
+    def of(self, file: Path) -> str:
+        """The digest of a file's content."""
+        found = file.stat()
+        if found.st_size < ALWAYS_READ_BELOW:
+            return file_digest(file)
+        state, key = [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns], str(file.resolve())
+        if self.full or self._known.get(key, [None])[:-1] != state:
+            self._known[key], self._changed = [*state, file_digest(file)], True
+        return self._known[key][-1]
+
+    def save(self) -> None:
+        """Keep what was read; a place that cannot be written only means that it is read again."""
+        if self._changed and self.path is not None:
+            with suppress(OSError):
+                write_atomically(self.path, json.dumps(self._known))
+            self._changed = False
+
+
+def files_of(folder: Path) -> list[str]:
+    """The files below a folder, as sorted relative paths, without hidden ones."""
+    names = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
 
 
 @contextmanager

@@ -1,68 +1,136 @@
 """The jobs of a recipe: what each is made from, whether it is current, and how one is made.
 
-A stage is a command; a job is what it makes: one per stage, and one per arm for `distill`. `inputs_of` says what a job
-is made from, `run_job` makes it if that has changed. A record is one JSON file per job in `<run>/.records`. It holds
-the inputs (settings, fingerprints of files, identities of the records that came before) and the files that came out. A
-job is current when a record exists, its inputs equal today's, and its outputs are still there. Each record has an
-identity of its own, new at every making, so redoing one job makes everything built on it stale, and nothing else.
-`stage_command` is what every stage's command does around its job: read the recipe, keep a log, and fail in one line.
-Nothing here trains or scores anything.
+A stage is a command; a job is what it makes: one per stage, and one per student for `distill`. `jobs` is the table of
+them. The record of a finished job, a JSON file in `<run>/.records`, holds what it was made from (settings, digests of
+data and base models, identities of earlier jobs) and the size and SHA-256 of every file that it made. A job is current
+when these inputs are today's, its files are as they were written, and the jobs that it reads are current too. The
+identity of a job follows from its inputs and the content of its weights, shards and values: a job that is made again
+and comes out the same makes nothing after it stale.
+
+What takes long is made in a new folder (`new_folder`), which takes the place of the finished one when its record is
+written: nothing finished is lost before its successor is finished. Nothing here trains or scores anything.
 """
 
 import argparse
-import functools
+import hashlib
 import json
 import os
-import sys
+import shutil
 import time
-import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from .data.loading import source_identity
-from .failures import explain
-from .files import locked, path_fingerprint, write_atomically
-from .log import RunLog, libraries_into, recording, status
-from .recipe import STAGES, Recipe, RecipeError, load_recipe
-from .redaction import redacted
+from .constants import PREDICT_FILE
+from .data.loading import hub_commit, local_files
+from .errors import FirstTrlError
+from .files import Digests, files_of, locked, write_atomically
+from .log import status
+from .recipe import Recipe
 from .settings import SPEED_SETTINGS
 
-METHODS_WITHOUT_VALUE = ("none",)
 LONG = timedelta(days=30)  # for processes that do not train together: the others wait for the last one
+# What a job's identity is computed from; the rest of its files (logs, cards, times) differ between equal makings.
+_CONTENT = (".safetensors", ".parquet", "calibration.json")
 
 
-def parse_stage(stage: str, argv: list[str] | None = None) -> tuple[Recipe, argparse.Namespace]:
-    """The recipe and the options of `python -m first_trl.stages.STAGE RECIPE [--key value ...]`."""
-    parser = argparse.ArgumentParser(
-        prog=f"first-trl {stage}",
-        allow_abbrev=False,
-        epilog="Any setting of the recipe can be overridden: --key value for this stage's own, --section.key value.",
-    )
-    parser.add_argument("recipe", help="the experiment's YAML file")
-    if stage == "distill":
-        parser.add_argument("--arm", help="train this arm only, or one of its seeds: first/seed-1")
-    if stage == "push":
-        parser.add_argument("--dry_run", action="store_true", help="write the folder to upload, and upload nothing")
-    parser.add_argument("--quiet", action="store_true", help="print errors alone; the run's log.txt has the rest")
-    options, overrides = parser.parse_known_args(argv)
-    try:
-        recipe = load_recipe(options.recipe, overrides, stage=stage)
-    except RecipeError as error:
-        raise SystemExit(str(error) if os.environ.get("RANK", "0") == "0" else 1) from None
-    if getattr(options, "arm", None) and options.arm not in [*recipe.arms, *recipe.students]:
-        parser.error(f"unknown arm {options.arm!r}; the recipe has {', '.join(recipe.arms)}")
-    return recipe, options
+@dataclass(frozen=True)
+class Job:
+    """One job of a recipe.
+
+    Args:
+        name: `sft`, `cache`, `calibrate`, `distill.<student>` or `evaluate`.
+        settings: the parts of the recipe that decide what comes out, by their place in it.
+        data: datasets by their place in the recipe.
+        models: models of the Hub or of this machine, by the setting that names them.
+        needs: the jobs whose files it reads.
+        folders: what it makes as a whole, in a new folder first; relative to the run folder.
+        outputs: patterns of the files that it makes besides.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    data: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def stage(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def command(self) -> str:
+        """The command that makes it."""
+        student = self.name.partition(".")[2]
+        return f"first-trl {self.stage} RECIPE" + (f" --arm {student}" if student else "")
+
+    @property
+    def reads(self) -> list[str]:
+        """What it reads, as people name it."""
+        files = [file for config in self.data.values() if config for file in _named_files(config) or [config.path]]
+        return [*self.models.values(), *self.needs, *files]
+
+
+def jobs(recipe: Recipe) -> dict[str, Job]:
+    """The jobs of a recipe by name, in the order in which they are made. `push` makes nothing that is read later."""
+    data, plain = recipe.datasets, recipe.to_dict()
+    given = recipe.cache.teacher
+    teacher = {"cache.teacher": given} if given else {}
+    after_sft = () if given else ("sft",)
+    table = []
+    if not given:
+        settings = {"task": plain["task"], "sft": recipe.sft, "seed": recipe.seed}
+        rows = {"datasets.train": data.train, "datasets.validation": data.validation}
+        models = {"sft.model_name_or_path": recipe.sft["model_name_or_path"]}
+        table.append(Job("sft", settings, rows, models, folders=("teacher",)))
+    cache = {name: value for name, value in plain.get("cache", {}).items() if name not in SPEED_SETTINGS}
+    rows = {f"datasets.{'transfer' if data.transfer else 'train'}": data.transfer or data.train}
+    rows["datasets.validation"] = data.validation
+    folders = tuple(f"cache/{role}" for role in cached_roles(recipe))
+    table.append(Job("cache", {"task": plain["task"], "cache": cache}, rows, teacher, after_sft, folders))
+    settings = {"calibrate": plain.get("calibrate", {}), "methods": calibration_methods(recipe)}
+    table.append(Job("calibrate", settings, needs=("cache",), outputs=("calibration.json",)))
+    table += [_student_job(recipe, student, plain["task"]) for student in recipe.students]
+    students = tuple(job.name for job in table if job.stage == "distill")
+    rows = {"datasets.validation": data.validation}
+    rows |= {f"datasets.test.{name}": config for name, config in data.test.items()}
+    models = dict(teacher)
+    if "model_name_or_path" in recipe.distill:
+        models["distill.model_name_or_path"] = recipe.distill["model_name_or_path"]
+    outputs = ["report/*.*", *(f"students/{student}/{PREDICT_FILE}" for student in recipe.students)]
+    outputs += [f"students/{student}/calibration.json" for student in recipe.students]
+    settings = {"task": plain["task"], "evaluate": plain.get("evaluate", {}), "distill": recipe.distill}
+    needs = (*after_sft, "calibrate", *students)
+    table.append(Job("evaluate", settings, rows, models, needs, outputs=tuple(outputs)))
+    return {job.name: job for job in table}
+
+
+def _student_job(recipe: Recipe, student: str, task: dict) -> Job:
+    section, on_labels = recipe.arm_section(student), recipe.arm_trainer(student) == "sft"
+    settings = {
+        "distill": section,
+        "trainer": recipe.arm_trainer(student),
+        "recalibration": recalibration_of(recipe, student),
+        "seed": recipe.seed_of(student),
+    }
+    rows, needs = {}, ("calibrate",) if needs_calibration(recipe, student) else ()
+    if on_labels:
+        settings["task"] = task
+        rows = {"datasets.train": recipe.datasets.train, "datasets.validation": recipe.datasets.validation}
+    else:
+        needs = ("cache", *needs)
+    models = {"distill.model_name_or_path": section["model_name_or_path"]}
+    return Job(f"distill.{student}", settings, rows, models, needs, (f"students/{student}",))
 
 
 def jobs_of(recipe: Recipe, stage: str) -> list[str]:
-    """The jobs of a stage, in order; `push` leaves nothing behind and is not among them."""
-    if stage == "distill":
-        return [f"distill.{student}" for student in recipe.students]
-    if stage == "sft" and recipe.cache.teacher is not None:
-        return []  # the teacher is given
-    return [stage] if stage != "push" else []
+    """The names of a stage's jobs, in order."""
+    return [job.name for job in jobs(recipe).values() if job.stage == stage]
 
 
 def recalibration_of(recipe: Recipe, arm: str) -> tuple[str, float | None]:
@@ -78,7 +146,7 @@ def recalibration_of(recipe: Recipe, arm: str) -> tuple[str, float | None]:
 def needs_calibration(recipe: Recipe, arm: str) -> bool:
     """Whether an arm reads `calibration.json`."""
     method, value = recalibration_of(recipe, arm)
-    return method not in METHODS_WITHOUT_VALUE and value is None
+    return method != "none" and value is None
 
 
 def calibration_methods(recipe: Recipe) -> list[str]:
@@ -89,13 +157,13 @@ def calibration_methods(recipe: Recipe) -> list[str]:
 
 
 def control_methods(recipe: Recipe) -> list[str]:
-    """The families that `evaluate` may lay over answers: the recipe's own, or all that `auto` chooses among."""
+    """The families that `evaluate` may apply to answers: the recipe's own, or all that `auto` chooses among."""
     method = recipe.calibrate.method
     return calibration_candidates(recipe) if method == "auto" else [method]
 
 
 def calibration_candidates(recipe: Recipe) -> list[str]:
-    """The families among which `calibrate.method: auto` chooses: those that this cache can serve.
+    """The families among which `calibrate.method: auto` chooses.
 
     Not label smoothing: rows that nobody has seen may have less on their first token than it takes away.
     """
@@ -113,109 +181,289 @@ def teacher_path(recipe: Recipe) -> str:
     return recipe.cache.teacher or str(recipe.run_folder / "teacher")
 
 
-def _local(path) -> str | None:
-    """A fingerprint of a path on this machine; None for a Hub id, which its revision identifies."""
-    return path_fingerprint(path) if path and Path(path).exists() else None
+def new_folder(folder: Path) -> Path:
+    """Where the successor of a finished folder is made: on the same disk, whatever `folder` links to."""
+    folder = folder.resolve()
+    return folder.parent / ".new" / folder.name
 
 
-def _dataset(config, role: str) -> dict | None:
-    return None if config is None else {"settings": vars(config), "rows": source_identity(config, role)}
+@dataclass(frozen=True)
+class Stale:
+    """Why a job is not current.
+
+    Args:
+        job: the first of it and the jobs that it needs that is not.
+        reason: in words.
+        damaged: it was finished from today's inputs, and a file of it is missing or changed.
+    """
+
+    job: Job
+    reason: str
+    damaged: bool = False
 
 
-def inputs_of(recipe: Recipe, job: str) -> dict:
-    """Everything that a job is made from, as plain data; equal inputs mean that it need not be redone."""
-    run = RunFolder(recipe.run_folder)
-    data = recipe.datasets
-    if job == "sft":
-        return {
-            "task": vars(recipe.task),
-            "train": _dataset(data.train, "train"),
-            "validation": _dataset(data.validation, "validation"),
-            "settings": recipe.sft,
-            "seed": recipe.seed,
-            "base": _local(recipe.sft["model_name_or_path"]),
+class Run:
+    """The jobs of a recipe and their records in its run folder.
+
+    Args:
+        full: read every file again, where otherwise one is not whose size and times are as when it was last read.
+        source: the recipe's file, where something is to be made.
+    """
+
+    def __init__(self, recipe: Recipe, full: bool = False, source: str = ""):
+        self.recipe, self.path, self.source = recipe, Path(recipe.run_folder), source
+        self.jobs = jobs(recipe)
+        self.digests = Digests(self.path / ".records" / "digests.json", full)
+        self._stale: dict[str, Stale | None] = {}
+
+    def file(self, name: str, suffix: str = "") -> Path:
+        """The record of a job, or with a suffix (`.lock`, `.started`) what belongs to its making."""
+        return self.path / ".records" / f"{name}{suffix or '.json'}"
+
+    def record(self, name: str) -> dict | None:
+        """The record of a finished job; None where there is none that can be read."""
+        record = _read_json(self.file(name))
+        fields = {"identity": str, "inputs": dict, "outputs": dict}
+        whole = record is not None and all(isinstance(record.get(key), kind) for key, kind in fields.items())
+        return record if whole else None
+
+    def inputs(self, name: str) -> dict:
+        """Everything that a job is made from today, as plain data."""
+        job = self.jobs[name]
+        earlier = {need: self.record(need) for need in job.needs}
+        inputs = {
+            "settings": job.settings,
+            "data": {place: self._data(config) for place, config in job.data.items() if config is not None},
+            "models": {place: self._model(model) for place, model in job.models.items()},
+            "jobs": {need: record["identity"] if record else None for need, record in earlier.items()},
         }
-    if job == "cache":
-        given = recipe.cache.teacher
-        return {
-            "task": vars(recipe.task),
-            "train": _dataset(data.transfer or data.train, "train"),
-            "validation": _dataset(data.validation, "validation"),
-            "settings": {name: value for name, value in vars(recipe.cache).items() if name not in SPEED_SETTINGS},
-            "teacher": _local(given) if given else run.identity("sft"),
+        inputs = json.loads(json.dumps(inputs, sort_keys=True, default=_plain))
+        for place, model in inputs["models"].items():  # known by its files, wherever they lie
+            section, _, setting = place.partition(".")
+            if isinstance(model, dict):
+                inputs["settings"].get(section, {}).pop(setting, None)
+        return inputs
+
+    def _data(self, config) -> dict:
+        """A dataset: its settings, and the content of its files, whatever pattern or folder names them."""
+        settings, files = _plain(config), local_files(config)
+        if files:
+            settings |= {
+                "path": Path(config.path).name,
+                "data_files": [Path(name).name for name in _named_files(config)],
+            }
+        return {**settings, "commit": hub_commit(config), "files": self._contents(files)}
+
+    def _contents(self, files: list[Path]) -> dict[str, str]:
+        """{path below their common folder: digest} of files."""
+        top = os.path.commonpath([file.parent for file in files]) if files else "."
+        return {os.path.relpath(file, top): self.digests.of(file) for file in files}
+
+    def _model(self, model: str) -> dict | str:
+        """A model: the content of its folder, or its id, whose revision is among the settings."""
+        path = Path(model)
+        if not path.is_dir():
+            return model
+        return {"name": path.resolve().name, "files": {name: self.digests.of(path / name) for name in files_of(path)}}
+
+    def stale(self, name: str) -> Stale | None:
+        """Why a job is not current; None where it is."""
+        if name not in self._stale:
+            self._stale[name] = self._why_stale(self.jobs[name])
+            self.digests.save()
+        return self._stale[name]
+
+    def _why_stale(self, job: Job) -> Stale | None:
+        earlier = next(filter(None, map(self.stale, job.needs)), None)
+        record = self.record(job.name)
+        if earlier is not None:
+            return earlier
+        if record is None:
+            return Stale(job, "it is not finished")
+        if found := differences(record["inputs"], self.inputs(job.name)):
+            more = f"; and {len(found) - 3} more" * (len(found) > 3)
+            return Stale(job, "; ".join(found[:3]) + more)
+        for file, digest in record["outputs"].items():
+            if not (self.path / file).is_file():
+                return Stale(job, f"{self.path / file} is missing", damaged=True)
+            if self.digests.of(self.path / file) != digest["sha256"]:
+                return Stale(job, f"{self.path / file} is not as it was written", damaged=True)
+        return None
+
+    def begin(self, name: str, overwrite: bool = False) -> bool | None:
+        """Prepare the making of a job: None if it is current, else whether an interrupted attempt is continued.
+
+        Raises:
+            FirstTrlError: another recipe of the same name has finished it.
+        """
+        job, record, inputs = self.jobs[name], self.record(name), self.inputs(name)
+        if record and job.folders and all(new_folder(self.path / folder).is_dir() for folder in job.folders):
+            self._finish_exchange(job, record)
+        stale = self.stale(name)
+        if stale is None:
+            return None
+        if record and record.get("recipe") != self._source() and not stale.damaged and not overwrite:
+            raise FirstTrlError(
+                f"{self.path} holds the finished {name} of another recipe, {record.get('recipe')} ({stale.reason}). "
+                "Give this run a --name of its own, or replace that work with --overwrite."
+            )
+        continues = _read_json(self.file(name, ".started")) == inputs
+        for folder in job.folders:
+            target, new = self.path / folder, new_folder(self.path / folder)
+            if not continues and new.is_dir():
+                shutil.rmtree(new)  # an attempt from other inputs
+            damaged = stale.damaged or record is None
+            if damaged and job.stage == "cache" and target.is_dir() and not new.exists():
+                new.parent.mkdir(parents=True, exist_ok=True)
+                target.resolve().rename(new)  # its whole shards need not be made again
+        write_atomically(self.file(name, ".started"), json.dumps(inputs, indent=1))
+        return continues
+
+    def finish(self, name: str, seconds: float, **notes: Any) -> list[str]:
+        """Record that a job is done, and put what it made in its place; returns the paths."""
+        job, old = self.jobs[name], self.record(name)
+        outputs = self._made(job)
+        assert outputs, f"{name} ended without writing anything"
+        inputs = _read_json(self.file(name, ".started"))
+        content = {file: each["sha256"] for file, each in outputs.items() if file.endswith(_CONTENT)}
+        record = {
+            "identity": hashlib.sha256(json.dumps([inputs, content], sort_keys=True).encode()).hexdigest(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(seconds, 1),
+            "recipe": self._source(),
+            "settings": self.recipe.to_dict(),
+            **notes,
+            "outputs": outputs,
+            "inputs": inputs,
         }
-    if job == "calibrate":
-        settings = {**vars(recipe.calibrate), "methods": calibration_methods(recipe)}
-        return {"settings": settings, "cache": run.identity("cache")}
-    if job == "evaluate":
-        return {
-            "task": vars(recipe.task),
-            "validation": _dataset(data.validation, "validation"),
-            "test": {name: _dataset(config, "test") for name, config in data.test.items()},
-            "settings": vars(recipe.evaluate),
-            "made": {name: run.identity(name) for name in ("sft", "calibrate", *jobs_of(recipe, "distill"))},
-        }
-    arm = job.removeprefix("distill.")
-    if recipe.arm_trainer(arm) == "sft":
-        rows: dict = {
-            "task": vars(recipe.task),
-            "train": _dataset(data.train, "train"),
-            "validation": _dataset(data.validation, "validation"),
-        }
-    else:
-        rows = {"cache": run.identity("cache")}
-    return {
-        "settings": recipe.arm_section(arm),
-        "trainer": recipe.arm_trainer(arm),
-        "recalibration": recalibration_of(recipe, arm),
-        "seed": recipe.seed_of(arm),
-        "base": _local(recipe.arm_section(arm)["model_name_or_path"]),
-        **rows,
-        "calibration": run.identity("calibrate") if needs_calibration(recipe, arm) else None,
-    }
+        same = old is not None and old["identity"] == record["identity"]
+        write_atomically(self.file(name), json.dumps(record, indent=1, default=str))
+        self._exchange(job, keep=same)
+        self.file(name, ".started").unlink(missing_ok=True)
+        self._stale.clear()
+        return [*job.folders, *job.outputs]
+
+    def _made(self, job: Job) -> dict[str, dict]:
+        """{path relative to the run folder: size and SHA-256} of what a job has made, where it lies now."""
+        made = {}
+        for folder in job.folders:
+            new = new_folder(self.path / folder)
+            place = new if new.is_dir() else self.path / folder
+            made.update({f"{folder}/{name}": self._describe(place / name) for name in files_of(place)})
+        for file in (file for pattern in job.outputs for file in sorted(self.path.glob(pattern))):
+            if file.is_file() and not file.name.startswith("."):
+                made[file.relative_to(self.path).as_posix()] = self._describe(file)
+        return made
+
+    def _describe(self, file: Path) -> dict:
+        return {"size": file.stat().st_size, "sha256": self.digests.of(file)}
+
+    def _exchange(self, job: Job, keep: bool) -> None:
+        """Let the new folders of a job take the place of its finished ones.
+
+        Args:
+            keep: the content is the same, so that what `evaluate` wrote into a student's folder stays true.
+        """
+        for folder in job.folders:
+            target, new = (self.path / folder).resolve(), new_folder(self.path / folder)
+            old = new.with_name(f"{new.name}.old")
+            if new.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+                for name in (PREDICT_FILE, "calibration.json"):
+                    if keep and job.stage == "distill" and (target / name).is_file():
+                        shutil.copy2(target / name, new / name)
+                if target.exists():
+                    target.rename(old)
+                new.rename(target)
+            if new.parent.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+                with suppress(OSError):  # another job's new folder is in it
+                    new.parent.rmdir()
+
+    def _finish_exchange(self, job: Job, record: dict) -> None:
+        """Do what a kill between a record and the exchange of its folders has left undone."""
+        new = {f"{folder}/": new_folder(self.path / folder) for folder in job.folders}
+        for file, digest in record["outputs"].items():
+            folder = next(name for name in new if file.startswith(name))
+            made = new[folder] / file.removeprefix(folder)
+            if not made.is_file() or self.digests.of(made) != digest["sha256"]:
+                return
+        self._exchange(job, keep=False)
+
+    def _source(self) -> str:
+        """The recipe's file, as seen from the run folder: the same wherever both were moved to together."""
+        return os.path.relpath(self.source, self.path)
 
 
-def input_names(recipe: Recipe, job: str) -> list[str]:
-    """What a job reads, as people name it: models, files and folders."""
-    run, data = recipe.run_folder, recipe.datasets
-    if job == "sft":
-        return [recipe.sft["model_name_or_path"], *_files(data.train)]
-    if job == "cache":
-        return [teacher_path(recipe), *_files(data.transfer or data.train), *_files(data.validation)]
-    if job == "calibrate":
-        return [str(run / "cache" / "validation")]
-    if job == "evaluate":
-        students = [str(run / "students" / student) for student in recipe.students]
-        return [teacher_path(recipe), *students, f"{len(data.test)} test sets"]
-    arm = job.removeprefix("distill.")
-    rows = _files(data.train) if recipe.arm_trainer(arm) == "sft" else [str(run / "cache" / "train")]
-    calibration = [str(run / "calibration.json")] if needs_calibration(recipe, arm) else []
-    return [recipe.arm_section(arm)["model_name_or_path"], *rows, *calibration]
+def differences(recorded: dict, today: dict) -> list[str]:
+    """What has changed between the inputs in a record and those of today, in words; settings first."""
+    found = []
+    for kind in ("settings", "data", "models", "jobs"):
+        before, now = _leaves(recorded.get(kind)), _leaves(today.get(kind))
+        for place in sorted({*before, *now}):
+            if before.get(place) != now.get(place):
+                found.append(_difference(kind, place, before.get(place), now.get(place)))
+    return found
 
 
-def _files(config) -> list[str]:
-    if config is None:
-        return []
-    files = config.data_files or config.path
-    return [files] if isinstance(files, str) else files
+def _difference(kind: str, place: tuple[str, ...], before: Any, now: Any) -> str:
+    if "files" in place:
+        of = ".".join(place[: place.index("files")])
+        return f"{place[-1]} of {of} " + ("is new" if before is None else "is gone" if now is None else "has changed")
+    if kind == "jobs":
+        return f"{place[-1]} was made again since"
+    values = ["not set" if value is None else repr(value) for value in (now, before)]
+    return f"{'.'.join(place)} is {values[0]}, and was {values[1]} when it was made"
+
+
+def _leaves(value: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """{place: value} of everything in nested mappings that is no mapping, without what is None."""
+    if not isinstance(value, dict):
+        return {} if value is None else {place: value}
+    return {at: leaf for key, item in value.items() for at, leaf in _leaves(item, (*place, str(key))).items()}
+
+
+def _named_files(config) -> list[str]:
+    files = config.data_files or []
+    return [files] if isinstance(files, str) else list(files)
+
+
+def _plain(value: Any) -> Any:
+    """A section of the recipe as plain data; any other value as text."""
+    return dict(vars(value)) if hasattr(value, "__dict__") else str(value)
+
+
+def _read_json(file: Path) -> dict | None:
+    """The mapping in a JSON file; None where there is no such file, or it is damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def is_current(recipe: Recipe, job: str) -> bool:
-    """Whether a job is finished and what it was made from has not changed."""
-    return RunFolder(recipe.run_folder).is_current(job, inputs_of(recipe, job))
+    """Whether a job is finished, from what the recipe says today, and its files are whole."""
+    return Run(recipe).stale(job) is None
 
 
-def require(recipe: Recipe, *jobs: str) -> None:
-    """Check that earlier jobs are there.
+def require(recipe: Recipe, *names: str, full: bool = False) -> None:
+    """Check, on the main process, that earlier jobs are current; those that the recipe has not are passed over.
+
+    Args:
+        full: read all of their files again; see `Run`.
 
     Raises:
-        FileNotFoundError: one is missing; the message names the command that makes it.
+        FirstTrlError: one is not; the message says why, and names the command that makes it.
     """
-    for job in jobs:
-        if job in jobs_of(recipe, job.split(".")[0]) and RunFolder(recipe.run_folder).identity(job) is None:
-            raise FileNotFoundError(
-                f"{recipe.run_folder} has no finished '{job}' yet. Run `first-trl {job.split('.')[0]} RECIPE`, or "
-                "`first-trl run RECIPE` for everything."
+    if os.environ.get("RANK", "0") != "0":
+        return
+    run = Run(recipe, full)
+    for name in names:
+        if name in run.jobs and (stale := run.stale(name)):
+            raise FirstTrlError(
+                f"{stale.job.name} of {run.path} is {'damaged' if stale.damaged else 'not up to date'}: "
+                f"{stale.reason}. Run `{stale.job.command}`, or `first-trl run RECIPE` for all that is missing."
             )
 
 
@@ -236,142 +484,42 @@ def init_distributed(timeout: timedelta | None = None):
     return PartialState(cpu=use_cpu, **({"timeout": timeout} if timeout else {}))
 
 
-def run_job(recipe: Recipe, job: str, make: Callable[[bool], list[str]], timeout: timedelta | None = None) -> None:
+def run_job(
+    recipe: Recipe,
+    options: argparse.Namespace,
+    name: str,
+    make: Callable[[bool], Any],
+    timeout: timedelta | None = None,
+) -> None:
     """Make a job unless it is current, and record it. The main process holds its lock meanwhile.
 
     Args:
-        make: makes it on every process of the job, given whether this continues an interrupted attempt; returns the
-            paths that it wrote, relative to the run folder.
+        options: of the stage's command.
+        make: makes it on every process, its folders as `new_folder` says, given whether this continues an interrupted
+            attempt.
         timeout: see `init_distributed`; `LONG` for a job whose processes do not train together.
     """
     from accelerate.utils import broadcast_object_list
 
-    state, run = init_distributed(timeout), RunFolder(recipe.run_folder)
-    with run.lock(job) if state.is_main_process else nullcontext():
-        inputs = inputs_of(recipe, job)
+    state = init_distributed(timeout)
+    run = Run(recipe, source=options.recipe)
+    with locked(run.file(name, ".lock"), f"{name} of {run.path}") if state.is_main_process else nullcontext():
         decision: list = [None]
         if state.is_main_process:
-            decision = ["current" if run.is_current(job, inputs) else run.start(job, inputs)]
-            recipe.write_resolved(recipe.run_folder / "recipe.resolved.yaml")
-        continues = broadcast_object_list(decision)[0]
-        if continues == "current":
-            status(f"{job}: up to date, nothing to do")
+            decision = [run.begin(name, options.overwrite)]
+            recipe.write_resolved(run.path / "recipe.resolved.yaml")
+        (continues,) = broadcast_object_list(decision)
+        if continues is None:
+            status(f"{name}: up to date, nothing to do")
             return
         started = time.monotonic()
-        outputs = make(continues)
+        make(continues)
         state.wait_for_everyone()
         if state.is_main_process:
-            run.finish(job, inputs, outputs, time.monotonic() - started)
-    read, written = ", ".join(input_names(recipe, job)), ", ".join(str(recipe.run_folder / name) for name in outputs)
-    status(f"{job}: read {read}; wrote {written} in {time.monotonic() - started:.0f} s; next: {_next(recipe, job)}")
-
-
-def _next(recipe: Recipe, job: str) -> str:
-    jobs = [each for stage in STAGES for each in jobs_of(recipe, stage)]
-    return [*jobs, "push, or the report in a browser"][jobs.index(job) + 1]
-
-
-class RunFolder:
-    """Records of the jobs done in one run folder.
-
-    Args:
-        path: the folder, `runs/<name>`; made on the first record.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def _file(self, job: str, suffix: str = "") -> Path:
-        return self.path / ".records" / f"{job}{suffix}.json"
-
-    def record(self, job: str) -> dict | None:
-        """The record of a finished job, or None."""
-        file = self._file(job)
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-    def identity(self, job: str) -> str | None:
-        """The identity of a finished job, for the inputs of whatever is built on it."""
-        record = self.record(job)
-        return record["identity"] if record and self._outputs_exist(record) else None
-
-    def is_current(self, job: str, inputs: dict) -> bool:
-        """Whether `job` was finished from exactly these inputs and its outputs are still there."""
-        record = self.record(job)
-        return record is not None and record["inputs"] == _plain(inputs) and self._outputs_exist(record)
-
-    def _outputs_exist(self, record: dict) -> bool:
-        return all((self.path / name).exists() for name in record["outputs"])
-
-    def lock(self, job: str) -> AbstractContextManager[None]:
-        """Hold `job`, so that no second command makes it at the same time, over the files of the first.
-
-        Raises:
-            FirstTrlError: another process holds it; its pid and host are named.
-        """
-        return locked(self.path / ".records" / f"{job}.lock", f"{job} of {self.path}")
-
-    def start(self, job: str, inputs: dict) -> bool:
-        """Note that `job` begins. True if it continues an interrupted attempt from the same inputs."""
-        file = self._file(job, ".started")
-        continues = file.is_file() and json.loads(file.read_text(encoding="utf-8")) == _plain(inputs)
-        if not continues:
-            write_atomically(file, json.dumps(_plain(inputs), indent=1))
-        return continues
-
-    def finish(self, job: str, inputs: dict, outputs: list[str], seconds: float) -> None:
-        """Record that `job` is done.
-
-        Args:
-            outputs: paths relative to the run folder, all of which exist now.
-        """
-        missing = [name for name in outputs if not (self.path / name).exists()]
-        assert not missing, f"{job} ended without writing {missing}"
-        record = {
-            "identity": uuid.uuid4().hex,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "seconds": round(seconds, 1),
-            "outputs": outputs,
-            "inputs": _plain(inputs),
-        }
-        write_atomically(self._file(job), json.dumps(record, indent=1))
-        self._file(job, ".started").unlink(missing_ok=True)
-
-
-def _plain(value):
-    """`value` as it comes back from JSON, so that tuples and lists compare equal."""
-    return json.loads(json.dumps(value, sort_keys=True, default=str))
-
-
-def stage_command(stage: str) -> Callable:
-    """Make `main(recipe, options)` a command `main(argv=None)`, whose failures are one line and exit status 1."""
-
-    def decorate(job: Callable[[Recipe, argparse.Namespace], None]) -> Callable[[list[str] | None], None]:
-        @functools.wraps(job)
-        def main(argv: list[str] | None = None) -> None:
-            recipe, options = parse_stage(stage, argv)
-            path = recipe.run_folder / "log.txt"
-            title = f"first-trl {stage} {' '.join(sys.argv[1:] if argv is None else argv)}"
-            with recording(path, quiet=options.quiet, title=title) as log:
-                try:
-                    with libraries_into(log):
-                        job(recipe, options)
-                except (Exception, KeyboardInterrupt) as error:
-                    raise SystemExit(failure(error, stage, log)) from None
-
-        return main
-
-    return decorate
-
-
-def failure(error: BaseException, stage: str, log: RunLog) -> str | int:
-    """What the user is told of an error, whose traceback goes to the log; an exit status where they stopped it."""
-    log.add_traceback(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    known = explain(error, stage)
-    process = f" in process {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""
-    text = " ".join(str(error).split())
-    told = known or f"{type(error).__name__}{': ' if text else ''}{text[:300]} (unexpected; traceback in {log.path})"
-    line = redacted(f"[first-trl] {stage} failed{process}: {told}")
-    log.add(line)
-    return line
+            run.finish(name, time.monotonic() - started, skip_checks=options.skip_checks)
+    job, following = run.jobs[name], [*run.jobs, "push, or the report in a browser"]
+    wrote = ", ".join(str(run.path / output) for output in [*job.folders, *job.outputs[:3]])
+    status(
+        f"{name}: read {', '.join(job.reads)}; wrote {wrote} in {time.monotonic() - started:.0f} s; "
+        f"next: {following[following.index(name) + 1]}"
+    )

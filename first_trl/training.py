@@ -87,10 +87,13 @@ def tokenized_splits(recipe, roles: tuple[str, ...], tokenizer) -> dict:
 
 def train_and_save(trainer, folder: Path, continues: bool) -> None:
     """Train, from the last checkpoint if this continues an interrupted attempt, and save the model to `folder`."""
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if continues else None)
-    save_whole(trainer, folder)
+    finished = folder / "trainer_state.json"  # written when all else is
+    if not (continues and finished.is_file()):
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if continues else None)
+        save_whole(trainer, folder)
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(finished))
     if trainer.is_world_process_zero():
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
         for old in folder.glob("checkpoint-*"):
             shutil.rmtree(old)  # the finished model replaces them
 
@@ -113,12 +116,6 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end: its state comes last, so a crash leaves none in a part."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
-
-
-def clear_unfinished(folder: Path, continues: bool) -> None:
-    """Drop what an attempt from other inputs left behind; its checkpoints must not be resumed."""
-    if not continues and folder.is_dir():
-        shutil.rmtree(folder)
 
 
 def load_arguments(section: dict) -> dict:

@@ -24,9 +24,9 @@ from first_trl.cache.identity import open_recipe_cache, teacher_identity
 from first_trl.cache.reader import parquet_files
 from first_trl.cache.writer import library_versions, write_shards
 from first_trl.recipe import load_recipe
-from first_trl.run import inputs_of
+from first_trl.run import Run
 from first_trl.stages import cache as stage
-from first_trl.stages import calibrate, distill
+from first_trl.stages import distill
 from tests.cache_recipe import run_stage, write_recipe
 from tests.cache_samples import contents, make_row, make_rows, small_job, whole_job
 from tests.tiny import build_model, build_tokenizer
@@ -298,10 +298,11 @@ def test_settings_of_speed_alone_make_nothing_again(tmp_path, on_cpu, monkeypatc
 
 def test_every_setting_of_the_cache_but_those_of_speed_is_among_what_it_is_made_from(tmp_path):
     path, server = write_recipe(tmp_path), ["--cache.backend=server", "--cache.server_url=http://127.0.0.1:1"]
-    settings = inputs_of(load_recipe(path), "cache")["settings"]
-    assert vars(load_recipe(path).cache).keys() - settings.keys() == {"tokens_per_batch", "server_requests"}
+    settings = Run(load_recipe(path)).inputs("cache")["settings"]["cache"]
+    assert load_recipe(path).to_dict()["cache"].keys() - settings.keys() <= {"tokens_per_batch", "server_requests"}
     few, many = (load_recipe(path, [*server, f"--cache.server_requests={n}"]) for n in (1, 64))
-    assert inputs_of(few, "cache") == inputs_of(many, "cache") != inputs_of(load_recipe(path), "cache")
+    few, many, here = (Run(recipe).inputs("cache") for recipe in (few, many, load_recipe(path)))
+    assert few == many != here
 
 
 # What the stages after it refuse
@@ -490,8 +491,8 @@ MISMATCHES = {
 }
 
 
-def run_copy(finished, tmp_path, name, command):
-    """Do to a copy of a finished run what MISMATCHES says, and run a stage of it."""
+def changed_copy(finished, tmp_path, name):
+    """A copy of a finished run with what MISMATCHES says done to it: its recipe's file, arguments, the message."""
     change, arguments, message = MISMATCHES[name]
     original = finished["adapter" if "adapter" in arguments else "plain"]
     folder = shutil.copytree(original, tmp_path / "run")
@@ -500,25 +501,27 @@ def run_copy(finished, tmp_path, name, command):
             file.write_text(file.read_text().replace(str(original), str(folder)))
     if change is not None:
         change(folder)
-    arguments = [argument.format(folder=folder) for argument in arguments if argument != "adapter"]
-    with pytest.raises(SystemExit, match=message) as raised:
-        command([str(folder / "recipe.yaml"), *arguments])
-    assert str(raised.value).rstrip().endswith(".")  # the remedy is a sentence of its own
+    return folder / "recipe.yaml", [each.format(folder=folder) for each in arguments if each != "adapter"], message
 
 
 @pytest.mark.parametrize("name", MISMATCHES)
 def test_a_student_is_not_trained_on_a_cache_of_something_else(finished, tmp_path, on_cpu, name):
-    run_copy(finished, tmp_path, name, distill.main)
+    path, arguments, message = changed_copy(finished, tmp_path, name)
+    stale = "cache of .* is (damaged|not up to date): .* Run `first-trl cache RECIPE`"
+    with pytest.raises(SystemExit, match=message if "student" in name else stale):
+        distill.main([str(path), *arguments])
     assert not list(tmp_path.glob("run/runs/tiny/students/*/*.safetensors"))
 
 
-TEACHERS = [name for name in MISMATCHES if "student" not in name]
+@pytest.mark.parametrize("name", [name for name in MISMATCHES if "student" not in name])
+def test_a_cache_of_something_else_is_not_opened(finished, tmp_path, name):
+    from first_trl.training import teacher_section
 
-
-@pytest.mark.parametrize("name", TEACHERS)
-def test_a_recalibration_is_not_searched_on_a_cache_of_something_else(finished, tmp_path, on_cpu, name):
-    run_copy(finished, tmp_path, name, calibrate.main)
-    assert not (tmp_path / "run" / "runs" / "tiny" / "calibration.json").exists()
+    path, arguments, message = changed_copy(finished, tmp_path, name)
+    recipe = load_recipe(path, arguments)
+    with pytest.raises(ValueError, match=message) as raised:
+        open_recipe_cache(recipe, "train", recipe.cache.teacher, teacher_section(recipe))
+    assert str(raised.value).rstrip().endswith(".")  # the remedy is a sentence of its own
 
 
 @pytest.mark.parametrize("kind", ["plain", "adapter"])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from first_trl import demo
 from first_trl.demo.models import BASES, PROMPT, build_model, build_tokenizer, pretrain, unlabelled_texts, write_models
 from first_trl.demo.task import SPLITS, STYLES, TEAMS, THINGS, team_probabilities, tickets, write_task
-from first_trl.files import path_fingerprint
+from first_trl.files import file_digest, files_of
 from first_trl.recipe import load_recipe
 
 FEW = dict.fromkeys(SPLITS, 40)
@@ -117,7 +117,8 @@ def test_models_are_saved_whole_and_are_the_same_for_the_same_seed(tmp_path):
         write_models(tmp_path / folder, seed, seen=set(), bases=tiny)
     parameters = {}
     for name in BASES:
-        a, b, c = (path_fingerprint(tmp_path / folder / name) for folder in "abc")
+        made = [tmp_path / folder / name for folder in "abc"]
+        a, b, c = ([(file, file_digest(folder / file)) for file in files_of(folder)] for folder in made)
         assert a == b != c
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / name)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / name)

@@ -11,7 +11,7 @@ import pytest
 
 from first_trl.hub.card import prepare_upload_folder
 from first_trl.hub.upload import PushError, push_folder
-from tests.finished_run import make_base, make_run
+from tests.finished_run import make_base, make_run, record_run
 from tests.loopback_hub import ROUTES as loopback_routes
 from tests.loopback_hub import TOKEN
 
@@ -207,12 +207,8 @@ def test_the_push_stage_rehearses_without_a_network_and_then_pushes(hub, tmp_pat
 
 def finished_command(tmp_path):
     """A run whose records say that it is finished, for the command; returns its folder and the recipe's file."""
-    from first_trl.run import RunFolder, inputs_of
-
     run, recipe = make_run(tmp_path / "work", make_base(tmp_path / "tiny-base"))
-    records = RunFolder(run)
-    for work, outputs in (("distill.first", ["students/first"]), ("evaluate", ["report/metrics.json"])):
-        records.finish(work, inputs_of(recipe, work), outputs, 1.0)
+    record_run(recipe)
     return run, str(tmp_path / "work" / "recipe.yaml")
 
 
@@ -222,7 +218,7 @@ def test_the_command_rehearses_pushes_to_a_branch_and_opens_a_pull_request(hub, 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     run, recipe = finished_command(tmp_path)
     push.main([recipe, "--revision", "v2", "--dry_run"])
-    assert not hub.requests and "next: the same command without --dry_run" in capsys.readouterr().err
+    assert not hub.repos and "next: the same command without --dry_run" in capsys.readouterr().err
     rehearsed = contents(run / "push")
     push.main([recipe, "--revision", "v2"])
     assert hub.files(REPO, "v2") == rehearsed and hub.files(REPO) == {}

@@ -1,71 +1,182 @@
-"""Work is skipped exactly when nothing it was made from has changed and its outputs are there."""
+"""A job is skipped exactly when what it was made from has not changed and what it made is whole."""
 
+import json
 import os
 
 import pytest
+from first_trl.recipe import load_recipe
 
-from first_trl.files import path_fingerprint, write_atomically
-from first_trl.run import RunFolder
+from first_trl.errors import FirstTrlError
+from first_trl.files import Digests, files_of, locked, write_atomically
+from first_trl.run import Run, differences, jobs, new_folder, require
+from tests.cache_recipe import write_recipe
 
 
 @pytest.fixture
-def run(tmp_path):
-    (tmp_path / "out").mkdir()
-    run = RunFolder(tmp_path)
-    run.start("cache", {"k": 5})
-    run.finish("cache", {"k": 5}, ["out"], seconds=1.0)
-    return run
+def recipe(tmp_path):
+    return load_recipe(write_recipe(tmp_path / "job", rows=4, arms={"first": {}, "on_labels": {"trainer": "sft"}}))
 
 
-def test_finished_work_is_current_until_its_inputs_change(run):
-    assert run.is_current("cache", {"k": 5})
-    assert not run.is_current("cache", {"k": 6})
-    assert not run.is_current("calibrate", {"k": 5})
+def make(recipe, *names, content="weights", source="recipe.yaml", overwrite=False):
+    """Make jobs as their stages would, with a file of this content each; returns what `begin` said."""
+    begun = []
+    for name in names:
+        run = Run(recipe, source=str(recipe.run_folder.parent.parent / source))
+        begun.append(run.begin(name, overwrite))
+        if begun[-1] is None:
+            continue
+        for folder in run.jobs[name].folders:
+            write_atomically(new_folder(run.path / folder) / "model.safetensors", content)
+        for file in run.jobs[name].outputs:
+            write_atomically(run.path / file.replace("*.*", "metrics.json"), content)
+        run.finish(name, 1.0)
+    return begun
 
 
-def test_deleted_outputs_make_work_stale_and_take_its_identity_away(run):
-    assert run.identity("cache")
-    (run.path / "out").rmdir()
-    assert not run.is_current("cache", {"k": 5})
-    assert run.identity("cache") is None
+ALL = ("cache", "calibrate", "distill.first", "distill.on_labels", "evaluate")
 
 
-def test_redoing_work_gives_it_a_new_identity(run):
-    before = run.identity("cache")
-    run.finish("cache", {"k": 5}, ["out"], seconds=1.0)
-    assert run.identity("cache") != before
+def stale(recipe):
+    """{job: reason} of the jobs that are not current by themselves, in order."""
+    run = Run(recipe)
+    found = {name: run.stale(name) for name in run.jobs}
+    return {name: why.reason for name, why in found.items() if why is not None and why.job.name == name}
 
 
-def test_an_interrupted_attempt_continues_only_from_the_same_inputs(run):
-    assert run.start("distill.first", {"rate": 1}) is False
-    assert run.start("distill.first", {"rate": 1}) is True
-    assert run.start("distill.first", {"rate": 2}) is False
+def test_the_table_says_what_each_job_reads_and_needs(recipe):
+    table = jobs(recipe)
+    assert tuple(table) == ALL
+    assert table["distill.first"].needs == ("cache", "calibrate") and table["distill.on_labels"].needs == ()
+    assert table["evaluate"].needs == ("calibrate", "distill.first", "distill.on_labels")
+    assert table["distill.first"].command == "first-trl distill RECIPE --arm first"
 
 
-def test_work_that_another_process_makes_is_refused_by_name_until_that_ends(run):
-    with run.lock("sft"):
-        with pytest.raises(ValueError, match=rf"sft of .* is being written by process {os.getpid()} on host"):
-            with RunFolder(run.path).lock("sft"):
+def test_finished_jobs_are_current_and_changed_settings_make_their_job_stale_and_name_themselves(recipe):
+    assert make(recipe, *ALL) == [False] * 5 and stale(recipe) == {} and make(recipe, *ALL) == [None] * 5
+    recipe.distill["learning_rate"] = 0.5
+    found = stale(recipe)
+    assert list(found) == ["distill.first", "distill.on_labels"]
+    assert found["distill.first"] == "distill.learning_rate is 0.5, and was not set when it was made"
+    with pytest.raises(FirstTrlError, match=r"distill.first .* not up to date: .*`first-trl distill RECIPE --arm"):
+        require(recipe, "evaluate")
+
+
+def test_changed_data_is_noticed_whatever_names_it(recipe):
+    make(recipe, *ALL)
+    train = recipe.datasets.train.data_files
+    with open(train, "a") as file:
+        file.write(json.dumps({"text": "a film", "label": "good"}) + "\n")
+    assert stale(recipe) == dict.fromkeys(("cache", "distill.on_labels"), "train.jsonl of datasets.train has changed")
+
+
+def test_a_job_made_again_with_the_same_content_makes_nothing_after_it_stale(recipe):
+    make(recipe, *ALL)
+    weights = recipe.run_folder / "cache" / "train" / "model.safetensors"
+    weights.write_text("damaged")
+    assert stale(recipe) == {"cache": f"{weights} is not as it was written"}
+    assert make(recipe, *ALL) == [False, None, None, None, None]
+    weights.unlink()
+    assert make(recipe, "cache", content="others") == [False]
+    assert stale(recipe) == {"calibrate": "cache was made again since"}
+
+
+def test_a_file_of_the_same_size_and_times_is_found_out_by_a_full_check_or_its_ctime(recipe, tmp_path):
+    make(recipe, "cache", content="a" * 2**20)
+    file = recipe.run_folder / "cache" / "train" / "model.safetensors"
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    file.write_text("b" * 2**20)
+    os.utime(file, ns=times)
+    assert "model.safetensors" in stale(recipe)["cache"]
+    digests = Digests(tmp_path / "digests.json")
+    right = digests.of(file)
+    digests._known[str(file.resolve())][-1] = "of other bytes"  # as if they had changed on the disk itself
+    digests.save()
+    assert (
+        Digests(tmp_path / "digests.json").of(file) != right == Digests(tmp_path / "digests.json", full=True).of(file)
+    )
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"identity": 3, "inputs": {}, "outputs": {}}'])
+def test_a_record_that_cannot_be_read_is_no_record(recipe, content):
+    make(recipe, "cache")
+    Run(recipe).file("cache").write_text(content)
+    assert stale(recipe)["cache"] == "it is not finished" and make(recipe, "cache") == [False]
+
+
+def test_a_finished_folder_stays_until_its_successor_is_finished(recipe):
+    make(recipe, "cache")
+    recipe.cache.top_k = 3
+    old = recipe.run_folder / "cache" / "train" / "model.safetensors"
+    run = Run(recipe, source=str(recipe.run_folder.parent.parent / "recipe.yaml"))
+    assert run.begin("cache") is False
+    write_atomically(new_folder(old.parent) / "model.safetensors", "half of it")
+    assert old.read_text() == "weights"
+    assert Run(recipe, source=run.source).begin("cache") is True, "the same inputs continue"
+    recipe.cache.top_k = 4
+    assert Run(recipe, source=run.source).begin("cache") is False and not new_folder(old.parent).exists()
+    make(recipe, "cache", content="whole")
+    assert old.read_text() == "whole" and not new_folder(old.parent).parent.exists()
+
+
+def test_a_kill_between_record_and_exchange_loses_nothing(recipe, monkeypatch):
+    make(recipe, "cache")
+    recipe.cache.top_k = 3
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_exchange", lambda *_, **__: None)
+        make(recipe, "cache", content="new")
+    weights = recipe.run_folder / "cache" / "train" / "model.safetensors"
+    assert weights.read_text() == "weights" and make(recipe, "cache") == [None] and weights.read_text() == "new"
+
+
+def test_another_recipe_of_the_same_name_is_refused_unless_it_may_overwrite(recipe):
+    make(recipe, "cache")
+    assert make(recipe, "cache", source="copy.yaml") == [None], "what is the same is nobody's loss"
+    recipe.cache.top_k = 3
+    with pytest.raises(FirstTrlError, match=r"finished cache of another recipe, \.\./\.\./recipe.yaml .*--overwrite"):
+        make(recipe, "cache", source="copy.yaml")
+    assert make(recipe, "cache", source="copy.yaml", overwrite=True) == [False]
+
+
+def test_a_link_to_another_disk_keeps_pointing_there(recipe, tmp_path):
+    other = tmp_path / "other disk" / "train"
+    other.mkdir(parents=True)
+    (recipe.run_folder / "cache").mkdir(parents=True)
+    (recipe.run_folder / "cache" / "train").symlink_to(other)
+    for content in ("one", "two"):
+        make(recipe, "cache", content=content)
+        recipe.cache.top_k += 1
+        assert (other / "model.safetensors").read_text() == content
+    assert (recipe.run_folder / "cache" / "train").is_symlink()
+
+
+def test_tuples_and_lists_are_the_same_input_and_differences_are_in_words():
+    before = {"settings": {"sft": {"seed": 1, "gone": 2}}, "data": {"datasets.train": {"files": {"a": "1", "b": "2"}}}}
+    after = {"settings": {"sft": {"seed": 3}}, "data": {"datasets.train": {"files": {"a": "2", "c": "3"}}}}
+    assert differences(before, after) == [
+        "sft.gone is not set, and was 2 when it was made",
+        "sft.seed is 3, and was 1 when it was made",
+        "a of datasets.train has changed",
+        "b of datasets.train is gone",
+        "c of datasets.train is new",
+    ]
+
+
+def test_what_another_process_makes_is_refused_by_name_until_that_ends(tmp_path):
+    with locked(tmp_path / "sft.lock", "sft"):
+        with pytest.raises(FirstTrlError, match=rf"sft is being written by process {os.getpid()} on host"):
+            with locked(tmp_path / "sft.lock", "sft"):
                 pass
-        with RunFolder(run.path).lock("cache"):
+        with locked(tmp_path / "cache.lock", "cache"):
             pass  # other work is free
-    with RunFolder(run.path).lock("sft"):
+    with locked(tmp_path / "sft.lock", "sft"):
         pass
-    assert not (run.path / ".records" / "sft.holder").exists()
+    assert not (tmp_path / "sft.holder").exists()
 
 
-def test_tuples_and_lists_are_the_same_input(run):
-    run.finish("cache", {"methods": ("a", "b")}, ["out"], seconds=1.0)
-    assert run.is_current("cache", {"methods": ["a", "b"]})
-
-
-def test_a_fingerprint_follows_contents_and_names_not_times(tmp_path):
-    (tmp_path / "a").write_text("one")
-    before = path_fingerprint(tmp_path)
-    (tmp_path / "a").touch()
-    assert path_fingerprint(tmp_path) == before
-    (tmp_path / "a").write_text("two")
-    assert path_fingerprint(tmp_path) != before
+def test_hidden_files_are_no_part_of_a_folder(tmp_path):
+    for name in ("b", "a/c", ".lock", ".git/x"):
+        write_atomically(tmp_path / name, name)
+    assert files_of(tmp_path) == ["a/c", "b"]
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from first_trl import failures
-from first_trl import run as command
 from first_trl.log import libraries_into, recording, status
 from first_trl.redaction import redacted
+from first_trl.stages import command
 from tests.cache_recipe import write_recipe
 
 TOKEN = "hf_" + "a" * 30
@@ -210,7 +210,7 @@ def test_a_quiet_stage_prints_nothing_and_its_summary_is_in_the_log(tmp_path, mo
     folder = tmp_path / "job"
     summary = next(line for line in log.splitlines() if "; next: " in line)
     assert f"read {folder}/teacher, {folder}/train.jsonl, {folder}/validation.jsonl; wrote " in summary
-    assert f"wrote {folder}/runs/tiny/cache/train/manifest.json" in summary and summary.endswith("; next: calibrate")
+    assert f"wrote {folder}/runs/tiny/cache/train, " in summary and summary.endswith("; next: calibrate")
 
 
 def test_a_process_that_the_system_ends_for_its_memory_is_told_as_such(tmp_path, monkeypatch, capsys):

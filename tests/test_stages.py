@@ -146,7 +146,9 @@ def test_a_smoothing_that_test_rows_do_not_allow_is_left_out_of_the_report_with_
     file = tmp_path / "runs" / "tiny" / "calibration.json"
     calibration = json.loads(file.read_text())
     file.write_text(json.dumps(calibration | {"value": 0.9}))  # as if every row of the caches had allowed it
-    recipe, metrics = run_stages(path, evaluate)
+    recipe = load_recipe(path)
+    evaluate.evaluate(recipe)  # the command refuses a calibration that was edited
+    metrics = json.loads((recipe.run_folder / "report" / "metrics.json").read_text())
     assert set(metrics["arms"]) == {"teacher", "base", "fine_tuned", "fine_tuned_post_hoc", "first"}
     assert "label smoothing takes 0.9 from the first token" in metrics["omitted"]["teacher_recalibrated"]
     said = capsys.readouterr().err

@@ -11,17 +11,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import PurePath
 
-from first_trl.run import LONG, cached_roles, require, run_job, stage_command, status, teacher_path
+from first_trl.run import LONG, cached_roles, new_folder, require, run_job, status, teacher_path
+from first_trl.stages.command import stage_command
 
 
 @stage_command("cache")
 def main(recipe, options) -> None:
     require(recipe, "sft")
-    run_job(recipe, "cache", lambda continues: cache_splits(recipe), timeout=LONG)
+    run_job(recipe, options, "cache", lambda continues: cache_splits(recipe), timeout=LONG)
 
 
-def cache_splits(recipe) -> list[str]:
-    """Cache both splits with one teacher; returns what was written."""
+def cache_splits(recipe) -> None:
+    """Cache both splits with one teacher."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
@@ -40,7 +41,6 @@ def cache_splits(recipe) -> list[str]:
     broadcast_object_list(identities)
     for role, identity in zip(roles, identities, strict=True):
         cache_split(recipe, role, run_teacher, tokenizer, identity)
-    return [f"cache/{role}/manifest.json" for role in roles]
 
 
 def teacher_runner(recipe, path: str, section: dict, vocab_limit: int) -> tuple[Callable, dict]:
@@ -74,7 +74,7 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
     from first_trl.cache.writer import CacheWriter, write_shards
     from first_trl.data.loading import load_split
 
-    state, settings, folder = PartialState(), recipe.cache, recipe.run_folder / "cache" / role
+    state, settings, folder = PartialState(), recipe.cache, new_folder(recipe.run_folder / "cache" / role)
     with state.local_main_process_first():
         dataset = load_split(cached_split(recipe, role), role, streaming=settings.streaming)
     encode, asked = row_encoder(recipe, role, tokenizer, next(iter(dataset), {}))

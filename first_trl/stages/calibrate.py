@@ -16,20 +16,20 @@ from first_trl.run import (
     calibration_methods,
     require,
     run_job,
-    stage_command,
     status,
     teacher_path,
 )
+from first_trl.stages.command import stage_command
 
 
 @stage_command("calibrate")
 def main(recipe, options) -> None:
     require(recipe, "cache")
-    run_job(recipe, "calibrate", lambda continues: calibrate(recipe))
+    run_job(recipe, options, "calibrate", lambda continues: calibrate(recipe))
 
 
-def calibrate(recipe) -> list[str]:
-    """Search every family on the validation cache; returns what was written."""
+def calibrate(recipe) -> None:
+    """Search every family on the validation cache."""
     from first_trl.calibration import choose_family, search
     from first_trl.files import write_atomically
 
@@ -67,7 +67,6 @@ def calibrate(recipe) -> list[str]:
         "families": families,
     }
     write_atomically(recipe.run_folder / "calibration.json", json.dumps(calibration, indent=1))
-    return ["calibration.json"]
 
 
 def read_caches(recipe) -> tuple[Any, float, dict]:

@@ -11,20 +11,20 @@ import json
 from functools import partial
 
 from first_trl.recipe import arm_of
-from first_trl.run import needs_calibration, recalibration_of, require, run_job, stage_command, teacher_path
+from first_trl.run import jobs, needs_calibration, new_folder, recalibration_of, require, run_job, teacher_path
+from first_trl.stages.command import stage_command
 
 
 @stage_command("distill")
 def main(recipe, options) -> None:
     for arm in recipe.students:
         if options.arm in (None, arm, arm_of(arm)):
-            require(recipe, "cache", *(["calibrate"] if needs_calibration(recipe, arm) else []))
-            run_job(recipe, f"distill.{arm}", partial(train_arm, recipe, arm))
+            require(recipe, *jobs(recipe)[f"distill.{arm}"].needs)
+            run_job(recipe, options, f"distill.{arm}", partial(train_arm, recipe, arm))
 
 
-def train_arm(recipe, arm: str, continues: bool) -> list[str]:
-    """Train one student, of an arm or of one of its seeds; returns what was written."""
-    from accelerate import PartialState
+def train_arm(recipe, arm: str, continues: bool) -> None:
+    """Train one student, of an arm or of one of its seeds."""
     from trl import SFTTrainer
 
     from first_trl.cache.identity import open_recipe_cache
@@ -32,7 +32,6 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
     from first_trl.modeling import adapters_to_float32, load_tokenizer
     from first_trl.trainer import FIRSTTrainer
     from first_trl.training import (
-        clear_unfinished,
         label_arguments,
         model_arguments,
         teacher_section,
@@ -41,9 +40,7 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
         training_arguments,
     )
 
-    folder = recipe.run_folder / "students" / arm
-    if PartialState().is_main_process:
-        clear_unfinished(folder, continues)
+    folder = new_folder(recipe.run_folder / "students" / arm)
     on_labels = recipe.arm_trainer(arm) == "sft"
     section, seed = recipe.arm_section(arm), recipe.seed_of(arm)
     if on_labels:
@@ -73,7 +70,6 @@ def train_arm(recipe, arm: str, continues: bool) -> list[str]:
     if on_labels and not (args.bf16 or args.fp16):
         adapters_to_float32(trainer.model)  # as FIRSTTrainer does: the arms differ in their targets alone
     train_and_save(trainer, folder, continues)
-    return [f"students/{arm}"]
 
 
 if __name__ == "__main__":

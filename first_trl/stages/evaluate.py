@@ -13,24 +13,24 @@ from first_trl.constants import PREDICT_FILE
 from first_trl.files import write_atomically
 from first_trl.run import (
     LONG,
-    jobs_of,
+    jobs,
     recalibration_of,
     require,
     run_job,
-    stage_command,
     status,
     teacher_path,
 )
+from first_trl.stages.command import stage_command
 
 
 @stage_command("evaluate")
 def main(recipe, options) -> None:
-    require(recipe, "sft", "calibrate", *jobs_of(recipe, "distill"))
-    run_job(recipe, "evaluate", lambda continues: evaluate(recipe), timeout=LONG)
+    require(recipe, *jobs(recipe)["evaluate"].needs, full=True)
+    run_job(recipe, options, "evaluate", lambda continues: evaluate(recipe), timeout=LONG)
 
 
-def evaluate(recipe) -> list[str]:
-    """Score all arms, add the recalibrated controls and write the report; returns what was written."""
+def evaluate(recipe) -> None:
+    """Score all arms, add the recalibrated controls and write the report."""
     from accelerate import PartialState
 
     state = PartialState()
@@ -42,8 +42,6 @@ def evaluate(recipe) -> list[str]:
     state.wait_for_everyone()
     if state.is_main_process:
         report(recipe, arms)
-    described = [f"students/{arm}/{PREDICT_FILE}" for arm in recipe.students]
-    return ["report/metrics.json", "report/table.md", "report/index.html", *described]
 
 
 def report(recipe, arms: list[str]) -> None:

@@ -5,12 +5,13 @@
 Reads `runs/<name>/students/<arm>` and `report/`; writes `runs/<name>/push/`, exactly what is uploaded.
 """
 
-from first_trl.run import require, stage_command, status
+from first_trl.run import require, status
+from first_trl.stages.command import stage_command
 
 
 @stage_command("push")
 def main(recipe, options) -> None:
-    require(recipe, *(f"distill.{student}" for student in recipe.students_of(recipe.push.arm)), "evaluate")
+    require(recipe, *(f"distill.{student}" for student in recipe.students_of(recipe.push.arm)), "evaluate", full=True)
     from accelerate import PartialState
 
     if PartialState().is_main_process:

@@ -5,28 +5,25 @@
 Reads the recipe's `task`, `datasets.train` and `sft`; writes `runs/<name>/teacher/`, an adapter or a whole model.
 """
 
-from first_trl.run import run_job, stage_command
+from first_trl.run import new_folder, run_job
+from first_trl.stages.command import stage_command
 
 
 @stage_command("sft")
 def main(recipe, options) -> None:
     if recipe.cache.teacher is not None:
         raise ValueError(f"cache.teacher gives a teacher ({recipe.cache.teacher}); run `first-trl cache` instead.")
-    run_job(recipe, "sft", lambda continues: fine_tune(recipe, continues))
+    run_job(recipe, options, "sft", lambda continues: fine_tune(recipe, continues))
 
 
-def fine_tune(recipe, continues: bool) -> list[str]:
-    """Train the teacher on the labels; returns what was written."""
-    from accelerate import PartialState
+def fine_tune(recipe, continues: bool) -> None:
+    """Train the teacher on the labels."""
     from trl import SFTTrainer
 
     from first_trl.modeling import adapters_to_float32, load_tokenizer
-    from first_trl.training import clear_unfinished, label_arguments, model_arguments, tokenized_splits, train_and_save
+    from first_trl.training import label_arguments, model_arguments, tokenized_splits, train_and_save
 
-    folder = recipe.run_folder / "teacher"
-    if PartialState().is_main_process:
-        clear_unfinished(folder, continues)
-    PartialState().wait_for_everyone()
+    folder = new_folder(recipe.run_folder / "teacher")
     args, model_args = label_arguments(recipe, recipe.sft, folder, recipe.seed)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     splits = tokenized_splits(recipe, ("train", "validation") if args.eval_strategy != "no" else ("train",), tokenizer)
@@ -40,7 +37,6 @@ def fine_tune(recipe, continues: bool) -> list[str]:
     if not (args.bf16 or args.fp16):
         adapters_to_float32(trainer.model)
     train_and_save(trainer, folder, continues)
-    return ["teacher"]
 
 
 if __name__ == "__main__":

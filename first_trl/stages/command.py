@@ -1,0 +1,81 @@
+"""What every stage's command does around its job: read the recipe, keep a log, and fail in one line.
+
+A stage's `main` takes the recipe and the options; [`stage_command`] makes it the command that `accelerate launch`
+starts. What the stage does is in the stage.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+from ..failures import explain
+from ..log import RunLog, libraries_into, recording
+from ..recipe import Recipe, RecipeError, load_recipe
+from ..redaction import redacted
+
+
+def parse_stage(stage: str, argv: list[str] | None = None) -> tuple[Recipe, argparse.Namespace]:
+    """The recipe and the options of `python -m first_trl.stages.STAGE RECIPE [--key value ...]`."""
+    parser = argparse.ArgumentParser(
+        prog=f"first-trl {stage}",
+        allow_abbrev=False,
+        epilog="Any setting of the recipe can be overridden: --key value for this stage's own, --section.key value.",
+    )
+    parser.add_argument("recipe", help="the experiment's YAML file")
+    if stage == "distill":
+        parser.add_argument("--arm", help="train this arm only, or one of its seeds: first/seed-1")
+    if stage == "push":
+        parser.add_argument("--dry_run", action="store_true", help="write the folder to upload, and upload nothing")
+    add_run_options(parser)
+    options, overrides = parser.parse_known_args(argv)
+    try:
+        recipe = load_recipe(options.recipe, overrides, stage=stage)
+    except RecipeError as error:
+        raise SystemExit(str(error) if os.environ.get("RANK", "0") == "0" else 1) from None
+    if getattr(options, "arm", None) and options.arm not in [*recipe.arms, *recipe.students]:
+        parser.error(f"unknown arm {options.arm!r}; the recipe has {', '.join(recipe.arms)}")
+    return recipe, options
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `run` and every stage have."""
+    parser.add_argument("--quiet", action="store_true", help="print errors alone; the run's log.txt has the rest")
+    parser.add_argument("--overwrite", action="store_true", help="replace what another recipe of this name has made")
+    parser.add_argument("--skip_checks", action="store_true", help="start without looking through data and models")
+
+
+def stage_command(stage: str) -> Callable:
+    """Make `main(recipe, options)` a command `main(argv=None)`, whose failures are one line and exit status 1."""
+
+    def decorate(work: Callable[[Recipe, argparse.Namespace], None]) -> Callable[[list[str] | None], None]:
+        @functools.wraps(work)
+        def main(argv: list[str] | None = None) -> None:
+            recipe, options = parse_stage(stage, argv)
+            path = recipe.run_folder / "log.txt"
+            title = f"first-trl {stage} {' '.join(sys.argv[1:] if argv is None else argv)}"
+            with recording(path, quiet=options.quiet, title=title) as log:
+                try:
+                    with libraries_into(log):
+                        work(recipe, options)
+                except (Exception, KeyboardInterrupt) as error:
+                    raise SystemExit(failure(error, stage, log)) from None
+
+        return main
+
+    return decorate
+
+
+def failure(error: BaseException, stage: str, log: RunLog) -> str | int:
+    """Message for the user, whose traceback goes to the log; an exit status where they stopped it."""
+    log.add_traceback(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    known = explain(error, stage)
+    process = f" in process {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""
+    text = " ".join(str(error).split())
+    unexpected = f"{type(error).__name__}{': ' if text else ''}{text[:300]} (unexpected; traceback in {log.path})"
+    line = redacted(f"[first-trl] {stage} failed{process}: {known or unexpected}")
+    log.add(line)
+    return line
