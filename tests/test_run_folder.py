@@ -4,10 +4,10 @@ import json
 import os
 
 import pytest
-from first_trl.recipe import load_recipe
 
 from first_trl.errors import FirstTrlError
 from first_trl.files import Digests, files_of, locked, write_atomically
+from first_trl.recipe import load_recipe
 from first_trl.run import Run, differences, jobs, new_folder, require
 from tests.cache_recipe import write_recipe
 
