@@ -42,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         from .merging import main as merge
 
         return _alone(merge, argv[1:])
+    if argv[:1] == ["show"] or argv[:1] == ["schema"]:
+        from .schema import schema_main, show_main
+
+        return (show_main if argv[0] == "show" else schema_main)(argv[1:])
     if argv[:1] == ["plan"]:
         from .checks import main as plan
 
@@ -90,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("predict", help="answers of a student: `first-trl predict --help`", add_help=False)
     commands.add_parser("merge", help="a whole model out of a student's adapter, measured again", add_help=False)
     commands.add_parser("plan", help="costs and problems of a recipe, without loading weights", add_help=False)
+    commands.add_parser("show", help="the recipe as it runs, everything resolved", add_help=False)
+    commands.add_parser("schema", help="what a recipe may hold, for editors: a JSON schema", add_help=False)
     for stage in STAGES:
         commands.add_parser(stage, help=f"the stage {stage}: `first-trl {stage} RECIPE --help`", add_help=False)
     return parser

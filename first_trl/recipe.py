@@ -235,7 +235,8 @@ def _read_with_base(path: Path, errors: ErrorCollector) -> dict:
 def _merged(below: Any, above: Any) -> Any:
     """Mappings key by key; anything else from above."""
     if isinstance(below, dict) and isinstance(above, dict):
-        return below | {key: _merged(below.get(key), value) for key, value in above.items()}
+        rest = {key: value for key, value in below.items() if key not in above}
+        return {key: _merged(below.get(key), value) for key, value in above.items()} | rest
     return above
 
 
@@ -410,13 +411,14 @@ def _training(section: dict, path: tuple, errors: ErrorCollector) -> dict:
         errors.add((*path, key), section[key], *RESERVED_KEYS[key])
     section = {key: value for key, value in section.items() if key not in RESERVED_KEYS}
     try:
-        return model.model_validate(section).model_dump(exclude_unset=True)
+        good = model.model_validate(section)
+        wrong: set[str] = set()
     except ValidationError as error:
         wrong = _report(error, model, section, path, errors)
-    good = model.model_validate({key: value for key, value in section.items() if key not in wrong})
+        good = model.model_validate({key: value for key, value in section.items() if key not in wrong})
     # `use_peft: "true"` is one mistake, not a missing use_peft as well.
     booleans = {key: True for key in wrong & set(model.model_fields) if model.model_fields[key].annotation is bool}
-    return good.model_dump(exclude_unset=True) | booleans
+    return {key: getattr(good, key) for key in section if key not in wrong} | booleans
 
 
 def _report(error: ValidationError, model: type[Section], section: dict, path: tuple, errors: ErrorCollector) -> set:
@@ -455,7 +457,7 @@ def _misfit(found: Any, hint: Any, value: Any) -> tuple[str, str]:
     bounds = [words.format(f"{limits[name]:.10g}") for name, words in _BOUNDS.items() if name in limits]
     if bounds:
         return "it is out of range", f"write {bounds[0]}"
-    wanted = _described(hint)
+    wanted = described(hint)
     if found["type"] == "literal_error" and isinstance(value, str):
         if value in REMOVED_VALUES:
             return REMOVED_VALUES[value]
@@ -465,15 +467,15 @@ def _misfit(found: Any, hint: Any, value: Any) -> tuple[str, str]:
     return f"it needs {wanted}, not {_kind_of(value)}", _hint(value, wanted)
 
 
-def _described(hint: Any) -> str:
+def described(hint: Any) -> str:
     """What a field accepts, in words."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _described(args[0])
+        return described(args[0])
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(_described(member) for member in args if member is not NoneType))
+        return " or ".join(dict.fromkeys(described(member) for member in args if member is not NoneType))
     if origin is list:
         return "a list of texts" if args[0] is str else "a list of values"
     return _PLAIN.get(origin or hint, "another value")

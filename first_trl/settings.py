@@ -6,11 +6,11 @@ Reading a recipe file, and the rules between sections, are `first_trl.recipe`.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from .constants import CRITERIA, DIVERGENCES, HUB_ID, POSITIONS, RECALIBRATION_METHODS, TAILS
@@ -33,6 +33,13 @@ class Problem(NamedTuple):
     remedy: str
 
 
+def _number(value: Any, check: Callable[[Any], float]) -> float:
+    """`1e-4` as text is a number, and 20 stays 20."""
+    value = float(value) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else value
+    checked = check(value)
+    return value if type(value) is int else checked
+
+
 class Section(BaseModel):
     """Base of the sections: types are strict, unknown keys are errors, and `conflicts` are rules between settings."""
 
@@ -51,10 +58,7 @@ class Section(BaseModel):
 
 
 # Two conversions that people rely on every day: `1e-4`, which YAML reads as text, and a lone text for a list of texts.
-Number = Annotated[
-    float,
-    BeforeValidator(lambda v: float(v) if isinstance(v, str) and _NUMBER.fullmatch(v.strip()) else v),
-]
+Number = Annotated[float, WrapValidator(_number)]
 Texts = Annotated[
     list[str],
     BeforeValidator(lambda v: [v] if isinstance(v, str) else v, json_schema_input_type=list[str] | str),
@@ -264,6 +268,7 @@ _TOKENIZER = ("the tokenizer's own is used", "remove it, and save a tokenizer th
 _PUSH = ("training does not upload", "remove it and fill the push section; `first-trl push` uploads")
 _METRICS = ("training computes no metrics from logits", "remove it: `first-trl evaluate` measures on the test sets")
 RESERVED_KEYS = {
+    "trust_remote_code": ("code that comes with a model is never run", "remove it"),
     "output_dir": ("the stages choose their own folders", "write output_dir and name at the top of the recipe"),
     **dict.fromkeys(("dataset_kwargs", "dataset_text_field", "completion_only_loss", "assistant_only_loss"), _TASK),
     "truncation_mode": ("task.max_length decides where a row ends", "remove it"),
@@ -330,6 +335,10 @@ class _Names(dict):
 _NAMES = {"float": Number, "list": _Lists, "int": int, "str": str, "bool": bool, "dict": dict, "Literal": Literal}
 
 
+# What the stages choose where the recipe is silent and TRL would choose otherwise.
+STAGE_DEFAULTS = {"report_to": "none", "save_strategy": "epoch", "save_total_limit": 1}
+
+
 def training_fields(section: str) -> dict[str, FieldSpec]:
     """The settings that `sft`, or `distill` and the arms, may hold."""
     return known_fields(TRAINING[section]) | known_fields("ModelConfig")
@@ -349,5 +358,6 @@ def training_model(section: str) -> type[Section]:
         hint = Literal[*choices] if choices else eval(spec.annotation, {"__builtins__": {}}, _Names(_NAMES))
         if choices and "None" in spec.annotation:
             hint = hint | None
-        fields[name] = (hint, Field(spec.default, description=spec.help, **LIMITS.get(name, {})))
+        default = STAGE_DEFAULTS.get(name, spec.default)
+        fields[name] = (hint, Field(default, description=spec.help, **LIMITS.get(name, {})))
     return create_model(f"{section.capitalize()}Settings", __base__=Section, **fields)

@@ -14,6 +14,7 @@ from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from .data.loading import load_split, tokenize_dataset
 from .modeling import keep_to_text, load_model
+from .settings import STAGE_DEFAULTS
 
 QUANTIZATION = (
     "load_in_4bit",
@@ -44,9 +45,7 @@ def training_arguments(section: dict, config_class: type, folder: Path, seed: in
     defaults = {
         "output_dir": str(folder),
         "seed": seed,
-        "report_to": "none",
-        "save_strategy": "epoch",
-        "save_total_limit": 1,
+        **STAGE_DEFAULTS,
         "bf16": model_args.dtype == "bfloat16",
     }
     return config_class(**{**defaults, **settings}), model_args
