@@ -51,13 +51,14 @@ def random_rows(count: int, vocab_size: int, supervised: str) -> list[dict]:
 
 def cache_of(folder: Path, model, rows, encode, vocab_limit: int, rows_per_shard: int = 1024):
     """Write a cache of `rows` to `folder`, as the stage does; what it is made from is left out of the manifest."""
-    from first_trl.cache.writer import CacheWriter, library_versions, write_shards
+    from first_trl.cache.identity import library_versions
+    from first_trl.cache.writer import CacheWriter, write_shards
     from first_trl.scoring import teacher_rows
 
     identity = {"teacher": {}, "dataset": {}, "task": {}, "library_versions": library_versions()}
     identity |= {"tokenizer_sha256": "", "chat_template_sha256": None}
     score = partial(teacher_rows, model, top_k=K, tokens_per_batch=8192, vocab_limit=vocab_limit)
-    with CacheWriter(folder, identity, top_k=K, rows_per_shard=rows_per_shard) as writer:
+    with CacheWriter(folder, identity, top_k=K, rows_per_shard=rows_per_shard).hold() as writer:
         count = write_shards(
             writer, rows, encode, lambda examples, progress: score(examples, progress=progress), rank=0
         )

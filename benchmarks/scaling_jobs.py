@@ -9,6 +9,7 @@ import os
 import socket
 import tempfile
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def _cache(folder: Path, rows: int, tokens: int, rank: int, processes: int, read
     import numpy as np
     from datasets import Dataset
 
-    from first_trl.cache.writer import CacheWriter, library_versions, write_shards
+    from first_trl.cache.identity import library_versions
+    from first_trl.cache.writer import CacheWriter, write_shards
     from first_trl.scoring import teacher_rows
 
     model = build_model(layers=4).eval()
@@ -103,14 +105,10 @@ def _cache(folder: Path, rows: int, tokens: int, rank: int, processes: int, read
     writer = CacheWriter(folder, identity, top_k=TOP_K, rows_per_shard=16)
     score = partial(teacher_rows, model, top_k=TOP_K, tokens_per_batch=2048, vocab_limit=VOCAB_SIZE)
     score([dataset[0]])  # warms up
-    if rank == 0:
-        writer.acquire()
-    ready()
-    write_shards(
-        writer, dataset, lambda row, _: row, lambda rows, _: score(rows), rank=rank, processes=processes, title="cache"
-    )
-    if rank == 0:
-        writer.release()
+    share = {"rank": rank, "processes": processes, "title": "cache"}
+    with writer.hold() if rank == 0 else nullcontext():
+        ready()
+        write_shards(writer, dataset, lambda row, _: row, lambda rows, _: score(rows), **share)
 
 
 def _distill(rows: int, tokens: int, batch: int, rank: int, processes: int, ready) -> None:

@@ -22,7 +22,8 @@ ALWAYS_READ_BELOW = 2**20  # bytes
 def replace_atomically(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what was written there replaces `path` when the block ends without error.
 
-    A reader sees the old file or the new one, never a part: the new one is on the disk before it gets the name.
+    A reader sees the old file or the new one, never a part: the new one is on the disk before it gets the name, and
+    the name is on the disk when this returns.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +33,12 @@ def replace_atomically(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -82,13 +82,10 @@ def make_rows(count, **options):
 def write_cache(path, rows, *, top_k=5, rows_per_shard=4, dtype="float16", overwrite=False, **changes):
     """A finished cache of these rows; returns its manifest."""
     writer = CacheWriter(path, description(**changes), top_k=top_k, dtype=dtype, rows_per_shard=rows_per_shard)
-    writer.acquire(overwrite)
-    try:
+    with writer.hold(overwrite):
         for index, start in enumerate(range(0, len(rows), rows_per_shard)):
             writer.write_shard(index, rows[start : start + rows_per_shard])
         return writer.finish(len(rows))
-    finally:
-        writer.release()
 
 
 def contents(path):
@@ -114,13 +111,13 @@ def write_share(path, log, num_rows, rank=0, processes=1, pause=0.0):
 
 def whole_job(path, log, num_rows):
     """A job of one process, from taking the folder to the manifest."""
-    with small_job(path) as writer:
+    with small_job(path).hold() as writer:
         write_share(path, log, num_rows)
         writer.finish(num_rows)
 
 
 def hold_lock(path, ready):
     """Take a folder and never let go."""
-    with small_job(path):
+    with small_job(path).hold():
         Path(ready).touch()
         time.sleep(600)

@@ -1,42 +1,119 @@
-"""The format of a teacher cache: its columns, its file names, and the manifest that says what it was made from.
+"""The format of a teacher cache: its columns, its file names, its manifest, and the digests that identify its parts.
 
 The manifest seals the shards by SHA-256 and itself by one more, and has one rendering only: whatever changes a byte of
-it is noticed. Writer and reader both take the format from here; neither is here.
+it is noticed. Two things with the same digest are the same for distillation: same token ids, same prompts, same rows.
+Writer and reader both take the format from here; neither is here.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import FirstTrlError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
 TAIL_DTYPE = "float32"
-_DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
-
-# What the job that writes a cache must say about itself, and the types of what it says.
-IDENTITY = {
-    "teacher": dict,  # id, revision, weights or adapter digest, dtype, quantisation
-    "tokenizer_sha256": str,
-    "chat_template_sha256": (str, type(None)),
-    "dataset": dict,  # where the rows came from, with the split
-    "task": dict,  # the templates and max_length
-    "library_versions": dict,
-}
-LAYOUT = {"schema_version": int, "top_k": int, "dtype": str, "rows_per_shard": int}
-RESULT = {"dataset_fingerprint": str, "shards": list, "totals": dict, SEAL: str}
-_SHARD = {"name": str, "rows": int, "supervised_positions": int, "bytes": int, "sha256": str}
-_TOTALS = {"rows": int, "supervised_positions": int, "teacher_mass_mean": float, "teacher_mass_p10": float}
-
 MAKE_AGAIN = "Delete the folder and make the cache again, or fetch a whole copy of it."
+_DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
+_SHOWN = 200  # characters of a value in a message: whoever wrote a manifest decides how long its values are
 
 
-class CacheError(ValueError):
-    """A cache that is damaged, unfinished, held by another job, or made from something else than is asked for."""
+class CacheError(FirstTrlError):
+    """A cache that is damaged, unfinished, or made from something else than is asked for."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+class Job(_Part):
+    """What the job that writes a cache says about itself."""
+
+    teacher: dict  # id, revision, weights or adapter digest, dtype, quantisation
+    tokenizer_sha256: str
+    chat_template_sha256: str | None
+    dataset: dict  # where the rows came from, with the split
+    task: dict  # the templates and max_length
+    library_versions: dict
+
+
+class ShardEntry(_Part):
+    """One file of the cache."""
+
+    name: str
+    rows: int = Field(ge=1)
+    supervised_positions: int = Field(ge=0)
+    bytes: int = Field(ge=1)
+    sha256: str
+
+
+class Totals(_Part):
+    """Sums over the shards; the teacher's mass on the kept tokens, mean and 10th percentile."""
+
+    rows: int
+    supervised_positions: int
+    teacher_mass_mean: float
+    teacher_mass_p10: float
+
+
+class Manifest(Job):
+    """`manifest.json`: the job, the layout, and what came out."""
+
+    schema_version: int
+    top_k: int = Field(ge=1, lt=2**31)
+    dtype: Literal["float16", "float32"]
+    rows_per_shard: int = Field(ge=1)
+    dataset_fingerprint: str
+    shards: list[ShardEntry]
+    totals: Totals
+    manifest_sha256: str
+
+    @model_validator(mode="after")
+    def _shards_add_up(self) -> "Manifest":
+        for index, shard in enumerate(self.shards):
+            if shard.name != shard_name(index):
+                raise ValueError(f"shard {index} is named {shard.name!r}; expected {shard_name(index)!r}")
+        for name in ("rows", "supervised_positions"):
+            total, found = getattr(self.totals, name), sum(getattr(shard, name) for shard in self.shards)
+            if total != found:
+                raise ValueError(f"{name} is {total}, its shards have {found}")
+        return self
+
+
+# What a manifest says beyond its job and layout.
+RESULTS = ("dataset_fingerprint", "shards", "totals", SEAL)
+
+
+def check_entries(model: type[BaseModel], content: dict, place: str) -> None:
+    """Refuse a manifest, or the description of a job, that lacks an entry or holds one of another kind."""
+    try:
+        model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        entry = ".".join(map(str, first["loc"]))
+        found = "absent" if first["type"] == "missing" else shorten(repr(first["input"]))
+        problem = f"{entry} is {found}: {first['msg']}" if entry else str(first["ctx"]["error"])
+        raise CacheError(f"{place}: {problem}. {MAKE_AGAIN}") from error
+
+
+def shorten(text: str) -> str:
+    """A text for a message or a page: one line of printable characters, cut where it is long."""
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def refuse_special_file(file: Path) -> None:
+    """Refuse what is there and is no regular file: reading a pipe or a device may never end."""
+    if file.exists() and not file.is_file():
+        raise CacheError(f"{file} is not a regular file. {MAKE_AGAIN}")
 
 
 def manifest_schema(manifest: dict) -> pa.Schema:
@@ -78,6 +155,7 @@ def read_manifest(path: Path) -> dict:
         CacheError: it is missing, damaged or edited, of another version, or lacks an entry.
     """
     file = path / MANIFEST
+    refuse_special_file(file)
     try:
         content = file.read_bytes()
     except FileNotFoundError:
@@ -86,67 +164,27 @@ def read_manifest(path: Path) -> dict:
             "settings: it keeps the finished shards and makes the others."
         ) from None
     except OSError as error:
-        raise CacheError(f"{file} cannot be read: {error}. Mend what the system reports.") from error
+        raise CacheError(f"{file} cannot be read: {error}. Correct what the system reports.") from error
     try:
         manifest = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CacheError(f"{file} is damaged: it is not JSON ({error}). {MAKE_AGAIN}") from error
     if not isinstance(manifest, dict):
         raise CacheError(f"{file} is damaged: it holds a {type(manifest).__name__}, not an object. {MAKE_AGAIN}")
-    version = manifest.get("schema_version")
-    if version != SCHEMA_VERSION and isinstance(version, int) and manifest.get(SEAL) == _seal(manifest):
-        raise CacheError(
-            f"{file} has schema_version {version}, this reader knows {SCHEMA_VERSION}. "
-            "Use the version of first-trl that wrote it, or make the cache again."
-        )
-    # One rendering per content: this refuses edits that JSON would not notice, such as a key given twice.
-    seal = _seal(manifest)
-    if seal is None or manifest.get(SEAL) != seal or render_manifest(manifest) != content:
-        raise CacheError(
-            f"{file} was changed after it was written: its {SEAL} is {manifest.get(SEAL)!r}, its content gives "
-            f"{seal!r}. {MAKE_AGAIN}"
-        )
-    _check_entries(file, manifest)
-    return manifest
-
-
-def _seal(manifest: dict) -> str | None:
     try:
-        return fingerprint({key: value for key, value in manifest.items() if key != SEAL})
+        rendered = render_manifest(manifest)
     except ValueError:  # NaN and infinities, which no manifest holds
-        return None
-
-
-def check_types(place: str, content: dict, types: dict) -> None:
-    """Refuse a mapping that lacks an entry of `types`, or holds one of another type."""
-    for name, expected in types.items():
-        value = content.get(name)
-        kinds = expected if isinstance(expected, tuple) else (expected,)
-        if name not in content or type(value) not in kinds:
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            found = f"{value!r}, a {type(value).__name__}" if name in content else "absent"
-            raise CacheError(f"{place}: {name} is {found}; expected a {wanted}. {MAKE_AGAIN}")
-
-
-def _check_entries(file: Path, manifest: dict) -> None:
-    check_types(str(file), manifest, {**LAYOUT, **IDENTITY, **RESULT})
-    check_types(f"{file}, totals", manifest["totals"], _TOTALS)
-    if manifest["dtype"] not in _DTYPES or not 1 <= manifest["top_k"] < 2**31:
+        rendered = b""
+    # One rendering per content: this refuses edits that JSON would not notice, such as a key given twice.
+    if rendered != content:
+        raise CacheError(f"{file} was changed after it was written: its {SEAL} does not fit. {MAKE_AGAIN}")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
         raise CacheError(
-            f"{file}: dtype is {manifest['dtype']!r} and top_k {manifest['top_k']}; expected one of "
-            f"{', '.join(_DTYPES)} and 1 or more. {MAKE_AGAIN}"
+            f"{file} has schema_version {shorten(repr(manifest.get('schema_version')))}, this reader knows "
+            f"{SCHEMA_VERSION}. Use the version of first-trl that wrote it, or make the cache again."
         )
-    for index, shard in enumerate(manifest["shards"]):
-        place = f"{file}, shard {index}"
-        if not isinstance(shard, dict):
-            raise CacheError(f"{place} is {shard!r}; expected an object. {MAKE_AGAIN}")
-        check_types(place, shard, _SHARD)
-        if shard["name"] != shard_name(index):
-            raise CacheError(f"{place} is named {shard['name']!r}; expected {shard_name(index)!r}. {MAKE_AGAIN}")
-    for total in ("rows", "supervised_positions"):
-        found = sum(shard[total] for shard in manifest["shards"])
-        if found != manifest["totals"][total]:
-            raise CacheError(f"{file}: {total} is {manifest['totals'][total]}, its shards have {found}. {MAKE_AGAIN}")
+    check_entries(Manifest, manifest, str(file))
+    return manifest
 
 
 def canonical_json(content) -> str:

@@ -5,15 +5,20 @@ path of this machine is among them. Nothing here runs a teacher or reads a shard
 """
 
 import json
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..data.loading import source_identity
 from ..files import file_digest
 from ..settings import DatasetConfig
 from .format import fingerprint, tokenizer_fingerprint
 from .reader import TeacherCache, check_cache, open_cache
-from .writer import library_versions
 
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+LIBRARIES = ("first-trl", "torch", "transformers", "peft", "bitsandbytes", "datasets", "pyarrow")
 WEIGHT_FILES = (
     "*.safetensors",
     "pytorch_model*.bin",
@@ -24,14 +29,15 @@ WEIGHT_FILES = (
 )
 
 
-def cached_split(recipe, role: str) -> DatasetConfig:
+def cached_split(recipe: "Recipe", role: str) -> DatasetConfig:
     """The rows behind `cache/train` and `cache/validation`: with `datasets.transfer`, train is those rows instead."""
     return (recipe.datasets.transfer if role == "train" else None) or getattr(recipe.datasets, role)
 
 
-def kept_tokens(recipe) -> int:
+def kept_tokens(recipe: "Recipe") -> int:
     """K: how many tokens the recipe's cache keeps at each supervised position."""
-    return len(recipe.task.choices) if recipe.cache.support == "choices" else recipe.cache.top_k
+    choices = recipe.task.choices if recipe.cache.support == "choices" else None
+    return len(choices) if choices else recipe.cache.top_k
 
 
 def teacher_identity(path: str, section: dict) -> dict:
@@ -78,8 +84,8 @@ def _commit(model_id: str, revision: str) -> str | None:
     return None
 
 
-def cache_identity(recipe, role: str, tokenizer, teacher: dict, backend: dict) -> dict:
-    """The entries of `first_trl.cache.format.IDENTITY` for one split of a recipe, and some more.
+def cache_identity(recipe: "Recipe", role: str, tokenizer, teacher: dict, backend: dict) -> dict:
+    """The entries of `first_trl.cache.format.Job` for one split of a recipe, and some more.
 
     Args:
         tokenizer: the teacher's.
@@ -88,7 +94,8 @@ def cache_identity(recipe, role: str, tokenizer, teacher: dict, backend: dict) -
             tokens leave of 1.
 
     Returns:
-        Those entries, `support`, `eos_token_id`, `backend` and `tail` (`exact` or `from_top_k`).
+        Those entries, `support`, `eos_token_id`, `vocab_size` (the end of the tokenizer's ids), `backend` and `tail`
+        (`exact` or `from_top_k`).
     """
     return {
         "teacher": teacher,
@@ -98,13 +105,16 @@ def cache_identity(recipe, role: str, tokenizer, teacher: dict, backend: dict) -
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
         "chat_template_sha256": chat_template_fingerprint(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
+        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
         "dataset": source_identity(cached_split(recipe, role), role),
         "task": vars(recipe.task),
         "library_versions": library_versions(),
     }
 
 
-def open_recipe_cache(recipe, role: str, teacher_path: str, section: dict) -> TeacherCache:
+def open_recipe_cache(
+    recipe: "Recipe", role: str, teacher_path: str, section: dict, verify: bool = True
+) -> TeacherCache:
     """Open `cache/train` or `cache/validation` of a recipe's run, and refuse it if it is not what the recipe says.
 
     K, which tokens those are, the type, the templates, the rows' files, the teacher's weights, tokenizer and chat
@@ -113,13 +123,14 @@ def open_recipe_cache(recipe, role: str, teacher_path: str, section: dict) -> Te
 
     Args:
         teacher_path, section: as for `teacher_identity`.
+        verify: hash shards and weights and check every row: once for a stage is enough, on its main process.
 
     Raises:
         CacheError: the cache is damaged, or one of these differs; both values are named.
     """
     from ..modeling import load_tokenizer
 
-    cache = open_cache(recipe.run_folder / "cache" / role)
+    cache = open_cache(recipe.run_folder / "cache" / role, verify)
     expected = {
         "top_k": kept_tokens(recipe),
         "support": recipe.cache.support,
@@ -130,7 +141,7 @@ def open_recipe_cache(recipe, role: str, teacher_path: str, section: dict) -> Te
     }
     tokenizer, found = None, cache.manifest["teacher"]
     if Path(teacher_path).is_dir():
-        expected["teacher"] = teacher_identity(teacher_path, section)
+        expected["teacher"] = teacher_identity(teacher_path, section) if verify else _how_it_runs(section)
         tokenizer = load_tokenizer(teacher_path)
         expected["chat_template_sha256"] = chat_template_fingerprint(tokenizer)
     elif found["weights_sha256"] is not None and Path(teacher_path).name == found["id"]:
@@ -161,3 +172,14 @@ def weights_fingerprint(folder: str | Path) -> str:
             "Name the folder that save_pretrained wrote."
         )
     return fingerprint([[file.name, file_digest(file)] for file in files])
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide the content of a cache, for its manifest."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

@@ -1,15 +1,14 @@
-"""Reading a teacher cache: every cache that it cannot vouch for is refused.
+"""Reading a teacher cache: any cache that fails verification is refused.
 
 A cache is a folder of Parquet shards and a `manifest.json` that says what they were made from and seals them. Whatever
-is wrong - a flipped bit, a missing shard, another tokenizer - is a `CacheError` that names what was found, what was
-expected and what to do; nothing is ever a warning. Writing is `first_trl.cache.writer`.
+is wrong (a flipped bit, a missing shard, a row that no teacher gives, another tokenizer) is a `CacheError` with what
+was found, what was expected and what to do; nothing is ever a warning. Writing is `first_trl.cache.writer`.
 
 Shapes: N supervised positions, K kept tokens. Log-probabilities are in nats, at temperature 1, over the vocabulary.
 """
 
-import os
-import re
-import uuid
+import glob
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from filelock import FileLock
 
+from ..constants import HUB_ID
 from ..files import file_digest
 from .format import (
     MAKE_AGAIN,
@@ -26,12 +25,17 @@ from .format import (
     SEAL,
     CacheError,
     canonical_json,
+    fingerprint,
     manifest_schema,
     read_manifest,
+    refuse_special_file,
+    shorten,
     tokenizer_fingerprint,
 )
+from .shard import check_table
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+# Decoded values for each byte of a shard; every row has 32 bytes of its key, which nothing compresses. More is a bomb.
+_MOST_VALUES_PER_BYTE = 4096
 _REMEDIES = {
     "tokenizer_sha256": "train a student with the teacher's tokenizer, or make the cache with a teacher that has the "
     "student's",
@@ -58,7 +62,8 @@ def open_cache(path: str | Path, verify: bool = True, *, revision: str | None = 
 
     Args:
         path: the folder, or the id of a data set repository on the Hub; a folder of that name comes first.
-        verify: hash every shard. Without it only presence, size and row count are compared with the manifest.
+        verify: hash every shard and check every row. Without it only presence, size and row count are compared with
+            the manifest.
         revision: branch, tag or commit of the repository.
 
     Raises:
@@ -68,9 +73,9 @@ def open_cache(path: str | Path, verify: bool = True, *, revision: str | None = 
     manifest = read_manifest(path)
     try:
         check_shards(path, manifest, verify)
-        dataset = datasets.Dataset.from_file(str(_arrow_copy(path, manifest)))
-    except OSError as error:
-        raise CacheError(f"The cache {path} cannot be read: {error}. Mend what the system reports.") from error
+        dataset = _memory_mapped(path, manifest)
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        raise CacheError(f"The cache {path} cannot be read: {error}. Correct what the system reports.") from error
     return TeacherCache(path, manifest, dataset)
 
 
@@ -80,7 +85,7 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
         if revision is not None:
             raise CacheError(f"{path} is a folder here, which has no revision {revision!r}. Leave the revision out.")
         return Path(path)
-    if not _HUB_ID.fullmatch(str(path)):
+    if not HUB_ID.fullmatch(str(path)):
         raise CacheError(f"There is no cache at {path}: no such folder. Run the cache stage, or correct the path.")
     from huggingface_hub import snapshot_download
 
@@ -121,62 +126,64 @@ def check_shards(path: Path, manifest: dict, verify: bool = True) -> None:
             f"The cache {path} has {len(found)} Parquet files where its manifest lists {len(listed)}; the others "
             f"are {', '.join(extra[:3])}. Move them out of the folder."
         )
-    schema = manifest_schema(manifest)
+    schema, first_row = manifest_schema(manifest), 0
     for shard in manifest["shards"]:
         file = path / shard["name"]
+        refuse_special_file(file)
         _compare(file, "size in bytes", file.stat().st_size, shard["bytes"])
         if verify:
             _compare(file, "sha256", file_digest(file), shard["sha256"])
         try:
-            metadata, columns = pq.read_metadata(file), pq.read_schema(file)
-            same_columns = columns.equals(schema)
-            found_columns = "" if same_columns else columns.remove_metadata().to_string()
+            with pq.ParquetFile(file) as parquet:
+                columns = parquet.schema_arrow.remove_metadata()
+                _compare(file, "number of rows", parquet.metadata.num_rows, shard["rows"])
+                if not columns.equals(schema):
+                    _compare(file, "columns", columns.to_string(), schema.to_string())
+                _refuse_bomb(file, parquet.metadata)
+                batches = parquet.iter_batches(batch_size=1024) if verify else ()
+                for batch in batches:
+                    check_table(pa.Table.from_batches([batch]), first_row, manifest.get("vocab_size"))
+                    first_row += len(batch)
         except (pa.ArrowException, UnicodeDecodeError) as error:
             raise CacheError(f"{file} is not a readable Parquet file ({error}). {MAKE_AGAIN}") from error
-        _compare(file, "number of rows", metadata.num_rows, shard["rows"])
-        if not same_columns:
-            _compare(file, "columns", found_columns, schema.to_string())
+        except CacheError as error:
+            raise error if str(file) in str(error) else CacheError(f"{file}: {error}") from error
+
+
+def _refuse_bomb(file: Path, metadata: pq.FileMetaData) -> None:
+    """Refuse a file whose few bytes decode to more than any text does."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    values = sum(group.column(index).num_values for group in groups for index in range(group.num_columns))
+    if values > _MOST_VALUES_PER_BYTE * file.stat().st_size:
+        raise CacheError(f"{file} has {values:,} values in {file.stat().st_size:,} bytes: no text does. {MAKE_AGAIN}")
 
 
 def _compare(file: Path, what: str, found, expected) -> None:
     if found != expected:
         raise CacheError(
-            f"{file} is damaged: its {what} is {found}, the manifest has {expected}. Delete this file and run the "
-            "cache stage again with the same settings, or fetch a whole copy."
+            f"{file} is damaged: its {what} is {found}, the manifest has {expected}. Delete this file and "
+            "run the cache stage again with the same settings, or fetch a whole copy."
         )
 
 
-def _arrow_copy(path: Path, manifest: dict) -> Path:
-    """The rows as one Arrow file among those of `datasets`, which can be memory-mapped as Parquet cannot.
+def _memory_mapped(path: Path, manifest: dict) -> datasets.Dataset:
+    """The rows as an Arrow file among those of `datasets`, which can be memory-mapped as Parquet cannot.
 
-    It is named after the manifest's SHA-256, and so after every byte of the shards: another cache in the same folder
-    never meets it. Processes that open the same cache at the same time make it once.
+    One per cache folder, named after the manifest's SHA-256 and so after every byte of the shards: rows of an earlier
+    cache in the same folder are never met again, and are removed.
     """
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "first_trl"
-    target = folder / f"{manifest[SEAL]}.arrow"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{manifest[SEAL]}.lock"):
-        if not target.exists():
-            temporary = folder / f"{manifest[SEAL]}.{uuid.uuid4().hex}.tmp"
-            try:
-                _write_arrow(temporary, path, manifest)
-                os.replace(temporary, target)
-            except (pa.ArrowException, UnicodeDecodeError) as error:
-                raise CacheError(f"The shards of {path} cannot be decoded ({error}). {MAKE_AGAIN}") from error
-            finally:
-                temporary.unlink(missing_ok=True)
-    return target
-
-
-def _write_arrow(target: Path, path: Path, manifest: dict) -> None:
-    schema = manifest_schema(manifest)
-    with open(target, "wb") as file:
-        with pa.ipc.new_stream(file, schema) as writer:
-            for shard in manifest["shards"]:
-                with pq.ParquetFile(path / shard["name"]) as parquet:
-                    writer.write_table(parquet.read().cast(schema))
-        file.flush()
-        os.fsync(file.fileno())
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "first_trl" / fingerprint(str(path.resolve()))[:16]
+    for other in folder.glob("*"):
+        if other.name != manifest[SEAL]:
+            shutil.rmtree(other, ignore_errors=True)  # another process may be removing it too
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        files = [glob.escape(str(path / shard["name"])) for shard in manifest["shards"]]
+        return datasets.Dataset.from_parquet(files, cache_dir=str(folder / manifest[SEAL]))
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
 
 
 def describe_differences(found: dict, expected: dict) -> dict[str, str]:
@@ -193,7 +200,7 @@ def describe_differences(found: dict, expected: dict) -> dict[str, str]:
             pairs = {name: (found.get(name, "absent"), wanted)}
         for place, (left, right) in pairs.items():
             if canonical_json(left) != canonical_json(right):
-                differences[place] = f"{place} is {left!r}, expected {right!r}"
+                differences[place] = f"{place} is {shorten(repr(left))}, expected {shorten(repr(right))}"
     return differences
 
 
@@ -216,7 +223,7 @@ def check_cache(cache: TeacherCache, *, tokenizer=None, **expected) -> None:
         remedies = dict.fromkeys(_REMEDIES.get(name, "make the cache again with these settings") for name in sections)
         raise CacheError(
             f"The cache {cache.path} does not fit: {'; '.join(differences.values())}. "
-            f"To mend it, {'; '.join(remedies)}."
+            f"To fix it, {'; '.join(remedies)}."
         )
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..constants import IGNORED
 from ..files import file_digest
 from .format import CacheError, row_key
 
-_IGNORED = -100
 MASS_BINS = 10_000  # of the histogram that the 10th percentile is read from: it is exact to 1e-4
 _SETTINGS = {
     "compression": "zstd",
@@ -133,9 +133,9 @@ def _check_shapes(row: dict, number: int, widths: dict[str, tuple[int, ...]]) ->
     tokens, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
     if tokens.shape != labels.shape or tokens.ndim != 1 or len(tokens) == 0:
         raise CacheError(f"Row {number} has input_ids of shape {tokens.shape} and labels of shape {labels.shape}.")
-    supervised = labels != _IGNORED
+    supervised = labels != IGNORED
     if (tokens < 0).any() or (tokens[supervised] != labels[supervised]).any():
-        raise CacheError(f"Row {number}: labels are {_IGNORED} or the token itself, and tokens are not negative.")
+        raise CacheError(f"Row {number}: labels are {IGNORED} or the token itself, and tokens are not negative.")
     count = int(supervised[1:].sum())
     for column, width in widths.items():
         found, shape = np.shape(row.get(column)), (count, *width)
@@ -145,16 +145,23 @@ def _check_shapes(row: dict, number: int, widths: dict[str, tuple[int, ...]]) ->
 
 
 def _check_teacher(
-    ids_NK: np.ndarray, log_probs_NK: np.ndarray, tail_N: np.ndarray, row_of: Callable[[int], int]
+    ids_NK: np.ndarray,
+    log_probs_NK: np.ndarray,
+    tail_N: np.ndarray,
+    row_of: Callable[[int], int],
+    tolerance: float = 0.01,
+    vocab_size: int | None = None,
 ) -> None:
     """Refuse what is no distribution over K different tokens, most probable first, and a tail."""
-    probabilities_N = np.exp(log_probs_NK.astype(np.float64)).sum(axis=1) + np.exp(tail_N.astype(np.float64))
-    with np.errstate(invalid="ignore"):  # -inf minus -inf, between tokens without probability
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows, or is -inf - -inf, is judged below
+        probabilities_N = np.exp(log_probs_NK.astype(np.float64)).sum(axis=1) + np.exp(tail_N.astype(np.float64))
         rising_N = (np.diff(log_probs_NK, axis=1) > 0).any(axis=1)
+    end = 2**31 if vocab_size is None else vocab_size
+    off_N = ~(np.abs(probabilities_N - 1) < tolerance)  # also true for NaN
     for wrong_N, what in (
-        (~(np.abs(probabilities_N - 1) < 0.01), "probabilities of the kept tokens and the tail that do not sum to 1"),
+        (off_N, "probabilities of the kept tokens and the tail that do not sum to 1"),
         (rising_N, "kept tokens that are not sorted, most probable first"),
-        ((ids_NK < 0).any(axis=1) | (ids_NK > 2**31 - 1).any(axis=1), "token ids outside 0 to 2**31 - 1"),
+        ((ids_NK < 0).any(axis=1) | (ids_NK >= end).any(axis=1), f"token ids outside 0 to {end - 1}"),
         ((np.diff(np.sort(ids_NK, axis=1), axis=1) == 0).any(axis=1), "the same token kept twice"),
     ):
         if wrong_N.any():
@@ -163,3 +170,60 @@ def _check_teacher(
                 f"The teacher gave row {row_of(n)} {what}: ids {ids_NK[n].tolist()}, log-probabilities "
                 f"{log_probs_NK[n].tolist()}, tail {tail_N[n]}. Check the teacher's weights and the dtype it runs in."
             )
+
+
+def check_table(table: pa.Table, first_row: int, vocab_size: int | None = None) -> None:
+    """Refuse the rows of a shard that no teacher gives, whatever their manifest says.
+
+    Args:
+        first_row: number of the first in the dataset, for messages.
+        vocab_size: size of the teacher's tokenizer, where the manifest has it.
+
+    Raises:
+        CacheError: a value is missing, rows and supervised positions do not match, labels are not the tokens, or a
+            position's probabilities are no distribution over K different tokens of the vocabulary and a tail.
+    """
+    columns = {name: _whole_lists(table.column(name).combine_chunks(), name) for name in table.column_names}
+    (tokens_T, lengths_E), (labels_T, label_lengths_E) = columns["input_ids"], columns["labels"]
+    _refuse_rows(lengths_E < 1, first_row, "no token")
+    _refuse_rows(lengths_E != label_lengths_E, first_row, "more tokens than labels, or fewer")
+    starts_E = np.cumsum(lengths_E) - lengths_E
+    supervised_T = labels_T != IGNORED
+    wrong_T = (supervised_T & (labels_T != tokens_T)) | (tokens_T < 0)
+    _refuse_rows(np.logical_or.reduceat(wrong_T, starts_E), first_row, f"labels other than {IGNORED} and its tokens")
+    if vocab_size is not None:
+        beyond_E = np.maximum.reduceat(tokens_T, starts_E) >= vocab_size
+        _refuse_rows(beyond_E, first_row, f"tokens beyond the tokenizer's last, {vocab_size - 1}")
+    supervised_T[starts_E] = False  # nothing comes before a document's first token to predict it from
+    counts_E = np.add.reduceat(supervised_T.astype(np.int64), starts_E)
+    for name in ("teacher_ids", "teacher_log_probs", "teacher_tail_log_prob"):
+        _refuse_rows(columns[name][1] != counts_E, first_row, f"supervised positions without an entry in {name}")
+    ends_E = np.cumsum(counts_E)
+    if ends_E[-1]:
+        top_k = len(columns["teacher_ids"][0]) // int(ends_E[-1])
+        ids_NK, log_probs_NK = (columns[name][0].reshape(-1, top_k) for name in ("teacher_ids", "teacher_log_probs"))
+        _check_teacher(
+            ids_NK,
+            log_probs_NK.astype(np.float32),
+            columns["teacher_tail_log_prob"][0],
+            lambda n: first_row + int(np.searchsorted(ends_E, n, "right")),
+            tolerance=0.02,  # float16 adds up to 0.001 to what a writer lets pass
+            vocab_size=vocab_size,
+        )
+
+
+def _whole_lists(column: pa.Array, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The innermost values of a column, and the length of each of its lists; a null anywhere is refused."""
+    lengths = np.zeros(0, dtype=np.int64)
+    values = column
+    while not values.null_count and (pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type)):
+        lengths = lengths if len(lengths) else values.value_lengths().to_numpy(zero_copy_only=False)
+        values = values.flatten()
+    if values.null_count:
+        raise CacheError(f"The column {name} holds a null, where every value is known. Make the cache again.")
+    return values.to_numpy(zero_copy_only=False), lengths
+
+
+def _refuse_rows(wrong_E: np.ndarray, first_row: int, what: str) -> None:
+    if wrong_E.any():
+        raise CacheError(f"Row {first_row + int(wrong_E.argmax())} of the cache has {what}. Make the cache again.")

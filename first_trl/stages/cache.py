@@ -8,6 +8,7 @@ The teacher runs here, or on a server (`cache.backend`).
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import PurePath
 
@@ -82,31 +83,29 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
     identity = {**identity, "labels": "teacher" if unlabelled else "given"}
     layout = {"top_k": kept_tokens(recipe), "dtype": settings.dtype, "rows_per_shard": settings.rows_per_shard}
     writer = CacheWriter(folder, identity, **layout)
-    present: list = [None]
-    if state.is_main_process:
-        writer.acquire(overwrite=True)  # the run folder's record says that what is there is out of date
-        present = [parquet_files(folder)]
-    broadcast_object_list(present)
-    num_rows = write_shards(
-        writer,
-        dataset,
-        encode,
-        lambda examples, progress: run_teacher(examples, progress=progress, **asked),
-        present=frozenset(present[0]),
-        rank=state.process_index,
-        processes=state.num_processes,
-        answered_by_teacher=unlabelled,
-        title=f"cache {role}",
-    )
-    state.wait_for_everyone()
-    if state.is_main_process:
-        totals = writer.finish(num_rows)["totals"]
-        writer.release()
-        status(
-            f"cache: {role} has {totals['rows']} rows, {totals['supervised_positions']} supervised positions; the "
-            f"teacher puts {totals['teacher_mass_mean']:.3f} of its mass on {kept_tokens(recipe)} tokens (p10 "
-            f"{totals['teacher_mass_p10']:.3f})"
+    # What is there and of another job is removed: the run folder's record says that it is out of date
+    with writer.hold(overwrite=True) if state.is_main_process else nullcontext():
+        present: list = [parquet_files(folder) if state.is_main_process else None]
+        broadcast_object_list(present)
+        num_rows = write_shards(
+            writer,
+            dataset,
+            encode,
+            lambda examples, progress: run_teacher(examples, progress=progress, **asked),
+            present=frozenset(present[0]),
+            rank=state.process_index,
+            processes=state.num_processes,
+            answered_by_teacher=unlabelled,
+            title=f"cache {role}",
         )
+        state.wait_for_everyone()
+        if state.is_main_process:
+            totals = writer.finish(num_rows)["totals"]
+            status(
+                f"cache: {role} has {totals['rows']} rows, {totals['supervised_positions']} supervised positions; the "
+                f"teacher puts {totals['teacher_mass_mean']:.3f} of its mass on {kept_tokens(recipe)} tokens (p10 "
+                f"{totals['teacher_mass_p10']:.3f})"
+            )
     state.wait_for_everyone()
 
 

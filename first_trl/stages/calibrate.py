@@ -76,6 +76,7 @@ def read_caches(recipe) -> tuple[Any, float, dict]:
     are looked through in blocks, and are never in memory together.
     """
     import torch
+    from accelerate import PartialState
 
     from first_trl.cache.arrays import calibration_rows, row_blocks, summary
     from first_trl.cache.identity import open_recipe_cache
@@ -83,8 +84,9 @@ def read_caches(recipe) -> tuple[Any, float, dict]:
     from first_trl.training import teacher_section
 
     settings, teacher, max_smoothing = recipe.calibrate, {}, 1.0
+    is_main = PartialState().is_main_process
     for role in cached_roles(recipe):
-        cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe))
+        cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe), verify=is_main)
         left_out = None if settings.include_eos else cache.manifest["eos_token_id"]
         if role == "validation":
             rows = calibration_rows(cache.dataset, settings.positions, left_out)

@@ -8,7 +8,8 @@ several `seeds`, `students/<arm>/seed-<n>/`. An arm with
 """
 
 import json
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 from first_trl.recipe import arm_of
 from first_trl.run import jobs, needs_calibration, new_folder, recalibration_of, require, run_job, teacher_path
@@ -17,24 +18,34 @@ from first_trl.stages.command import stage_command
 
 @stage_command("distill")
 def main(recipe, options) -> None:
+    caches = cache(partial(open_for_students, recipe))  # once for all students
     for arm in recipe.students:
         if options.arm in (None, arm, arm_of(arm)):
             require(recipe, *jobs(recipe)[f"distill.{arm}"].needs)
-            run_job(recipe, options, f"distill.{arm}", partial(train_arm, recipe, arm))
+            run_job(recipe, options, f"distill.{arm}", partial(train_arm, recipe, arm, caches))
 
 
-def train_arm(recipe, arm: str, continues: bool) -> None:
+def open_for_students(recipe, role: str):
+    """The teacher's cache of a split, verified by the main process alone."""
+    from accelerate import PartialState
+
+    from first_trl.cache.identity import open_recipe_cache
+    from first_trl.training import teacher_section
+
+    is_main = PartialState().is_main_process
+    return open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe), verify=is_main)
+
+
+def train_arm(recipe, arm: str, caches: Callable, continues: bool) -> None:
     """Train one student, of an arm or of one of its seeds."""
     from trl import SFTTrainer
 
-    from first_trl.cache.identity import open_recipe_cache
     from first_trl.first_config import FIRSTConfig
     from first_trl.modeling import adapters_to_float32, load_tokenizer
     from first_trl.trainer import FIRSTTrainer
     from first_trl.training import (
         label_arguments,
         model_arguments,
-        teacher_section,
         tokenized_splits,
         train_and_save,
         training_arguments,
@@ -58,8 +69,7 @@ def train_arm(recipe, arm: str, continues: bool) -> None:
     if on_labels:
         splits = tokenized_splits(recipe, roles, tokenizer)
     else:
-        teacher = teacher_path(recipe), teacher_section(recipe)
-        splits = {role: open_recipe_cache(recipe, role, *teacher) for role in roles}
+        splits = {role: caches(role) for role in roles}
     trainer = (SFTTrainer if on_labels else FIRSTTrainer)(
         args=args,
         train_dataset=splits["train"],
