@@ -131,7 +131,7 @@ def open_recipe_cache(
     from ..modeling import load_tokenizer
 
     cache = open_cache(recipe.run_folder / "cache" / role, verify)
-    expected = {
+    expected: dict = {
         "top_k": kept_tokens(recipe),
         "support": recipe.cache.support,
         "dtype": recipe.cache.dtype,
