@@ -1,52 +1,52 @@
-"""What each arm answers on each set, the same answers after a recalibration, and the confidence above which to answer.
+"""What each arm answers on each set, and the same answers after a recalibration.
 
 An arm's answers to a set are kept as a file, one line per example: the K most probable tokens with their
 log-probabilities and the tail, which of them is the label, and the log-probabilities of the declared choices. Every
-measurement is made from those files, so a report can be redrawn without a model.
+measurement is made from those files, so a report can be written again without a model.
 
 Where a choice is several tokens, an answer is the whole completion, and its probability the product of its tokens'.
 Then the C choices stand where the K tokens stand elsewhere, known by their numbers, and the tail is every other text:
 the prediction is the most probable choice, its confidence the probability that the model writes exactly that, not
 normalised over the choices. An undeclared answer is never predicted; its probability lowers the confidence.
 
-`teacher_recalibrated` and `<arm>_post_hoc` are answers that were already given, after a recalibration: the teacher's
-is the one in `calibration.json`, the control's is searched on its own validation answers, by the same family and
-criterion. So is the teacher's where answers have several tokens: the one in `calibration.json` is for single tokens.
-A smoothing can be more than an unseen row has on its first token; that control is skipped and the reason reported.
+Two recalibrations are applied to answers that were already given. `teacher_recalibrated` is the teacher under the
+value in `calibration.json` (fitted again where answers have several tokens, since that value is for single ones).
+`<arm>_post_hoc` is a student under its closing temperature, as `predict` states its confidence: one scalar, fitted on
+validation by NLL over the student's own probabilities, among the choices where there are choices.
 
-`predict.json` lies beside a student's weights and makes the folder self-contained: the task (how a row becomes a
-prompt, and the closed answers), how the base model is loaded, and for each target accuracy the lowest confidence that
-reached it on validation. `first_trl.prediction` reads it.
-
-Shapes: N examples, K kept tokens, C choices.
+Shapes: N examples, K kept tokens, C choices, G temperatures, R resamples.
 """
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 
-from .calibration import choose_family, error_curve, largest_smoothing, recalibrate, search
-from .constants import PREDICT_FILE
+from .calibration import choose_family, error_curve, recalibrate, search
+from .constants import POST_HOC, PREDICT_FILE
 from .data.choices import choice_token_ids
 from .data.encoding import encode_example
-from .metrics import threshold_for_accuracy
+from .data.loading import load_split
+from .errors import FirstTrlError
+from .files import replace_atomically, write_atomically
+from .log import status
+from .modeling import load_model, load_tokenizer
 from .recipe import arm_of
 from .scoring import answer_scores, sequence_log_probs
 from .settings import TaskConfig
+from .student import CLOSING_FILE, choice_shares, closing_calibration, describe_student
+from .training import load_arguments
 
-SMALLEST_TAIL = 2.0**-24  # what float32 probabilities of the choices cannot tell from a sum of 1
 VALIDATION = "validation"
-SCHEMA_VERSION = 1
-TARGETS = (0.8, 0.9, 0.95)
-DEFAULT_TARGET = 0.9
-# How far below its target a threshold may lie, with 90 % certainty, on rows like those that it was fitted on.
-SLACK = 0.02
-# How the base model was held in memory when the thresholds were fitted; another way moves the probabilities.
-_LOADING = ("dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
+
+
+# Answers of a model
 
 
 def answer_set(
@@ -58,11 +58,13 @@ def answer_set(
     top_k: int,
     tokens_per_batch: int,
     support: str = "top_k",
+    first_row: dict | None = None,
 ) -> Dataset:
     """A model's answers to a labelled set: one row per example, in order, with the columns named above.
 
     With `support` "choices" the K tokens are those of the choices, as in such a cache, and `tail_max_log_prob` is the
     likeliest token of the tail. Choices of several tokens have `answer_tokens` (N,), the length of the label.
+    `first_row` is that of the whole set, whose prompt the choices are tokenised after (default: of this part of it).
 
     Raises:
         ValueError: as `encode_example` and `choice_token_ids`; or a choice of several tokens stands against `support`
@@ -70,10 +72,10 @@ def answer_set(
     """
     examples = [encode_example(task, tokenizer, row) for row in dataset]
     prompts = [example["input_ids"][: example["num_prompt_tokens"]] for example in examples]
-    answers = choice_token_ids(task, tokenizer, dataset[0]) if task.choices else []
+    answers = choice_token_ids(task, tokenizer, first_row or dataset[0]) if task.choices else []
     if any(len(ids) > 1 for ids in answers):
         if support == "choices":
-            raise ValueError(
+            raise FirstTrlError(
                 "cache.support: choices needs answers of one token, and task.choices has longer ones; set "
                 "cache.support: top_k."
             )
@@ -102,18 +104,16 @@ def _whole_answers(model, examples, prompts, answers: list[list[int]], tokens_pe
     written = [tuple(example["input_ids"][example["num_prompt_tokens"] :]) for example in examples]
     strange = [i for i, ids in enumerate(written) if ids not in number]
     if strange:
-        raise ValueError(
+        raise FirstTrlError(
             f"row {strange[0]}: the tokens of its answer, {list(written[strange[0]])}, are those of no choice after "
             "the first row's prompt. Raise task.max_length if it was cut, or let every prompt end in the same text."
         )
     labels = np.array([number[ids] for ids in written])
     choice_log_probs = sequence_log_probs(model, prompts, answers, tokens_per_batch=tokens_per_batch)
     order = np.argsort(-choice_log_probs, axis=1, kind="stable")
-    tail = np.log(np.maximum(1 - np.exp(choice_log_probs.astype(np.float64)).sum(axis=1), SMALLEST_TAIL))
-    sorted_log_probs = np.take_along_axis(choice_log_probs, order, axis=1)
     columns = {
         "token_ids": order,
-        "log_probs": np.column_stack([sorted_log_probs, tail]).astype(np.float32),
+        "log_probs": _with_tail(np.take_along_axis(choice_log_probs, order, axis=1)),
         "target": (order == labels[:, None]).argmax(axis=1),
         "label_id": labels,
         "label_log_prob": choice_log_probs[np.arange(len(labels)), labels],
@@ -124,41 +124,101 @@ def _whole_answers(model, examples, prompts, answers: list[list[int]], tokens_pe
     return Dataset.from_dict({name: list(values) for name, values in columns.items()})
 
 
+def _with_tail(log_probs_NK: np.ndarray) -> np.ndarray:
+    """(N, K+1) float32, log(1 - sum) joined to the rows; `log1p(-sum)` tells 1e-30 from 0, 1 - sum cannot."""
+    mass_N = np.exp(log_probs_NK.astype(np.float64)).sum(axis=1)
+    tail_N = np.log1p(-np.minimum(mass_N, 1 - 2.0**-24)).clip(max=-1e-37)  # float32's ends: no -inf, no 0
+    return np.column_stack([log_probs_NK, tail_N]).astype(np.float32)
+
+
+def answer_sets(path: str | Path, section: dict, sets: dict[str, tuple], folder: Path, recipe) -> None:
+    """A model's answers to several sets, as `<folder>/<set>.parquet`; each process answers its share of the rows.
+
+    Args:
+        path: the model's id or folder.
+        section: the settings that it is loaded with.
+        sets: {name: (DatasetConfig, role, TaskConfig)}.
+    """
+    state = PartialState()
+    model = load_model(path, device=state.device, **load_arguments(section))
+    tokenizer = load_tokenizer(path, section.get("model_revision", "main"))
+    settings = {"top_k": recipe.cache.top_k, "support": recipe.cache.support}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (config, role, task) in sets.items():
+        dataset = load_split(config, role)
+        size, count = len(dataset), state.num_processes
+        mine = range(size * state.process_index // count, size * (state.process_index + 1) // count)
+        part = folder / f".{name}.{state.process_index}.parquet"
+        if mine:
+            sizes = {"tokens_per_batch": recipe.evaluate.tokens_per_batch, "first_row": dataset[0]}
+            answers = answer_set(model, dataset.select(mine), task, tokenizer, **settings, **sizes)
+            pq.write_table(answers.data.table, part)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            parts = [folder / f".{name}.{index}.parquet" for index in range(count)]
+            with replace_atomically(folder / f"{name}.parquet") as whole:
+                pq.write_table(pa.concat_tables([pq.read_table(part) for part in parts if part.is_file()]), whole)
+            for part in parts:
+                part.unlink(missing_ok=True)
+
+
+def close_student(recipe, student: str, folder: Path) -> None:
+    """One pass of a trained student over validation: its closing temperature and its thresholds, beside its weights.
+
+    Writes `calibration.json` (unless `distill.closing` is false) and `predict.json` into the student's `folder`.
+    """
+    section = recipe.arm_section(student)
+    sets = {VALIDATION: (recipe.datasets.validation, "validation", recipe.task)}
+    answer_sets(folder, section, sets, folder, recipe)
+    if not PartialState().is_main_process:
+        return
+    answers, closing = read_answers(folder / f"{VALIDATION}.parquet"), None
+    (folder / f"{VALIDATION}.parquet").unlink()
+    if "choice_log_probs" in answers and recipe.distill.get("closing", True):
+        closing = closing_of(answers, f"{student} on {VALIDATION}", recipe.evaluate.seed)
+        write_atomically(folder / CLOSING_FILE, json.dumps(closing, indent=1))
+        low, high = closing["interval"]
+        before, after = (f"{100 * closing[name]:.1f} %" for name in ("ece_before", "ece_after"))
+        status(
+            f"distill.{student}: closing temperature {closing['temperature']:.3g} (fitted {closing['fitted']:.3g}, "
+            f"95 % interval {low:.3g} to {high:.3g}: {closing['why']}); ECE on validation {before} as trained, "
+            f"{after} as shipped"
+        )
+    temperature = closing["temperature"] if closing else 1.0
+    shipped = predictions(shipped_answers(answers, temperature) if closing else answers, f"{student} on {VALIDATION}")
+    content = describe_student(student, recipe.task, section, shipped, temperature)
+    write_atomically(folder / PREDICT_FILE, json.dumps(content, indent=1))
+
+
+def closing_of(answers: dict[str, np.ndarray], place: str, seed: int = 0) -> dict:
+    """`closing_calibration` of a student's answers to validation."""
+    predictions(answers, place)  # refuses what is not a number
+    is_label_NC = answers["choice_ids"] == answers["label_id"][:, None]
+    return closing_calibration(answers["choice_log_probs"], is_label_NC, seed=seed)
+
+
 def read_answers(path: str | Path) -> dict[str, np.ndarray]:
     """An answers file as arrays: `log_probs` (N, K+1), `token_ids` (N, K), `target` (N,), and the others, (N, ...)."""
     table = pq.read_table(path)
     return {name: np.array(table[name].to_pylist()) for name in table.column_names}
 
 
-def recalibrated_answers(answers: dict[str, np.ndarray], method: str, value: float | None) -> dict[str, np.ndarray]:
-    """The same answers after a recalibration: tokens in the row take their new value, others move along."""
-    rows = torch.from_numpy(answers["log_probs"].astype(np.float32))
-    mended = recalibrate(rows, method, value).numpy()
-
-    def moved(ids: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
-        is_token = answers["token_ids"][:, None, :] == ids[:, :, None]  # (N, C, K)
-        in_row = np.take_along_axis(mended[:, None, :-1].repeat(ids.shape[1], 1), is_token.argmax(-1)[..., None], -1)
-        with np.errstate(invalid="ignore"):  # -inf - -inf where neither tail has any mass
-            outside = log_probs + mended[:, [-1]] - answers["log_probs"][:, [-1]]
-        return np.where(is_token.any(-1), in_row[..., 0], outside)
-
-    result = answers | {"log_probs": mended}
-    result["label_log_prob"] = moved(answers["label_id"][:, None], answers["label_log_prob"][:, None])[:, 0]
-    if "choice_log_probs" in answers:
-        result["choice_log_probs"] = moved(answers["choice_ids"], answers["choice_log_probs"])
-    if "tail_max_log_prob" in answers:
-        with np.errstate(invalid="ignore"):
-            share = answers["tail_max_log_prob"] - answers["log_probs"][:, -1]
-        result["tail_max_log_prob"] = mended[:, -1] + np.where(np.isnan(share), 0, share)
-    return result
+# What answers say
 
 
-def predictions(answers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def predictions(answers: dict[str, np.ndarray], place: str = "these answers") -> dict[str, np.ndarray]:
     """Confidence and correctness of each answer, under the whole vocabulary and restricted to the choices.
+
+    Args:
+        place: whose answers they are and to which set, for the message.
 
     Returns:
         `confidence`, `correct`, `label_log_prob` (N,) for the most probable token; with declared choices also
-        `choice_confidence`, `choice_correct` (N,) for the most probable choice, normalised over the choices.
+        `choice_confidence`, `choice_correct`, `choice_label_log_prob` (N,) for the most probable choice, normalised
+        over the choices; -inf where the label is none of them.
+
+    Raises:
+        FirstTrlError: a probability is not a number.
     """
     rows = answers["log_probs"][:, :-1]
     # Where the K tokens are the choices, another one may be likelier than all of them: an answer, and a wrong one
@@ -170,16 +230,18 @@ def predictions(answers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
     if "choice_log_probs" in answers:
         shares = choice_shares(answers["choice_log_probs"])
-        chosen = shares.argmax(axis=1)
+        chosen, is_label = shares.argmax(axis=1), answers["choice_ids"] == answers["label_id"][:, None]
         result["choice_confidence"] = shares.max(axis=1)
-        result["choice_correct"] = answers["choice_ids"][np.arange(len(chosen)), chosen] == answers["label_id"]
+        result["choice_correct"] = is_label[np.arange(len(chosen)), chosen]
+        with np.errstate(divide="ignore"):
+            result["choice_label_log_prob"] = np.log((shares * is_label).sum(axis=1))
+    for name, values in result.items():
+        if np.isnan(values).any():
+            raise FirstTrlError(
+                f"{place}: the {name} of row {int(np.isnan(values).argmax())} is not a number. The model that gave "
+                "these answers is damaged, or its training diverged; look at its log, and train it again."
+            )
     return result
-
-
-def choice_shares(log_probs_NC: np.ndarray) -> np.ndarray:
-    """(N, C) probabilities of the choices, normalised over them."""
-    shares_NC = np.exp(log_probs_NC - log_probs_NC.max(axis=1, keepdims=True))
-    return shares_NC / shares_NC.sum(axis=1, keepdims=True)
 
 
 def test_task(task: TaskConfig, overrides: dict | None) -> TaskConfig:
@@ -187,46 +249,137 @@ def test_task(task: TaskConfig, overrides: dict | None) -> TaskConfig:
     return TaskConfig(**dict(task) | (overrides or {}))
 
 
+# The same answers after a recalibration
+
+
+def recalibrated_answers(answers: dict[str, np.ndarray], method: str, value: float | None) -> dict[str, np.ndarray]:
+    """The same answers after a recalibration: tokens in the row take their new value, others move along.
+
+    A map that leaves no tail gives probability 0 to a choice outside the row. It is then applied to the choices
+    themselves, which `choices_outside` (N,) marks.
+    """
+    rows = torch.from_numpy(answers["log_probs"].astype(np.float32))
+    recalibrated = recalibrate(rows, method, value).numpy()
+    with np.errstate(invalid="ignore"):  # -inf - -inf where neither tail has any mass
+        tail_moved = recalibrated[:, [-1]] - answers["log_probs"][:, [-1]]
+
+    def moved(ids: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
+        is_token = answers["token_ids"][:, None, :] == ids[:, :, None]  # (N, C, K)
+        spread = recalibrated[:, None, :-1].repeat(ids.shape[1], 1)
+        in_row = np.take_along_axis(spread, is_token.argmax(-1)[..., None], -1)
+        return np.where(is_token.any(-1), in_row[..., 0], log_probs + tail_moved)
+
+    result = answers | {"log_probs": recalibrated}
+    result["label_log_prob"] = moved(answers["label_id"][:, None], answers["label_log_prob"][:, None])[:, 0]
+    if "choice_log_probs" in answers:
+        own = answers["choice_log_probs"]
+        choices = moved(answers["choice_ids"], own)
+        outside = np.isfinite(own).all(axis=1) & ~np.isfinite(choices).all(axis=1)
+        if outside.any():
+            whole_row = torch.from_numpy(_with_tail(own[outside]))
+            choices[outside] = recalibrate(whole_row, method, value)[:, :-1].numpy()
+        result |= {"choice_log_probs": choices, "choices_outside": outside}
+    if "tail_max_log_prob" in answers:
+        with np.errstate(invalid="ignore"):
+            share = answers["tail_max_log_prob"] - answers["log_probs"][:, -1]
+        result["tail_max_log_prob"] = recalibrated[:, -1] + np.where(np.isnan(share), 0, share)
+    return result
+
+
+def shipped_answers(answers: dict[str, np.ndarray], temperature: float) -> dict[str, np.ndarray]:
+    """A student's answers under its closing temperature: p_c^(1/T) among the choices, whose sum stays what it was."""
+    own_NC, is_label = answers["choice_log_probs"], answers["choice_ids"] == answers["label_id"][:, None]
+    mass_N1 = np.logaddexp.reduce(own_NC, axis=1, keepdims=True)
+    choices_NC = mass_N1 + np.log(choice_shares(own_NC, temperature))
+    is_choice = (answers["token_ids"][:, :, None] == answers["choice_ids"][:, None, :]).any(-1)
+    others_NK = np.where(is_choice, -np.inf, answers["log_probs"][:, :-1])
+    num_others = others_NK.shape[1]
+    return answers | {
+        "token_ids": np.concatenate([answers["token_ids"], answers["choice_ids"]], axis=1),
+        "log_probs": _with_tail(np.concatenate([others_NK, choices_NC], axis=1)),
+        "target": np.where(is_label.any(1), num_others + is_label.argmax(1), num_others + is_label.shape[1]),
+        "label_log_prob": np.where(
+            is_label.any(1), np.where(is_label, choices_NC, 0).sum(1), answers["label_log_prob"]
+        ),
+        "choice_log_probs": choices_NC,
+    }
+
+
+# Arms and controls
+
+
+class Collected(NamedTuple):
+    """What all arms predict.
+
+    Args:
+        predictions: {model or control: {set: predictions}}.
+        fitted: {recalibrated control: (method, value)}.
+        omitted: {control that cannot be measured: why}.
+        outside: {control: {set: rows of which a choice is outside the kept tokens}}, see `recalibrated_answers`.
+    """
+
+    predictions: dict[str, dict]
+    fitted: dict[str, tuple[str, float | None]]
+    omitted: dict[str, str]
+    outside: dict[str, dict[str, int]]
+
+
 def collect(
-    folder: Path, models: list[str], uncalibrated: list[str], tests: list[str], calibration: dict
-) -> tuple[dict[str, dict], dict[str, tuple[str, float | None]], dict[str, str]]:
+    folder: Path, models: list[str], closing: dict[str, float], tests: list[str], calibration: dict
+) -> Collected:
     """What every arm and every recalibrated control predicts.
 
     Args:
         folder: holds `<model>/<set>.parquet` for validation and every test set.
         models: those that answered.
-        uncalibrated: students that learned from nothing recalibrated, each of which gets a `<arm>_post_hoc`.
-        calibration: the content of `calibration.json`.
-
-    Returns:
-        {arm: {set: predictions}}, validation among the sets; {recalibrated arm: (method, value)}; and, for arms of
-        the report that are in neither, {arm: why it cannot be measured}.
+        closing: the closing temperature of every student that has one; each gets a `<arm>_post_hoc`.
+        calibration: the content of the teacher's `calibration.json`.
     """
     answers = {
         model: {name: read_answers(folder / model / f"{name}.parquet") for name in (VALIDATION, *tests)}
         for model in models
     }
-    collected = {model: {name: predictions(rows) for name, rows in sets.items()} for model, sets in answers.items()}
-    if calibration["method"] == "none":
-        return collected, {}, {}
-    own = answers["teacher"]
-    recalibration = calibration["method"], calibration["value"]
-    if _are_whole(own[VALIDATION]):
-        recalibration = _fit(own[VALIDATION], calibration)
-    controls = {"teacher_recalibrated": (own, recalibration)}
-    for model in uncalibrated:
+    found = Collected({}, {}, {}, {})
+    for model, sets in answers.items():
+        found.predictions[model] = {name: predictions(rows, f"{model} on {name}") for name, rows in sets.items()}
+    if calibration["method"] != "none" and "teacher" in answers:
+        _add_recalibrated_teacher(found, answers["teacher"], calibration)
+    for model, temperature in closing.items():
         arm, slash, seed = model.partition("/")
-        recalibration = _fit(answers[model][VALIDATION], calibration)
-        controls[f"{arm}_post_hoc{slash}{seed}"] = answers[model], recalibration
-    fitted, omitted = {}, {}
-    for name, (sets, (method, value)) in controls.items():
-        if reason := _not_allowed(sets, method, value):
-            omitted[arm_of(name)] = reason
-    for name, (sets, (method, value)) in controls.items():
-        if arm_of(name) not in omitted:  # all of its seeds, or none
-            fitted[name] = method, value
-            collected[name] = _recalibrated(sets, method, value)
-    return collected, fitted, omitted
+        name = f"{arm}{POST_HOC}{slash}{seed}"
+        found.fitted[name] = "temperature", temperature
+        found.predictions[name] = {
+            test: predictions(shipped_answers(rows, temperature), f"{name} on {test}")
+            for test, rows in answers[model].items()
+        }
+    return found
+
+
+def _add_recalibrated_teacher(found: Collected, sets: dict[str, dict], calibration: dict) -> None:
+    """Add `teacher_recalibrated`, or why it cannot be measured: a smoothing can be more than a row has to give."""
+    name, rows = "teacher_recalibrated", sets[VALIDATION]
+    method, value = calibration["method"], calibration["value"]
+    if _are_whole(rows):
+        settings: dict = {"criterion": calibration["criterion"], "num_bins": calibration["num_bins"]}
+        given = rows["log_probs"], rows["target"]
+        if "choice" in calibration:
+            method = choose_family(*given, list(calibration["choice"]["scores"]), **settings).method
+        value = search(*given, method=method, **settings).value
+    if method == "label_smoothing" and value is not None:
+        first = {test: np.exp(answers["log_probs"][:, 0].min()) for test, answers in sets.items()}
+        short = [f"of the rows of {test}, one has {least:.3g} there" for test, least in first.items() if least < value]
+        if short:
+            taken = f"label smoothing takes {value:.3g} from the first token's probability"
+            found.omitted[name] = f"{taken}, and {'; '.join(short)}"
+            return
+    recalibrated = {test: recalibrated_answers(answers, method, value) for test, answers in sets.items()}
+    found.fitted[name] = method, value
+    found.predictions[name] = {test: predictions(rows, f"{name} on {test}") for test, rows in recalibrated.items()}
+    outside = {
+        test: int(rows["choices_outside"].sum()) for test, rows in recalibrated.items() if "choices_outside" in rows
+    }
+    if any(outside.values()):
+        found.outside[name] = {test: count for test, count in outside.items() if count}
 
 
 def by_arm(collected: dict[str, dict]) -> dict[str, dict]:
@@ -244,35 +397,6 @@ def by_arm(collected: dict[str, dict]) -> dict[str, dict]:
 def _are_whole(rows: dict) -> bool:
     """Whether these answers are whole texts of several tokens, and not single tokens."""
     return "answer_tokens" in rows
-
-
-def _fit(rows: dict, calibration: dict) -> tuple[str, float | None]:
-    """(method, value) for a model's own answers: by the teacher's family, or, where that was chosen, a new choice."""
-    settings: dict = {"criterion": calibration["criterion"], "num_bins": calibration["num_bins"]}
-    log_probs, target = rows["log_probs"], rows["target"]
-    method = calibration["method"]
-    if "choice" in calibration:
-        method = choose_family(log_probs, target, list(calibration["choice"]["scores"]), **settings).method
-    return method, search(log_probs, target, method=method, **settings).value
-
-
-def _not_allowed(sets: dict[str, dict], method: str, value: float | None) -> str | None:
-    """Why a recalibration cannot be laid over some of these answers; None where it can be laid over all.
-
-    Only label smoothing can be too much. A row that gave less than the others would be another recalibration.
-    """
-    if method != "label_smoothing" or value is None:
-        return None
-    rows = {name: torch.from_numpy(answers["log_probs"].astype(np.float32)) for name, answers in sets.items()}
-    least = {name: largest_smoothing(log_probs[:, :-1]) for name, log_probs in rows.items()}
-    short = [f"of the rows of {name}, one has {first:.3g} there" for name, first in least.items() if first < value]
-    if not short:
-        return None
-    return f"label smoothing takes {value:.3g} from the first token's probability, and {'; '.join(short)}"
-
-
-def _recalibrated(sets: dict[str, dict], method: str, value: float | None) -> dict[str, dict]:
-    return {name: predictions(recalibrated_answers(rows, method, value)) for name, rows in sets.items()}
 
 
 def teacher_curves(folder: Path, tests: list[str], calibration: dict) -> dict[str, dict[str, list[dict]]]:
@@ -296,111 +420,3 @@ def teacher_curves(folder: Path, tests: list[str], calibration: dict) -> dict[st
         for method, family in calibration["families"].items()
         if family["value"] is not None
     }
-
-
-def best_view(predictions: dict) -> tuple[np.ndarray, np.ndarray]:
-    """(confidence, correct) as `predict` states them: among the choices where a task lists them."""
-    view = "choice_" if "choice_confidence" in predictions else ""
-    return np.asarray(predictions[f"{view}confidence"]), np.asarray(predictions[f"{view}correct"])
-
-
-def selective(confidence, correct, threshold: float | None) -> dict:
-    """What answering at or above a threshold does: "coverage", the share answered, and "accuracy" of it (or None)."""
-    answered = np.asarray(confidence) >= (np.inf if threshold is None else threshold)
-    return {
-        "coverage": float(answered.mean()),
-        "accuracy": float(np.asarray(correct)[answered].mean()) if answered.any() else None,
-    }
-
-
-def mean_selective(fitted: list[dict]) -> dict:
-    """The mean over seeds of their thresholds and of what those do; "seeds" has each where there are several.
-
-    Args: `fitted`: one dict per seed, with "threshold", "coverage" and "accuracy".
-    """
-    if len(fitted) == 1:
-        return fitted[0]
-    mean = {}
-    for name in ("threshold", "coverage", "accuracy"):
-        known = [one[name] for one in fitted if one[name] is not None]
-        mean[name] = float(np.mean(known)) if known else None
-    return mean | {"seeds": fitted}
-
-
-def fit_threshold(confidence, correct, target: float) -> float | None:
-    """The lowest confidence that reaches a target accuracy on validation, and not by the luck of a few examples."""
-    return threshold_for_accuracy(confidence, correct, target, SLACK)
-
-
-def fit_thresholds(confidence, correct) -> list[dict]:
-    """For each of `TARGETS` the lowest confidence that reaches it, None where none does, and what it does here.
-
-    Args: `confidence`, `correct` (n,) of a validation split.
-    """
-    thresholds = [(target, fit_threshold(confidence, correct, target)) for target in TARGETS]
-    return [
-        {"target_accuracy": target, "threshold": threshold, **selective(confidence, correct, threshold)}
-        for target, threshold in thresholds
-    ]
-
-
-def describe_student(arm: str, task: TaskConfig, section: dict, validation: dict) -> dict:
-    """The content of `predict.json`.
-
-    Args:
-        section: the settings that the student was trained with.
-        validation: its predictions on validation.
-    """
-    confidence, correct = best_view(validation)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "arm": arm,
-        "task": {key: value for key, value in vars(task).items() if value is not None},
-        "loading": {key: section[key] for key in _LOADING if section.get(key) is not None},
-        "validation": {"num_examples": len(confidence)},
-        "thresholds": fit_thresholds(confidence, correct),
-    }
-
-
-def read_student(folder: str | Path) -> tuple[TaskConfig, dict]:
-    """(task, the whole content) of a student's `predict.json`.
-
-    Raises:
-        ValueError: it is not there, from another version, or its task lists no closed answers.
-    """
-    file = Path(folder) / PREDICT_FILE
-    if not file.is_file():
-        raise ValueError(
-            f"there is no {PREDICT_FILE} in {folder}, so neither its prompts nor its thresholds are known; run "
-            "`first-trl evaluate RECIPE`, which writes it into the folder of each student"
-        )
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(
-            f"{file} has schema version {content.get('schema_version')!r}, and this version of first-trl reads "
-            f"{SCHEMA_VERSION}; evaluate the student again"
-        )
-    try:
-        task = TaskConfig(**content["task"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} has a task that cannot be read ({error}); evaluate the student again") from error
-    if not task.choices:
-        raise ValueError(
-            f"the task in {file} lists no choices: `predict` answers closed questions, of which the confidence was "
-            "measured; for free text, generate with transformers, as the model card shows"
-        )
-    return task, content
-
-
-def threshold_for(content: dict, accuracy: float) -> float | None:
-    """The threshold fitted for a target accuracy; None where validation never reached it.
-
-    Raises:
-        ValueError: no threshold was fitted for this target.
-    """
-    fitted = {entry["target_accuracy"]: entry["threshold"] for entry in content["thresholds"]}
-    if accuracy not in fitted:
-        raise ValueError(
-            f"no threshold was fitted for an accuracy of {accuracy}; choose among {', '.join(map(str, fitted))}"
-        )
-    return fitted[accuracy]

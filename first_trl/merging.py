@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .constants import PREDICT_FILE
 from .failures import explain
 from .log import status
 
-PREDICT_FILE = "predict.json"
 MEASURED = ("accuracy", "ece", "trust_score", "nll")
 
 
@@ -71,7 +71,7 @@ def _recipe_job(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _folder_job(options: argparse.Namespace) -> dict[str, Any]:
-    from .evaluation import read_student
+    from .student import read_student
 
     student = Path(options.source)
     if not student.is_dir():
@@ -81,7 +81,7 @@ def _folder_job(options: argparse.Namespace) -> dict[str, Any]:
     task, description = read_student(student)
     return {
         "student": student,
-        "loading": description["loading"],
+        "loading": description.loading.model_dump(exclude_none=True),
         "tests": {"data": (_rows(options.data), task)},
         "output": Path(options.output or student.with_name(f"{student.name}-merged")),
     }

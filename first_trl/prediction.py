@@ -4,7 +4,8 @@
 
 ADAPTER is a student's folder or its id on the Hub. Each line is a row as the task's prompt wants it, e.g.
 {"text": "..."}; for each comes a line with "answer", "confidence" and "abstain", which is true where the confidence is
-below the one that reached the target accuracy on validation. Nothing is fitted and nothing measured here.
+below the one that reached the target accuracy on validation. The confidence is that under the student's closing
+temperature. A line that cannot be answered comes back as {"error": ...}. Nothing is fitted and nothing measured here.
 """
 
 import argparse
@@ -13,6 +14,13 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .constants import HUB_ID
+from .errors import FirstTrlError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Rows answered at a time: what a reader at the other end of a pipe waits for.
 ROWS_AT_A_TIME = 256
@@ -20,7 +28,7 @@ _REMEDY = 'write one object a line, e.g. {"text": "..."}'
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
-class RowError(ValueError):
+class RowError(FirstTrlError):
     """A row that does not fit the task: its `number`, from 0, and the `reason`."""
 
     def __init__(self, number: int, reason: str):
@@ -37,22 +45,23 @@ class Predictor:
         device: where it runs; default: an accelerator if there is one.
 
     Raises:
-        ValueError: the folder lacks what prediction needs, or its base model is not here.
+        FirstTrlError: the folder lacks what prediction needs, or its base model is not here.
     """
 
     def __init__(self, adapter: str | Path, *, revision: str | None = None, device: str | None = None):
         import torch
 
-        from .evaluation import read_student
         from .modeling import load_model, load_tokenizer
+        from .student import read_student
         from .training import load_arguments
 
         folder = _folder(str(adapter), revision)
-        self.task, self.description = read_student(folder)
-        _check_base(folder)
+        self.task, self.student = read_student(folder)
+        _check_base(folder, self.student.base_is_local)
         if device is None and torch.accelerator.is_available():
             device = str(torch.accelerator.current_accelerator())
-        self.model = load_model(str(folder), device=device or "cpu", **load_arguments(self.description["loading"]))
+        loading = load_arguments(self.student.loading.model_dump(exclude_none=True))
+        self.model = load_model(str(folder), device=device or "cpu", **loading)
         self.tokenizer = load_tokenizer(folder)
 
     def predict(self, rows: Iterable[dict], accuracy: float = 0.9, tokens_per_batch: int = 8192) -> list[dict]:
@@ -64,41 +73,61 @@ class Predictor:
             tokens_per_batch: tokens of one batch, padding included.
 
         Raises:
-            RowError: a row does not fit the task, beginning with its number, from 0.
-            ValueError: an accuracy for which no threshold was fitted.
+            RowError: a row does not fit the task, or has no probabilities, beginning with its number, from 0.
+            FirstTrlError: an accuracy for which no threshold was fitted.
         """
+        answers = self._answers(list(rows), accuracy, tokens_per_batch)
+        for number, answer in enumerate(answers):
+            if "error" in answer:
+                raise RowError(number, answer["error"])
+        return answers
+
+    def _answers(self, rows: list, accuracy: float, tokens_per_batch: int) -> list[dict]:
+        """As `predict`, but {"error": why} for a row that cannot be answered, or that is a text saying so already."""
         from .data.choices import choice_token_ids
         from .data.encoding import encode_prompt
-        from .evaluation import threshold_for
         from .scoring import sequence_log_probs
+        from .student import threshold_for
 
-        threshold, rows, prompts = threshold_for(self.description, accuracy), list(rows), []
+        threshold = threshold_for(self.student, accuracy)
+        answers: list[dict] = [{"error": row} for row in rows]
+        prompts = {}
         for number, row in enumerate(rows):
+            if isinstance(row, str):
+                continue
             try:
-                prompts.append(encode_prompt(self.task, self.tokenizer, row))
-            except ValueError as error:
-                raise RowError(number, str(error)) from error
-        if not prompts:
-            return []
-        answers = choice_token_ids(self.task, self.tokenizer, rows[0])
-        log_probs_NC = sequence_log_probs(self.model, prompts, answers, tokens_per_batch=tokens_per_batch)
-        return _decide(log_probs_NC, self.task.choices or [], threshold)
+                prompts[number] = encode_prompt(self.task, self.tokenizer, row)
+            except (ValueError, TypeError, RecursionError) as error:  # a tokenizer refuses some texts with the latter
+                answers[number] = {"error": " ".join(str(error).split())[:300]}
+        if prompts:
+            ids = choice_token_ids(self.task, self.tokenizer, rows[next(iter(prompts))])
+            log_probs_NC = sequence_log_probs(
+                self.model, list(prompts.values()), ids, tokens_per_batch=tokens_per_batch
+            )
+            decided = _decide(log_probs_NC, self.task.choices or [], self.student.temperature, threshold)
+            for number, answer in zip(prompts, decided, strict=True):
+                answers[number] = answer
+        return answers
 
 
-def _decide(log_probs_NC, choices: list[str], threshold: float | None) -> list[dict]:
+def _decide(log_probs_NC: "np.ndarray", choices: list[str], temperature: float, threshold: float | None) -> list[dict]:
     """The most probable choice of each row, its share among the choices, and whether that is too little."""
-    from .evaluation import choice_shares
+    import numpy as np
 
-    shares = choice_shares(log_probs_NC)
-    best = shares.argmax(axis=1)
-    return [
-        {
-            "answer": choices[place],
-            "confidence": float(share[place]),
-            "abstain": threshold is None or bool(share[place] < threshold),
-        }
-        for place, share in zip(best, shares, strict=True)
-    ]
+    from .student import choice_shares
+
+    with np.errstate(invalid="ignore"):
+        shares_NC = choice_shares(log_probs_NC, temperature)
+    answers: list[dict] = []
+    for shares_C in shares_NC:
+        if not np.isfinite(shares_C).all():
+            answers.append({"error": "the model's probabilities are not numbers: its weights are damaged"})
+            continue
+        best = int(shares_C.argmax())
+        confidence = float(shares_C[best])
+        is_sure = threshold is not None and confidence >= threshold
+        answers.append({"answer": choices[best], "confidence": confidence, "abstain": not is_sure})
+    return answers
 
 
 def predict(
@@ -116,25 +145,26 @@ def predict(
 def _folder(adapter: str, revision: str | None) -> Path:
     if Path(adapter).is_dir():
         return Path(adapter)
-    if adapter.startswith((".", "/", "~")) or adapter.count("/") > 1:
-        raise ValueError(f"there is no folder {adapter}; give a student's, such as runs/NAME/students/first")
+    if not HUB_ID.fullmatch(adapter):
+        raise FirstTrlError(f"there is no folder {adapter}; give a student's, such as runs/NAME/students/first")
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(adapter, revision=revision, allow_patterns=_WANTED))
 
 
-def _check_base(folder: Path) -> None:
-    """Refuse an adapter whose base model was a folder that is not here."""
-    from .recipe import looks_local
-
-    config = folder / "adapter_config.json"
-    if not config.is_file():
+def _check_base(folder: Path, base_is_local: bool) -> None:
+    """Refuse an adapter whose base model was a folder that is not here: the Hub is never asked for that name."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
         return  # a whole model
-    base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if looks_local(base) and not Path(base).is_dir():
-        raise ValueError(
+    try:
+        base = json.loads(file.read_bytes())["base_model_name_or_path"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise FirstTrlError(f"{file} is damaged ({type(error).__name__}: {error}); fetch the adapter again") from error
+    if not isinstance(base, str) or not (Path(base).is_dir() or HUB_ID.fullmatch(base) and not base_is_local):
+        raise FirstTrlError(
             f"{folder} is an adapter of {base}, and there is no such folder here; run where that path leads to it, or "
-            f"correct base_model_name_or_path in {config}"
+            f"correct base_model_name_or_path in {file}"
         )
 
 
@@ -148,8 +178,12 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:  # whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
-        print(f"[first-trl] predict failed: {explain(error, 'predict') or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("[first-trl] predict interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        unexpected = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (unexpected)"
+        print(f"[first-trl] predict failed: {explain(error, 'predict') or unexpected}", file=sys.stderr)
         return 1
     return 0
 
@@ -171,30 +205,54 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _answer_lines(options: argparse.Namespace) -> None:
-    from .evaluation import threshold_for
-    from .files import write_atomically
+    from .files import replace_atomically
+    from .student import threshold_for
 
-    source = options.input.open("rb") if options.input else sys.stdin.buffer
-    with source:
+    if sys.stdout is None and options.output is None:
+        raise FirstTrlError("standard output is closed; give --output")
+    output = _checked_output(options.output, options.input)
+    with options.input.open("rb") if options.input else sys.stdin.buffer as source:
         student = Predictor(options.adapter, revision=options.revision)
-        threshold_for(student.description, options.accuracy)
+        threshold_for(student.student, options.accuracy)
         lines = answered_lines(student, source, options.accuracy, options.tokens_per_batch)
-        if options.output:
-            write_atomically(options.output, "".join(lines))
-            return
-        for line in lines:
-            print(line, end="", flush=True)
+        if output is None:
+            _write(lines, sys.stdout)
+        elif output.exists() and not output.is_file():  # a device or a pipe is written to, not replaced
+            with output.open("w", encoding="utf-8") as file:
+                _write(lines, file)
+        else:
+            with replace_atomically(output) as temporary, temporary.open("w", encoding="utf-8") as file:
+                _write(lines, file)
+
+
+def _checked_output(output: Path | None, source: Path | None) -> Path | None:
+    """Where to write: what a link leads to, and never the questions themselves."""
+    if output is None:
+        return None
+    if output.is_dir():
+        raise FirstTrlError(f"--output {output} is a folder; name a file")
+    if source is not None and output.exists() and source.exists() and output.samefile(source):
+        raise FirstTrlError(f"--output {output} is the file of the questions; name another one")
+    return Path(os.path.realpath(output))
+
+
+def _write(lines: Iterator[str], file) -> None:
+    failed = total = 0
+    for line in lines:
+        failed, total = failed + line.startswith('{"error":'), total + 1
+        print(line, end="", file=file, flush=True)
+    if failed:
+        print(
+            f'[first-trl] predict: {failed} of {total} lines have no answer; each says why in "error"', file=sys.stderr
+        )
 
 
 def answered_lines(
     student: Predictor, source: Iterable[bytes], accuracy: float, tokens_per_batch: int
 ) -> Iterator[str]:
-    """A line of JSON for each line of JSON, some at a time; blank lines are passed over.
-
-    Raises:
-        ValueError: a line is no row of this task, beginning with its number, from 1.
-    """
-    numbers, rows = [], []
+    """A line of JSON for each line of JSON, some at a time; blank lines are passed over."""
+    numbers: list[int] = []
+    rows: list[dict | str] = []
     for number, line in enumerate(source, start=1):
         if line.strip():
             numbers.append(number)
@@ -205,19 +263,18 @@ def answered_lines(
     yield from _answer_some(student, numbers, rows, accuracy, tokens_per_batch)
 
 
-def _read_line(line: bytes, number: int) -> dict:
+def _read_line(line: bytes, number: int) -> dict | str:
+    """The row of a line, or what is wrong with it."""
     try:
         row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except ValueError as error:
-        raise ValueError(f"line {number} is not JSON in UTF-8 ({error}); {_REMEDY}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"line {number} holds a {type(row).__name__}; {_REMEDY}")
-    return row
+    except (ValueError, RecursionError) as error:
+        return f"it is not JSON in UTF-8 ({error}); {_REMEDY}"
+    return row if isinstance(row, dict) else f"it holds a {type(row).__name__}; {_REMEDY}"
 
 
-def _answer_some(student, numbers: list[int], rows: list[dict], accuracy: float, tokens_per_batch: int) -> list[str]:
-    try:
-        answers = student.predict(rows, accuracy, tokens_per_batch)
-    except RowError as error:
-        raise ValueError(f"line {numbers[error.number]}: {error.reason}") from error
-    return [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
+def _answer_some(student: Predictor, numbers, rows, accuracy: float, tokens_per_batch: int) -> Iterator[str]:
+    for number, answer in zip(numbers, student._answers(rows, accuracy, tokens_per_batch), strict=True):
+        if "error" in answer:
+            yield json.dumps({"error": f"line {number}: {answer['error']}"}) + "\n"
+        else:
+            yield json.dumps(answer, ensure_ascii=False) + "\n"

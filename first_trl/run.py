@@ -24,7 +24,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from .constants import PREDICT_FILE
 from .data.loading import hub_commit, local_files
 from .errors import FirstTrlError
 from .files import Digests, files_of, locked, write_atomically
@@ -102,11 +101,9 @@ def jobs(recipe: Recipe) -> dict[str, Job]:
     models = dict(teacher)
     if "model_name_or_path" in recipe.distill:
         models["distill.model_name_or_path"] = recipe.distill["model_name_or_path"]
-    outputs = ["report/*.*", *(f"students/{student}/{PREDICT_FILE}" for student in recipe.students)]
-    outputs += [f"students/{student}/calibration.json" for student in recipe.students]
     settings = {"task": plain["task"], "evaluate": plain.get("evaluate", {}), "distill": recipe.distill}
     needs = (*after_sft, "calibrate", *students)
-    table.append(Job("evaluate", settings, rows, models, needs, outputs=tuple(outputs)))
+    table.append(Job("evaluate", settings, rows, models, needs, outputs=("report/*.*",)))
     return {job.name: job for job in table}
 
 
@@ -321,7 +318,7 @@ class Run:
 
     def finish(self, name: str, seconds: float, **notes: Any) -> list[str]:
         """Record that a job is done, and put what it made in its place; returns the paths."""
-        job, old = self.jobs[name], self.record(name)
+        job = self.jobs[name]
         outputs = self._made(job)
         assert outputs, f"{name} ended without writing anything"
         inputs = _read_json(self.file(name, ".started"))
@@ -336,9 +333,8 @@ class Run:
             "outputs": outputs,
             "inputs": inputs,
         }
-        same = old is not None and old["identity"] == record["identity"]
         write_atomically(self.file(name), json.dumps(record, indent=1, default=str))
-        self._exchange(job, keep=same)
+        self._exchange(job)
         self.file(name, ".started").unlink(missing_ok=True)
         self._stale.clear()
         return [*job.folders, *job.outputs]
@@ -358,20 +354,13 @@ class Run:
     def _describe(self, file: Path) -> dict:
         return {"size": file.stat().st_size, "sha256": self.digests.of(file)}
 
-    def _exchange(self, job: Job, keep: bool) -> None:
-        """Let the new folders of a job take the place of its finished ones.
-
-        Args:
-            keep: the content is the same, so that what `evaluate` wrote into a student's folder stays true.
-        """
+    def _exchange(self, job: Job) -> None:
+        """Let the new folders of a job take the place of its finished ones."""
         for folder in job.folders:
             target, new = (self.path / folder).resolve(), new_folder(self.path / folder)
             old = new.with_name(f"{new.name}.old")
             if new.is_dir():
                 shutil.rmtree(old, ignore_errors=True)
-                for name in (PREDICT_FILE, "calibration.json"):
-                    if keep and job.stage == "distill" and (target / name).is_file():
-                        shutil.copy2(target / name, new / name)
                 if target.exists():
                     target.rename(old)
                 new.rename(target)
@@ -388,7 +377,7 @@ class Run:
             made = new[folder] / file.removeprefix(folder)
             if not made.is_file() or self.digests.of(made) != digest["sha256"]:
                 return
-        self._exchange(job, keep=False)
+        self._exchange(job)
 
     def _source(self) -> str:
         """The recipe's file, as seen from the run folder: the same wherever both were moved to together."""

@@ -99,7 +99,7 @@ def make_run(folder, base, base_name=None, **sections):
     model.peft_config["default"].base_model_name_or_path = base_name
     model.save_pretrained(student)
     AutoTokenizer.from_pretrained(base).save_pretrained(student)
-    from first_trl.evaluation import describe_student
+    from first_trl.student import describe_student
 
     validation = {"choice_confidence": [0.5, 0.7, 0.9, 0.95] * 50, "choice_correct": [False, True, True, True] * 50}
     described = describe_student("first", recipe.task, recipe.arm_section("first"), validation)

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from first_trl.evaluation import answer_set, collect, predictions, read_answers, recalibrated_answers
+from first_trl.errors import FirstTrlError
+from first_trl.evaluation import (
+    answer_set,
+    closing_of,
+    collect,
+    predictions,
+    read_answers,
+    recalibrated_answers,
+    shipped_answers,
+)
 from first_trl.evaluation import test_task as task_of_a_set
 from first_trl.settings import TaskConfig
 
@@ -29,13 +38,13 @@ def test_confidence_is_of_the_first_token_and_choices_are_normalised_apart():
 
 
 def test_a_temperature_moves_kept_tokens_and_leaves_the_tail():
-    mended = recalibrated_answers(ANSWERS, "temperature", 2.0)
+    recalibrated = recalibrated_answers(ANSWERS, "temperature", 2.0)
     kept = np.sqrt([[0.6, 0.3], [0.5, 0.2]])
     kept *= np.array([[0.9], [0.7]]) / kept.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(np.exp(mended["log_probs"][:, :2]), kept, rtol=1e-5)
-    np.testing.assert_allclose(np.exp(mended["label_log_prob"]), [kept[0, 1], 0.03], rtol=1e-5)
+    np.testing.assert_allclose(np.exp(recalibrated["log_probs"][:, :2]), kept, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(recalibrated["label_log_prob"]), [kept[0, 1], 0.03], rtol=1e-5)
     np.testing.assert_allclose(
-        np.exp(mended["choice_log_probs"]), [[*kept[0], 0.02], [kept[1, 1], 0.1, 0.03]], rtol=1e-5
+        np.exp(recalibrated["choice_log_probs"]), [[*kept[0], 0.02], [kept[1, 1], 0.1, 0.03]], rtol=1e-5
     )
 
 
@@ -46,9 +55,9 @@ def test_no_recalibration_changes_nothing():
 
 
 def test_probability_recalibration_leaves_nothing_to_the_tail():
-    mended = recalibrated_answers(ANSWERS, "probability", 0.3)
-    assert mended["label_log_prob"][1] == -np.inf
-    assert predictions(mended)["confidence"] == pytest.approx(
+    recalibrated = recalibrated_answers(ANSWERS, "probability", 0.3)
+    assert recalibrated["label_log_prob"][1] == -np.inf
+    assert predictions(recalibrated)["confidence"] == pytest.approx(
         np.exp(np.array([0.6, 0.5]) / 0.3) / (np.exp(np.array([0.6, 0.5]) / 0.3) + np.exp(np.array([0.3, 0.2]) / 0.3)),
         rel=1e-5,
     )
@@ -74,13 +83,51 @@ def test_a_test_set_can_have_templates_of_its_own():
     assert (other.prompt, other.completion, other.choices) == ("{question}", " {label}", ["A", "B"])
 
 
-# Recalibrated controls
+# Answers that a map or float32 cannot hold
 
-SETTINGS = {"criterion": "ece", "num_bins": 10, "families": {}}
+
+def test_choices_outside_the_kept_tokens_keep_shares_where_a_map_leaves_no_tail():
+    one = {
+        "token_ids": np.array([[1, 2, 3, 4, 5], [7, 2, 3, 4, 5]]),
+        "log_probs": np.log([[0.6, 0.2, 0.1, 0.05, 0.03, 0.02]] * 2),
+        "target": np.array([5, 0]),
+        "label_id": np.array([7, 7]),
+        "label_log_prob": np.array([-6.0, np.log(0.6)]),
+        "choice_ids": np.array([[7, 8], [7, 8]]),
+        "choice_log_probs": np.array([[-6.0, -7.0], [np.log(0.6), -5.0]]),
+    }
+    moved = recalibrated_answers(one, "probability", 0.3)
+    assert moved["choices_outside"].tolist() == [True, True]
+    found = predictions(moved)
+    odds = np.exp(np.array([np.exp(-6) - np.exp(-7), 0.6 - np.exp(-5)]) / 0.3)
+    np.testing.assert_allclose(found["choice_confidence"], odds / (1 + odds), rtol=1e-4)
+    assert not recalibrated_answers(one, "temperature", 2.0)["choices_outside"].any()
+
+
+@pytest.mark.parametrize("mass", [1e-10, 1e-17, 1e-30])
+def test_whole_answers_that_a_model_finds_very_unlikely_keep_their_shares(monkeypatch, tokenizer, mass):
+    log_probs = np.log(np.array([[0.75, 0.25]]) * mass).astype(np.float32)
+    monkeypatch.setattr("first_trl.evaluation.sequence_log_probs", lambda *_, **__: log_probs)
+    task = TaskConfig(prompt="{text} :", completion=" {label}", choices=["good film", "bad"], append_eos=False)
+    rows = Dataset.from_dict({"text": ["the plot"], "label": ["good film"]})
+    answers = answer_set(None, rows, task, tokenizer, top_k=5, tokens_per_batch=32)
+    arrays = {name: np.array(answers[name][:]) for name in answers.column_names}
+    for method, value in (("none", None), ("temperature", 1.0)):
+        found = predictions(recalibrated_answers(arrays, method, value))
+        assert found["choice_confidence"] == pytest.approx(0.75, rel=1e-3)
+
+
+def test_a_model_that_answers_nan_is_named_with_the_set_and_the_row():
+    broken = ANSWERS | {"choice_log_probs": np.array([[-1.0, -2, -3], [np.nan, -1, -2]])}
+    with pytest.raises(FirstTrlError, match="first on reviews: the choice_confidence of row 1 is not a number"):
+        predictions(broken, "first on reviews")
+
+
+# Controls, and the closing temperature
 
 
 def write_answers(folder, first_probs, right):
-    """Answers of two kept tokens and a tail of 0.02; `right` says whether the first or the second is the label."""
+    """Answers of two kept tokens, which are the choices, and a tail of 0.02; `right` says whether the first is it."""
     probs = np.array([[first, 0.98 - first, 0.02] for first in first_probs])
     target = np.where(right, 0, 1)
     columns = {
@@ -89,39 +136,78 @@ def write_answers(folder, first_probs, right):
         "target": target,
         "label_id": 3 + target,
         "label_log_prob": np.log(probs[np.arange(len(probs)), target]),
+        "choice_ids": [[3, 4]] * len(probs),
+        "choice_log_probs": list(np.log(probs[:, :2])),
     }
-    folder.parent.mkdir(exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     Dataset.from_dict(columns).to_parquet(f"{folder}.parquet")
 
 
-@pytest.fixture
-def answered(tmp_path):
-    """Models that are right half the time at confidence 0.9, so that smoothing by 0.4 mends them; one test row of
-    `low` and of `seeded/seed-2` has less than that on its first token."""
-    lowest = {"teacher": 0.5, "fits": 0.5, "low": 0.35, "seeded/seed-1": 0.5, "seeded/seed-2": 0.35}
-    for model, first in lowest.items():
-        (tmp_path / model).mkdir(parents=True)
-        write_answers(tmp_path / model / "validation", [0.9] * 20, [True, False] * 10)
-        write_answers(tmp_path / model / "easy", [0.9] * 4, [True] * 4)
-        write_answers(tmp_path / model / "hard", [0.9, first], [True, False])
-    return tmp_path, list(lowest)
+def sampled(size, temperature, seed=0):
+    """Answers whose probabilities are true once they are divided by `temperature`, and whether the first is right."""
+    generator = np.random.default_rng(seed)
+    truth = generator.normal(0, 2, size)
+    right = generator.random(size) < 1 / (1 + np.exp(-truth))
+    stated = 1 / (1 + np.exp(-truth * temperature))
+    return 0.98 * stated, right
 
 
-def test_a_control_is_left_out_where_a_row_has_less_on_its_first_token_than_smoothing_takes(answered):
-    folder, models = answered
-    calibration = {"method": "label_smoothing", "value": 0.4, **SETTINGS}
-    collected, fitted, omitted = collect(folder, models, models[1:], ["easy", "hard"], calibration)
-    assert set(collected) == {*models, "teacher_recalibrated", "fits_post_hoc"}
-    assert set(fitted) == {"teacher_recalibrated", "fits_post_hoc"} and fitted["fits_post_hoc"][1] > 0.35
-    assert set(omitted) == {"low_post_hoc", "seeded_post_hoc"}, "a mean over some of the seeds is no mean over all"
-    for reason in omitted.values():
-        assert "of the rows of hard, one has 0.35 there" in reason and "easy" not in reason
-    _, _, omitted = collect(folder, ["teacher"], [], ["hard"], calibration | {"value": 0.6})
-    assert "label smoothing takes 0.6 from the first token's probability" in omitted["teacher_recalibrated"]
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])
+def test_the_closing_temperature_finds_what_was_planted_and_stays_1_where_it_cannot_tell(tmp_path, temperature):
+    write_answers(tmp_path / "validation", *sampled(3000, temperature))
+    closing = closing_of(read_answers(tmp_path / "validation.parquet"), "first")
+    low, high = closing["interval"]
+    assert low < temperature < high and closing["fitted"] == pytest.approx(temperature, rel=0.12)
+    assert closing["temperature"] == (1.0 if temperature == 1 else closing["fitted"])
+    assert closing["nll_after"] <= closing["nll_before"] and closing["scope"] == "choices"
 
 
-@pytest.mark.parametrize("method", ["temperature", "probability"])
-def test_other_families_serve_every_row(answered, method):
-    folder, models = answered
-    collected, _, omitted = collect(folder, models, models[1:], ["hard"], {"method": method, "value": 0.5, **SETTINGS})
-    assert omitted == {} and "low_post_hoc" in collected and "seeded_post_hoc/seed-2" in collected
+@pytest.mark.parametrize(
+    ("size", "temperature", "why"),
+    [(40, 3.0, "fewer than 50"), (200, 1.1, "contains 1"), (200, 8.0, "no minimum")],
+)
+def test_a_temperature_that_validation_cannot_tell_is_1_and_says_why(tmp_path, size, temperature, why):
+    write_answers(tmp_path / "validation", *sampled(size, temperature))
+    closing = closing_of(read_answers(tmp_path / "validation.parquet"), "first")
+    assert closing["temperature"] == 1 and why in closing["why"]
+
+
+def test_shipped_answers_are_powers_of_the_shares_and_keep_the_mass_of_the_choices():
+    shipped = shipped_answers(ANSWERS, 2.0)
+    own = np.exp(ANSWERS["choice_log_probs"])
+    shares = np.sqrt(own) / np.sqrt(own).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.exp(shipped["choice_log_probs"]), shares * own.sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(np.exp(shipped["log_probs"]).sum(axis=1), 1, rtol=1e-6)
+    found, before = predictions(shipped), predictions(ANSWERS)
+    np.testing.assert_allclose(found["choice_confidence"], shares.max(axis=1))
+    assert found["correct"].tolist() == before["correct"].tolist()
+    assert found["confidence"][1] == pytest.approx(0.5), (
+        "the likeliest token is none of the choices, and stays as it was"
+    )
+    same = predictions(shipped_answers(ANSWERS, 1.0))
+    for name in before:
+        np.testing.assert_allclose(same[name], before[name], rtol=1e-6)
+
+
+def test_every_student_has_a_control_under_its_closing_temperature(tmp_path):
+    for model in ("teacher", "fine_tuned", "first/seed-1", "first/seed-2"):
+        for name in ("validation", "easy"):
+            write_answers(tmp_path / model / name, *sampled(80, 2.0))
+    closing = {"fine_tuned": 1.0, "first/seed-1": 2.0, "first/seed-2": 1.5}
+    calibration = {"method": "temperature", "value": 0.5, "criterion": "ece", "num_bins": 10}
+    found = collect(tmp_path, ["teacher", *closing], closing, ["easy"], calibration)
+    controls = {"teacher_recalibrated", "fine_tuned_post_hoc", "first_post_hoc/seed-1", "first_post_hoc/seed-2"}
+    assert set(found.predictions) == {"teacher", *closing, *controls} and found.omitted == {} == found.outside
+    assert found.fitted["first_post_hoc/seed-2"] == ("temperature", 1.5)
+
+
+def test_a_recalibrated_teacher_is_left_out_where_a_row_has_less_on_its_first_token_than_smoothing_takes(tmp_path):
+    for name, first in (("validation", 0.9), ("easy", 0.9), ("hard", 0.5)):
+        write_answers(tmp_path / "teacher" / name, [0.9, first], [True, False])
+    calibration = {"method": "label_smoothing", "value": 0.6, "criterion": "ece", "num_bins": 10}
+    found = collect(tmp_path, ["teacher"], {}, ["easy", "hard"], calibration)
+    assert set(found.predictions) == {"teacher"} and found.fitted == {}
+    reason = found.omitted["teacher_recalibrated"]
+    assert "label smoothing takes 0.6" in reason and "of hard, one has 0.5 there" in reason and "easy" not in reason
+    found = collect(tmp_path, ["teacher"], {}, ["easy"], calibration | {"value": 0.4})
+    assert "teacher_recalibrated" in found.predictions

@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import re
+import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +14,11 @@ import numpy as np
 import pytest
 
 import first_trl
-from first_trl.evaluation import describe_student, fit_thresholds, read_student, threshold_for
 from first_trl.hub.card import prepare_upload_folder
 from first_trl.hub.upload import push_folder
 from first_trl.prediction import ROWS_AT_A_TIME, Predictor, answered_lines, main, predict
 from first_trl.settings import TaskConfig
+from first_trl.student import Student, describe_student, fit_thresholds, read_student, threshold_for
 from tests.finished_run import make_base, make_run
 from tests.test_push import run_elsewhere
 from tests.tiny import WORDS
@@ -62,7 +66,7 @@ def test_the_names_are_the_packages_own():
 def test_a_student_answers_among_the_choices_with_its_confidence_and_abstains_below_the_threshold(student, predictor):
     asked = rows(20)
     answers = predict(predictor, asked, accuracy=0.8)
-    threshold = threshold_for(predictor.description, 0.8)
+    threshold = threshold_for(predictor.student, 0.8)
     assert 0 < sum(answer["abstain"] for answer in answers) < 20, "the threshold must tell some of these apart"
     for answer, (word, confidence) in zip(answers, slow_answers(student, [row["text"] for row in asked]), strict=True):
         assert answer["answer"] == word and answer["confidence"] == pytest.approx(confidence, abs=1e-5)
@@ -84,12 +88,35 @@ def test_thresholds_are_the_lowest_confidence_that_reaches_each_target():
     }  # fmt: skip
 
 
+def described(**changes):
+    thresholds = [{"target_accuracy": 0.9, "threshold": None, "coverage": 0.0, "accuracy": None}]
+    content = {"arm": "first", "task": {}, "loading": {}, "base_is_local": True, "num_examples": 9}
+    return Student(**{**content, "thresholds": thresholds, **changes})
+
+
 def test_a_target_that_validation_never_reached_means_to_abstain_always(predictor, monkeypatch):
-    thresholds = [{"target_accuracy": 0.9, "threshold": None}]
-    monkeypatch.setitem(predictor.description, "thresholds", thresholds)
+    monkeypatch.setattr(predictor, "student", described())
     assert all(answer["abstain"] for answer in predictor.predict(rows(5)))
     with pytest.raises(ValueError, match="no threshold was fitted for an accuracy of 0.5; choose among 0.9"):
         predictor.predict(rows(1), accuracy=0.5)
+
+
+def test_the_closing_temperature_divides_the_log_probabilities(predictor, monkeypatch):
+    before = predictor.predict(rows(5))
+    thresholds = [{"target_accuracy": 0.9, "threshold": 0.6, "coverage": 0.5, "accuracy": 0.9}]
+    monkeypatch.setattr(predictor, "student", described(temperature=2.0, thresholds=thresholds))
+    for answer, old in zip(predictor.predict(rows(5)), before, strict=True):
+        odds = (old["confidence"] / (1 - old["confidence"])) ** 0.5
+        assert answer["confidence"] == pytest.approx(odds / (1 + odds), rel=1e-4)
+        assert answer["answer"] == old["answer"] and answer["abstain"] == (answer["confidence"] < 0.6)
+
+
+def test_a_model_without_numbers_abstains_from_everything_with_an_error(predictor, monkeypatch):
+    nothing = lambda model, prompts, ids, **_: np.full((len(prompts), 2), np.nan)  # noqa: E731
+    monkeypatch.setattr("first_trl.scoring.sequence_log_probs", nothing)
+    with pytest.raises(ValueError, match="row 0: the model's probabilities are not numbers"):
+        predictor.predict(rows(2))
+    assert [list(line) for line in lines(predictor, b'{"text": "a film"}\n')] == [["error"]]
 
 
 def test_a_row_that_does_not_fit_the_task_is_named(predictor):
@@ -112,19 +139,25 @@ def test_lines_are_answered_in_order_over_several_batches_and_blank_ones_are_pas
 
 
 BAD_LINES = {
-    b"not json\n": "line 3 is not JSON in UTF-8",
-    b'{"text": "caf\xe9"}\n': "line 3 is not JSON in UTF-8",
-    b'"a film"\n': "line 3 holds a str; write one object a line",
-    b"[]\n": "line 3 holds a list",
+    b"not json\n": "line 3: it is not JSON in UTF-8",
+    b'{"text": "caf\xe9"}\n': "line 3: it is not JSON in UTF-8",
+    b'"a film"\n': "line 3: it holds a str; write one object a line",
+    b"[]\n": "line 3: it holds a list",
     b'{"texts": "a"}\n': "line 3: .*reads the column 'text'",
     b'{"text": null}\n': "line 3: .*missing",
+    b'{"text": "' + b"film " * 2000 + b'"}\n': "line 3: .*max_length",
+    b'{"text": "\\ud800"}\n': "line 3: ",
+    b"[" * 100_000 + b"\n": "line 3: it is not JSON",
+    b'{"text": {"a": [1]}}\n': "line 3: ",
 }
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
-def test_a_bad_line_is_named_by_its_number(predictor, line):
-    with pytest.raises(ValueError, match=BAD_LINES[line]):
-        lines(predictor, b'{"text": "a film"}\n', b"\n", line, b'{"text": "a film"}\n')
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: repr(line[:20]))
+def test_a_bad_line_has_its_error_and_loses_no_other(predictor, line):
+    good = b'{"text": "a film"}\n'
+    before, answer, after = lines(predictor, good, b"\n", line, good)
+    assert before == after and set(before) == {"answer", "confidence", "abstain"}
+    assert list(answer) == ["error"] and re.search(BAD_LINES[line], answer["error"])
 
 
 def test_the_command_reads_standard_input_or_a_file_and_writes_answers_whole(student, tmp_path, monkeypatch, capsys):
@@ -138,9 +171,30 @@ def test_the_command_reads_standard_input_or_a_file_and_writes_answers_whole(stu
     assert main([str(student), "--input", str(tmp_path / "asked.jsonl"), "--output", str(output)]) == 0
     assert output.read_text() == printed
     (tmp_path / "asked.jsonl").write_text(asked + "oh\n")
-    assert main([str(student), "--input", str(tmp_path / "asked.jsonl"), "--output", str(tmp_path / "no.jsonl")]) == 1
-    assert "predict failed: line 5 is not JSON" in capsys.readouterr().err
-    assert not (tmp_path / "no.jsonl").exists()
+    assert main([str(student), "--input", str(tmp_path / "asked.jsonl"), "--output", str(output)]) == 0
+    assert output.read_text().startswith(printed) and '{"error": "line 5: it is not JSON' in output.read_text()
+    assert "1 of 5 lines have no answer" in capsys.readouterr().err
+
+
+def test_an_output_that_is_no_ordinary_file_is_written_to_or_refused_and_never_replaced(student, tmp_path, capsys):
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps(rows(1)[0]) + "\n")
+    kept = asked.read_bytes()
+
+    def run(output):
+        return main([str(student), "--input", str(asked), "--output", str(output)])
+
+    link, target, pipe = tmp_path / "link.jsonl", tmp_path / "target.jsonl", tmp_path / "pipe"
+    link.symlink_to(target)
+    assert run(link) == 0 and link.is_symlink() and '"answer"' in target.read_text()
+    assert run("/dev/null") == 0 and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE)
+    assert run(pipe) == 0 and stat.S_ISFIFO(pipe.stat().st_mode) and b'"answer"' in reader.communicate(timeout=20)[0]
+    (tmp_path / "same.jsonl").symlink_to(asked)
+    for output, said in ((tmp_path, "is a folder"), (tmp_path / "same.jsonl", "is the file of the questions")):
+        assert run(output) == 1 and said in capsys.readouterr().err
+    assert asked.read_bytes() == kept
 
 
 def test_the_command_answers_its_help_without_anything_heavy():
@@ -153,17 +207,15 @@ def test_the_command_answers_its_help_without_anything_heavy():
 
 
 def test_a_folder_that_cannot_predict_says_what_it_lacks(student, tmp_path, capsys):
-    with pytest.raises(ValueError, match="no predict.json .* run `first-trl evaluate RECIPE`"):
+    with pytest.raises(ValueError, match="no predict.json .* run `first-trl distill RECIPE`"):
         Predictor(tmp_path)
     with pytest.raises(ValueError, match="there is no folder ./nowhere"):
         Predictor("./nowhere")
-    (tmp_path / "predict.json").write_text(
-        (student / "predict.json").read_text().replace('"schema_version": 1', '"schema_version": 9')
-    )
-    with pytest.raises(ValueError, match="schema version 9"):
-        read_student(tmp_path)
     free = describe_student(
-        "first", TaskConfig(prompt="{a}", completion="{b}"), {}, {"confidence": [1], "correct": [1]}
+        "first",
+        TaskConfig(prompt="{a}", completion="{b}"),
+        {"model_name_or_path": "x"},
+        {"confidence": [1], "correct": [1]},
     )
     (tmp_path / "predict.json").write_text(json.dumps(free))
     with pytest.raises(ValueError, match="lists no choices"):
@@ -171,9 +223,94 @@ def test_a_folder_that_cannot_predict_says_what_it_lacks(student, tmp_path, caps
     assert main([str(tmp_path)]) == 1 and "lists no choices" in capsys.readouterr().err
 
 
-def test_an_adapter_whose_base_model_is_not_here_says_so(student, tmp_path):
-    import shutil
+def edited(path, **changes):
+    """A JSON file with other values; a key of None is removed."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
+
+def with_threshold(folder, value):
+    threshold = {"target_accuracy": 0.9, "threshold": value, "coverage": 0.5, "accuracy": 0.9}
+    edited(folder / "predict.json", thresholds=[threshold])
+
+
+HOSTILE = {  # what is done to a student's folder -> what the one line says
+    "no adapter_config": (lambda f: (f / "adapter_config.json").unlink(), ""),
+    "adapter_config is no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "is damaged"),
+    "adapter_config is a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "is damaged"),
+    "adapter_config is nested": (lambda f: (f / "adapter_config.json").write_text("[" * 100_000), "is damaged"),
+    "no base": (lambda f: edited(f / "adapter_config.json", base_model_name_or_path=None), "is damaged"),
+    "base is a number": (lambda f: edited(f / "adapter_config.json", base_model_name_or_path=3), "no such folder"),
+    "base is gone": (lambda f: edited(f / "adapter_config.json", base_model_name_or_path="a/gone"), "no such folder"),
+    "unknown adapter": (lambda f: edited(f / "adapter_config.json", peft_type="SPELL"), ""),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), ""),
+    "empty weights": (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), ""),
+    "cut weights": (lambda f: os.truncate(f / "adapter_model.safetensors", 200), ""),
+    "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], ""),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ""),
+    "no predict.json": (lambda f: (f / "predict.json").unlink(), "there is no predict.json"),
+    "predict.json is no JSON": (lambda f: (f / "predict.json").write_text("{"), "not a student's"),
+    "predict.json is a list": (lambda f: (f / "predict.json").write_text("[]"), "not a student's"),
+    "predict.json is binary": (lambda f: (f / "predict.json").write_bytes(b"\xff\xfe\x00"), "not a student's"),
+    "predict.json is nested": (lambda f: (f / "predict.json").write_text("[" * 100_000), "not a student's"),
+    "another schema": (lambda f: edited(f / "predict.json", schema_version=9), "schema_version"),
+    "no loading": (lambda f: edited(f / "predict.json", loading=None), "loading"),
+    "no task": (lambda f: edited(f / "predict.json", task=None), "task"),
+    "a task of nothing": (lambda f: edited(f / "predict.json", task={"x": 1}), "task"),
+    "no thresholds": (lambda f: edited(f / "predict.json", thresholds=None), "thresholds"),
+    "empty thresholds": (lambda f: edited(f / "predict.json", thresholds=[]), "no threshold was fitted"),
+    "threshold NaN": (lambda f: with_threshold(f, float("nan")), "threshold"),
+    "threshold below 0": (lambda f: with_threshold(f, -1), "threshold"),
+    "threshold above 1": (lambda f: with_threshold(f, 1.5), "threshold"),
+    "threshold text": (lambda f: with_threshold(f, "0.5"), "threshold"),
+    "temperature 0": (lambda f: edited(f / "predict.json", temperature=0), "temperature"),
+    "temperature NaN": (lambda f: edited(f / "predict.json", temperature=float("nan")), "temperature"),
+    "temperature huge": (lambda f: edited(f / "predict.json", temperature=1e30), "temperature"),
+    "dtype of code": (lambda f: edited(f / "predict.json", loading={"dtype": "os.system"}), "dtype"),
+    "prompt of 10^12 tokens": (lambda f: edited_task(f, max_length=10**12), "max_length"),
+    "choices are numbers": (lambda f: edited_task(f, choices=[1, 2]), "choices"),
+    "template runs code": (lambda f: edited_task(f, prompt="{text.__class__}"), "task"),
+}  # fmt: skip
+FAST = (
+    "adapter_config is no JSON",
+    "base is gone",
+    "cut weights",
+    "predict.json is nested",
+    "threshold NaN",
+    "no loading",
+)
+
+
+def edited_task(folder, **changes):
+    file = folder / "predict.json"
+    edited(file, task=json.loads(file.read_text())["task"] | changes)
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in HOSTILE])
+def test_a_hostile_or_broken_folder_gives_one_line_and_no_answer(student, tmp_path, capsys, monkeypatch, name):
+    damage, said = HOSTILE[name]
+    shutil.copytree(student, tmp_path / "student")
+    damage(tmp_path / "student")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "a film"}\n')))
+    capsys.readouterr()
+    assert main([str(tmp_path / "student")]) == 1
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("[first-trl]")]
+    assert line.startswith("[first-trl] predict failed: ") and said in line
+    assert "Traceback" not in printed.err and printed.out == ""
+
+
+def test_what_else_a_description_holds_is_not_read(student, tmp_path):
+    shutil.copytree(student, tmp_path / "student")
+    edited(
+        tmp_path / "student" / "predict.json",
+        loading={"attn_implementation": "someone/kernel", "trust_remote_code": True, "model_revision": "other"},
+    )
+    _, read = read_student(tmp_path / "student")
+    assert read.loading.model_dump(exclude_none=True) == {}
+
+
+def test_an_adapter_whose_base_model_is_not_here_says_so(student, tmp_path):
     shutil.copytree(student, tmp_path / "student")
     config = tmp_path / "student" / "adapter_config.json"
     content = json.loads(config.read_text()) | {"base_model_name_or_path": "../models/gone"}

@@ -69,9 +69,9 @@ def whole(tmp_path_factory):
 
 def test_the_report_of_a_run_has_thresholds_fitted_on_validation_for_every_arm_and_control(whole):
     recipe, metrics = whole
-    arms = {"teacher", "teacher_recalibrated", "base", "fine_tuned", "fine_tuned_post_hoc", "first"}
-    arms |= {"distilled", "distilled_post_hoc", "first_label_smoothing", "first_probability"}
-    assert set(metrics["arms"]) == arms, "only a student that learned from nothing recalibrated has a post-hoc control"
+    students = {"fine_tuned", "first", "distilled", "first_label_smoothing", "first_probability"}
+    arms = {"teacher", "teacher_recalibrated", "base"} | students | {f"{student}_post_hoc" for student in students}
+    assert set(metrics["arms"]) == arms
     assert set(metrics["calibration"]["families"]) == {"temperature", "label_smoothing", "probability"}
     for arm in arms:
         assert set(metrics["arms"][arm]) == {"test"}, "validation is for fitting, and no column of the report"
@@ -85,10 +85,11 @@ def test_a_student_can_predict_from_its_own_folder_and_abstains_as_the_report_sa
 
     recipe, metrics = whole
     folder = recipe.run_folder / "students" / "first"
-    assert json.loads((folder / "calibration.json").read_text()) == metrics["calibration"]
+    closing = json.loads((folder / "calibration.json").read_text())
+    assert closing["num_examples"] == 24 and closing["temperature"] == 1 and "fewer than 50" in closing["why"]
     rows = list(load_dataset("json", data_files=recipe.datasets.test["test"].data_files, split="train"))
     answers = predict(folder, [{"text": row["text"]} for row in rows])
-    measured = metrics["arms"]["first"]["test"]["choices"]
+    measured = metrics["arms"]["first_post_hoc"]["test"]["choices"]
     right = [answer["answer"] == row["label"] for answer, row in zip(answers, rows, strict=True)]
     assert sum(right) / len(right) == pytest.approx(measured["accuracy"])
     answered = [not answer["abstain"] for answer in answers]
@@ -120,7 +121,7 @@ def test_a_run_without_recalibration_ends_with_a_report_and_a_line_that_says_so(
     path = tiny_recipe(tmp_path, calibrate={"method": "none"}, arms={"fine_tuned": {"trainer": "sft"}})
     recipe, metrics = run_stages(path)
     assert calibration_methods(recipe) == ["none"] and metrics["calibration"]["value"] is None
-    assert set(metrics["arms"]) == {"teacher", "base", "fine_tuned"}
+    assert set(metrics["arms"]) == {"teacher", "base", "fine_tuned", "fine_tuned_post_hoc"}
     assert "calibrate: none leaves the teacher's ECE" in capsys.readouterr().err
 
 
@@ -149,7 +150,7 @@ def test_a_smoothing_that_test_rows_do_not_allow_is_left_out_of_the_report_with_
     recipe = load_recipe(path)
     evaluate.evaluate(recipe)  # the command refuses a calibration that was edited
     metrics = json.loads((recipe.run_folder / "report" / "metrics.json").read_text())
-    assert set(metrics["arms"]) == {"teacher", "base", "fine_tuned", "fine_tuned_post_hoc", "first"}
+    assert set(metrics["arms"]) == {"teacher", "base", "fine_tuned", "fine_tuned_post_hoc", "first", "first_post_hoc"}
     assert "label smoothing takes 0.9 from the first token" in metrics["omitted"]["teacher_recalibrated"]
     said = capsys.readouterr().err
     assert "evaluate: teacher_recalibrated is left out: label smoothing takes 0.9" in said
@@ -185,7 +186,7 @@ def test_several_seeds_make_a_student_each_and_one_row_of_the_report(seeded):
     assert jobs_of(recipe, "distill") == [f"distill.{student}" for student in students]
     for student in students:
         assert (recipe.run_folder / "students" / student / "predict.json").is_file()
-    arms = {"teacher", "teacher_recalibrated", "base", "fine_tuned", "fine_tuned_post_hoc", "first"}
+    arms = {"teacher", "teacher_recalibrated", "base", "fine_tuned", "fine_tuned_post_hoc", "first", "first_post_hoc"}
     assert set(metrics["arms"]) == arms
     measured = metrics["arms"]["first"]["test"]
     ece = measured["seeds"]["ece"]["values"]

@@ -20,8 +20,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from ..evaluation import DEFAULT_TARGET, fit_threshold, mean_selective, selective
 from ..metrics import compare, expected_calibration_error, reliability_bins, risk_coverage_curve
+from ..student import DEFAULT_TARGET, fit_threshold, mean_selective, selective
 from .figures import calibration_figure, reliability_figure, risk_coverage_figure, to_png, training_figure
 from .verdict import FOCUS, order_arms, percent, verdict
 

@@ -3,7 +3,7 @@
     accelerate launch -m first_trl.stages.distill RECIPE [--arm NAME] [--key value ...]
 
 Reads `runs/<name>/cache/train` and `calibration.json`; writes `runs/<name>/students/<arm>/`, or, where the recipe has
-several `seeds`, `students/<arm>/seed-<n>/`. An arm with
+several `seeds`, `students/<arm>/seed-<n>/`: the weights, and what it takes to predict with them. An arm with
 `trainer: sft` is the control: TRL's SFTTrainer on the labels of `datasets.train`, the teacher unused.
 """
 
@@ -22,7 +22,17 @@ def main(recipe, options) -> None:
     for arm in recipe.students:
         if options.arm in (None, arm, arm_of(arm)):
             require(recipe, *jobs(recipe)[f"distill.{arm}"].needs)
-            run_job(recipe, options, f"distill.{arm}", partial(train_arm, recipe, arm, caches))
+            run_job(recipe, options, f"distill.{arm}", partial(make_student, recipe, arm, caches))
+
+
+def make_student(recipe, arm: str, caches: Callable, continues: bool) -> None:
+    """Train one student, then one pass over validation for its closing temperature and thresholds."""
+    from first_trl.evaluation import close_student
+
+    folder = new_folder(recipe.run_folder / "students" / arm)
+    if not (continues and (folder / "trainer_state.json").is_file()):  # written when training has ended
+        train_arm(recipe, arm, caches, continues)
+    close_student(recipe, arm, folder)
 
 
 def open_for_students(recipe, role: str):

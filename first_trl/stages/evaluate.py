@@ -2,24 +2,13 @@
 
     accelerate launch -m first_trl.stages.evaluate RECIPE [--key value ...]
 
-Reads the teacher, the students and the test sets; writes `runs/<name>/report/`. The arms are shared out over the
-processes of the job. `teacher_recalibrated`, `fine_tuned_post_hoc` and `distilled_post_hoc` are the same answers with
-a recalibration applied to them (`first_trl.evaluation`).
+Reads the teacher, the students and the test sets; writes `runs/<name>/report/`. The rows are shared out over the
+processes of the job. `teacher_recalibrated` and `<arm>_post_hoc` are the same answers after a recalibration.
 """
 
 import json
 
-from first_trl.constants import PREDICT_FILE
-from first_trl.files import write_atomically
-from first_trl.run import (
-    LONG,
-    jobs,
-    recalibration_of,
-    require,
-    run_job,
-    status,
-    teacher_path,
-)
+from first_trl.run import LONG, jobs, require, run_job, status, teacher_path
 from first_trl.stages.command import stage_command
 
 
@@ -37,9 +26,8 @@ def evaluate(recipe) -> None:
     if state.is_main_process and not recipe.evaluate.allow_overlap:
         refuse_overlap(recipe)
     arms = ["teacher", *(["base"] if "model_name_or_path" in recipe.distill else []), *recipe.students]
-    for arm in arms[state.process_index :: state.num_processes]:
+    for arm in arms:
         answer_all_sets(recipe, arm)
-    state.wait_for_everyone()
     if state.is_main_process:
         report(recipe, arms)
 
@@ -51,15 +39,12 @@ def report(recipe, arms: list[str]) -> None:
 
     folder, tests = recipe.run_folder / "report", list(recipe.datasets.test)
     calibration = json.loads((recipe.run_folder / "calibration.json").read_text(encoding="utf-8"))
-    uncalibrated = [student for student in recipe.students if recalibration_of(recipe, student)[0] == "none"]
-    predictions, fitted, omitted = collect(folder / "answers", arms, uncalibrated, tests, calibration)
-    for name, (method, value) in fitted.items():
+    found = collect(folder / "answers", arms, closing_temperatures(recipe), tests, calibration)
+    for name, (method, value) in found.fitted.items():
         status(f"evaluate: {name} is measured with {method} {value:.3g}, fitted on validation")
-    for name, reason in omitted.items():
+    for name, reason in found.omitted.items():
         status(f"evaluate: {name} is left out: {reason}; another calibrate.method serves every row")
-    for student in recipe.students:
-        make_self_contained(recipe, student, calibration, predictions[student][VALIDATION])
-    predictions = by_arm(predictions)
+    predictions = by_arm(found.predictions)
     validation = {arm: sets.pop(VALIDATION) for arm, sets in predictions.items()}
     write_report(
         folder,
@@ -72,9 +57,26 @@ def report(recipe, arms: list[str]) -> None:
         seed=recipe.evaluate.seed,
         validation=validation,
         test_curves=teacher_curves(folder / "answers", tests, calibration),
-        omitted=omitted,
+        omitted=found.omitted,
         training={arm: training_log(recipe, arm) for arm in recipe.students},
     )
+
+
+def closing_temperatures(recipe) -> dict[str, float]:
+    """{student: its closing temperature}: the one that it carries, or one fitted here where it carries none."""
+    from first_trl.evaluation import VALIDATION, closing_of, read_answers
+    from first_trl.student import CLOSING_FILE
+
+    temperatures = {}
+    for student in recipe.students if recipe.task.choices else []:
+        file = recipe.run_folder / "students" / student / CLOSING_FILE
+        if file.is_file():
+            closing = json.loads(file.read_text(encoding="utf-8"))
+        else:
+            answers = recipe.run_folder / "report" / "answers" / student / f"{VALIDATION}.parquet"
+            closing = closing_of(read_answers(answers), f"{student} on {VALIDATION}", recipe.evaluate.seed)
+        temperatures[student] = closing["temperature"]
+    return temperatures
 
 
 def refuse_overlap(recipe) -> None:
@@ -119,49 +121,20 @@ def refuse_overlap(recipe) -> None:
 
 def answer_all_sets(recipe, arm: str) -> None:
     """One model's answers to validation and to every test set, in `report/answers/<arm>/`."""
-    import pyarrow.parquet as pq
-    from accelerate import PartialState
-
-    from first_trl.data.loading import load_split
-    from first_trl.evaluation import answer_set, test_task
-    from first_trl.modeling import load_model, load_tokenizer
-    from first_trl.training import load_arguments, teacher_section
+    from first_trl.evaluation import answer_sets, test_task
+    from first_trl.training import teacher_section
 
     if arm == "teacher":
         path, section = teacher_path(recipe), teacher_section(recipe)
     elif arm == "base":
         path, section = recipe.distill["model_name_or_path"], recipe.distill
     else:
-        path, section = str(recipe.run_folder / "students" / arm), recipe.arm_section(arm)
-    model = load_model(path, device=PartialState().device, **load_arguments(section))
-    tokenizer = load_tokenizer(path, section.get("model_revision"))
-    folder = recipe.run_folder / "report" / "answers" / arm
-    folder.mkdir(parents=True, exist_ok=True)
-    sets = {"validation": (recipe.datasets.validation, recipe.task)}
-    sets |= {name: (config, test_task(recipe.task, config.task)) for name, config in recipe.datasets.test.items()}
-    for name, (config, task) in sets.items():
-        dataset = load_split(config, "validation" if name == "validation" else "test")
-        answers = answer_set(
-            model,
-            dataset,
-            task,
-            tokenizer,
-            top_k=recipe.cache.top_k,
-            tokens_per_batch=recipe.evaluate.tokens_per_batch,
-            support=recipe.cache.support,
-        )
-        pq.write_table(answers.data.table, folder / f"{name}.parquet")
-        status(f"evaluate: {arm} answered {len(answers)} rows of {name}")
-
-
-def make_self_contained(recipe, arm: str, calibration: dict, validation: dict) -> None:
-    """Put into a student's folder what predicting with it takes: task, thresholds, the teacher's calibration."""
-    from first_trl.evaluation import describe_student
-
-    folder = recipe.run_folder / "students" / arm
-    content = describe_student(arm, recipe.task, recipe.arm_section(arm), validation)
-    write_atomically(folder / PREDICT_FILE, json.dumps(content, indent=1))
-    write_atomically(folder / "calibration.json", json.dumps(calibration, indent=1))
+        path, section = recipe.run_folder / "students" / arm, recipe.arm_section(arm)
+    sets = {"validation": (recipe.datasets.validation, "validation", recipe.task)}
+    for name, config in recipe.datasets.test.items():
+        sets[name] = config, "test", test_task(recipe.task, config.task)
+    answer_sets(path, section, sets, recipe.run_folder / "report" / "answers" / arm, recipe)
+    status(f"evaluate: {arm} answered {', '.join(sets)}")
 
 
 def training_log(recipe, arm: str) -> list[dict]:

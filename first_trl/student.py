@@ -1,0 +1,264 @@
+"""What a student carries to predict: its closing temperature, the thresholds, and the file that holds them.
+
+`predict.json` lies beside a student's weights and makes the folder self-contained: the task (how a row becomes a
+prompt, and the closed answers), how the base model is loaded, the temperature that its probabilities are divided by,
+and for each target accuracy the lowest confidence that reached it on validation. `calibration.json` beside it says how
+that temperature was found. Both are written at the end of `distill`; `first_trl.prediction` reads them.
+
+Shapes: N examples, C choices, G temperatures.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .constants import PREDICT_FILE
+from .errors import FirstTrlError
+from .metrics import expected_calibration_error, threshold_for_accuracy
+from .settings import TaskConfig
+
+CLOSING_FILE = "calibration.json"  # in a student's folder: its closing temperature
+SCHEMA_VERSION = 2
+TARGETS = (0.8, 0.9, 0.95)
+DEFAULT_TARGET = 0.9
+# How far below its target a threshold may lie, with 90 % certainty, on rows like those that it was fitted on.
+SLACK = 0.02
+TEMPERATURES = np.exp(np.arange(-46, 47) * 0.03)  # of the closing calibration: 0.25 to 4, 3 % apart
+FEWEST_EXAMPLES = 50  # fewer say nothing of a temperature
+LONGEST = 2**20  # tokens of a prompt that a predict.json may ask for
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Loading(BaseModel):
+    """How the base model was held in memory when the thresholds were fitted; another way moves the probabilities."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    load_in_4bit: bool | None = None
+    load_in_8bit: bool | None = None
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = None
+    use_bnb_nested_quant: bool | None = None
+
+
+class Threshold(BaseModel):
+    """The lowest confidence that reached a target accuracy on validation (None if none did), and what it did there."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    target_accuracy: Share
+    threshold: Share | None
+    coverage: Share
+    accuracy: Share | None
+
+
+class Student(BaseModel):
+    """The content of `predict.json`. What else a file holds is not read: it may come from anybody."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    schema_version: Literal[2] = SCHEMA_VERSION
+    arm: str
+    task: dict[str, Any]
+    loading: Loading
+    base_is_local: bool
+    temperature: Annotated[float, Field(ge=0.1, le=10)] = 1.0
+    num_examples: int
+    thresholds: list[Threshold]
+
+
+def choice_shares(log_probs_NC: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """(N, C) probabilities of the choices, normalised over them, under a temperature."""
+    scaled_NC = log_probs_NC / temperature
+    shares_NC = np.exp(scaled_NC - scaled_NC.max(axis=1, keepdims=True))
+    return shares_NC / shares_NC.sum(axis=1, keepdims=True)
+
+
+def best_view(predictions: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(confidence, correct) as `predict` states them: among the choices where a task lists them."""
+    view = "choice_" if "choice_confidence" in predictions else ""
+    return np.asarray(predictions[f"{view}confidence"]), np.asarray(predictions[f"{view}correct"])
+
+
+def closing_calibration(
+    log_probs_NC: np.ndarray, is_label_NC: np.ndarray, bootstrap: int = 1000, seed: int = 0
+) -> dict:
+    """The one temperature that makes a student's own probabilities likeliest on validation: `calibration.json`.
+
+    Args:
+        log_probs_NC: a student's log-probabilities of the choices on validation, nats.
+        is_label_NC: which choice is right.
+
+    Returns:
+        "temperature", what `predict` divides log-probabilities by: "fitted", the minimum of the NLL, or 1 where its
+        bootstrap 95 % "interval" contains 1, where it lies at the edge of the search, or where there are too few
+        examples; "why" says which. NLL (nats) and ECE are those among the choices, at 1 and at "temperature".
+    """
+    if not is_label_NC.any(axis=1).all():
+        raise FirstTrlError(
+            f"row {int((~is_label_NC.any(axis=1)).argmax())} of validation is answered by none of task.choices, so "
+            "that no temperature can be fitted; correct the row or the choices."
+        )
+
+    def nll_at(temperature: float) -> np.ndarray:
+        scaled_NC = log_probs_NC.astype(np.float64) / temperature
+        return np.logaddexp.reduce(scaled_NC, axis=1) - np.where(is_label_NC, scaled_NC, 0).sum(axis=1)
+
+    nll_NG = np.stack([nll_at(temperature) for temperature in TEMPERATURES], axis=1)
+    nll_NG = nll_NG[np.isfinite(nll_NG).all(axis=1)]  # a label of probability 0 keeps it at every temperature
+    fitted = _lowest(nll_NG.mean(axis=0)) if len(nll_NG) else 1.0
+    generator, size, num_examples = np.random.default_rng(seed), len(nll_NG), len(log_probs_NC)
+    draws = [
+        np.bincount(generator.integers(size, size=size), minlength=size) @ nll_NG
+        for _ in range(bootstrap if size else 0)
+    ]
+    low, high = np.percentile([_lowest(draw / size) for draw in draws], [2.5, 97.5]) if draws else (fitted, fitted)
+    at_edge = not TEMPERATURES[1] < fitted < TEMPERATURES[-2]
+    reasons = {
+        f"there are fewer than {FEWEST_EXAMPLES} validation examples": size < FEWEST_EXAMPLES,
+        "the NLL has no minimum between 0.25 and 4": at_edge,
+        "the interval contains 1": low <= 1 <= high,
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    temperature = fitted if why is None else 1.0
+    right = is_label_NC[np.arange(num_examples), log_probs_NC.argmax(axis=1)]
+    confidence = {t: choice_shares(log_probs_NC, t).max(axis=1) for t in (1.0, temperature)}
+    ece = {t: expected_calibration_error(values, right) for t, values in confidence.items()}
+    return {
+        "schema_version": 1,
+        "scope": "choices",
+        "temperature": temperature,
+        "fitted": fitted,
+        "interval": [float(low), float(high)],
+        "why": why or "the interval does not contain 1",
+        "criterion": "nll",
+        "num_examples": num_examples,
+        "accuracy": float(right.mean()),
+        "nll_before": _finite(nll_at(1.0).mean()),
+        "nll_after": _finite(nll_at(temperature).mean()),
+        "ece_before": ece[1.0],
+        "ece_after": ece[temperature],
+    }
+
+
+def _finite(number: float) -> float | None:
+    return float(number) if np.isfinite(number) else None
+
+
+def _lowest(nll_G: np.ndarray) -> float:
+    """The temperature of the lowest NLL: of a parabola through the best of `TEMPERATURES` and its neighbours."""
+    best = int(nll_G.argmin())
+    if best in (0, len(nll_G) - 1):
+        return float(TEMPERATURES[best])
+    left, middle, right = nll_G[best - 1 : best + 2]
+    bend = left - 2 * middle + right
+    return float(TEMPERATURES[best] * np.exp(0.03 * (left - right) / (2 * bend) if bend > 0 else 0))
+
+
+def selective(confidence, correct, threshold: float | None) -> dict:
+    """What answering at or above a threshold does: "coverage", the share answered, and "accuracy" of it (or None)."""
+    answered = np.asarray(confidence) >= (np.inf if threshold is None else threshold)
+    return {
+        "coverage": float(answered.mean()),
+        "accuracy": float(np.asarray(correct)[answered].mean()) if answered.any() else None,
+    }
+
+
+def mean_selective(fitted: list[dict]) -> dict:
+    """The mean over seeds of their thresholds and of what those do; "seeds" has each where there are several.
+
+    Args: `fitted`: one dict per seed, with "threshold", "coverage" and "accuracy".
+    """
+    if len(fitted) == 1:
+        return fitted[0]
+    mean = {}
+    for name in ("threshold", "coverage", "accuracy"):
+        known = [one[name] for one in fitted if one[name] is not None]
+        mean[name] = float(np.mean(known)) if known else None
+    return mean | {"seeds": fitted}
+
+
+def fit_threshold(confidence, correct, target: float) -> float | None:
+    """The lowest confidence that reaches a target accuracy on validation, and not by the luck of a few examples."""
+    return threshold_for_accuracy(confidence, correct, target, SLACK)
+
+
+def fit_thresholds(confidence, correct) -> list[dict]:
+    """For each of `TARGETS` the lowest confidence that reaches it, None where none does, and what it does here.
+
+    Args: `confidence`, `correct` (n,) of a validation split.
+    """
+    thresholds = [(target, fit_threshold(confidence, correct, target)) for target in TARGETS]
+    return [
+        {"target_accuracy": target, "threshold": threshold, **selective(confidence, correct, threshold)}
+        for target, threshold in thresholds
+    ]
+
+
+def describe_student(arm: str, task: TaskConfig, section: dict, validation: dict, temperature: float = 1.0) -> dict:
+    """The content of `predict.json`.
+
+    Args:
+        section: the settings that the student was trained with.
+        validation: its predictions on validation, under its closing `temperature`.
+    """
+    confidence, correct = best_view(validation)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "arm": arm,
+        "task": {key: value for key, value in task if value is not None},
+        "loading": {key: section[key] for key in Loading.model_fields if section.get(key) is not None},
+        "base_is_local": Path(section["model_name_or_path"]).is_dir(),
+        "temperature": temperature,
+        "num_examples": len(confidence),
+        "thresholds": fit_thresholds(confidence, correct),
+    }
+
+
+def read_student(folder: str | Path) -> tuple[TaskConfig, Student]:
+    """(task, the whole content) of a student's `predict.json`.
+
+    Raises:
+        FirstTrlError: it is not there, not as this version writes it, or its task lists no closed answers.
+    """
+    file = Path(folder) / PREDICT_FILE
+    if not file.is_file():
+        raise FirstTrlError(
+            f"there is no {PREDICT_FILE} in {folder}, so neither its prompts nor its thresholds are known; run "
+            "`first-trl distill RECIPE`, which writes it into the folder of each student"
+        )
+    try:
+        student = Student.model_validate_json(file.read_bytes())
+        task = TaskConfig(**student.task)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        wrong = f"{place}: {first['msg']}"
+    except (TypeError, ValueError, RecursionError) as error:
+        wrong = f"task: {error}"
+    else:
+        wrong = None if task.max_length <= LONGEST else f"task.max_length is {task.max_length}, above {LONGEST}"
+    if wrong is not None:
+        raise FirstTrlError(
+            f"{file} is not a student's description as this version of first-trl writes it "
+            f"({' '.join(wrong.split())}); run `first-trl distill RECIPE` again, or fetch the folder again"
+        )
+    if not task.choices:
+        raise FirstTrlError(
+            f"the task in {file} lists no choices: `predict` answers closed questions, of which the confidence was "
+            "measured; for free text, generate with transformers, as the model card shows"
+        )
+    return task, student
+
+
+def threshold_for(student: Student, accuracy: float) -> float | None:
+    """The threshold fitted for a target accuracy; None where validation never reached it.
+
+    Raises:
+        FirstTrlError: no threshold was fitted for this target.
+    """
+    fitted = {entry.target_accuracy: entry.threshold for entry in student.thresholds}
+    if accuracy not in fitted:
+        targets = ", ".join(map(str, fitted)) or "none"
+        raise FirstTrlError(f"no threshold was fitted for an accuracy of {accuracy}; choose among {targets}")
+    return fitted[accuracy]
