@@ -20,7 +20,6 @@ from .metrics import expected_calibration_error, threshold_for_accuracy
 from .settings import TaskConfig
 
 CLOSING_FILE = "calibration.json"  # in a student's folder: its closing temperature
-SCHEMA_VERSION = 2
 TARGETS = (0.8, 0.9, 0.95)
 DEFAULT_TARGET = 0.9
 # How far below its target a threshold may lie, with 90 % certainty, on rows like those that it was fitted on.
@@ -57,7 +56,7 @@ class Student(BaseModel):
     """The content of `predict.json`. What else a file holds is not read: it may come from anybody."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[2] = 2
     arm: str
     task: dict[str, Any]
     loading: Loading
@@ -204,7 +203,7 @@ def describe_student(arm: str, task: TaskConfig, section: dict, validation: dict
     """
     confidence, correct = best_view(validation)
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": 2,
         "arm": arm,
         "task": {key: value for key, value in task if value is not None},
         "loading": {key: section[key] for key in Loading.model_fields if section.get(key) is not None},
@@ -227,6 +226,7 @@ def read_student(folder: str | Path) -> tuple[TaskConfig, Student]:
             f"there is no {PREDICT_FILE} in {folder}, so neither its prompts nor its thresholds are known; run "
             "`first-trl distill RECIPE`, which writes it into the folder of each student"
         )
+    wrong: str | None = None
     try:
         student = Student.model_validate_json(file.read_bytes())
         task = TaskConfig(**student.task)
@@ -237,7 +237,8 @@ def read_student(folder: str | Path) -> tuple[TaskConfig, Student]:
     except (TypeError, ValueError, RecursionError) as error:
         wrong = f"task: {error}"
     else:
-        wrong = None if task.max_length <= LONGEST else f"task.max_length is {task.max_length}, above {LONGEST}"
+        if task.max_length > LONGEST:
+            wrong = f"task.max_length is {task.max_length}, above {LONGEST}"
     if wrong is not None:
         raise FirstTrlError(
             f"{file} is not a student's description as this version of first-trl writes it "

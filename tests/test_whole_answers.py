@@ -77,14 +77,18 @@ def test_a_temperature_moves_mass_among_whole_answers_and_leaves_the_rest(answer
     np.testing.assert_allclose(mended["log_probs"][:, -1], rows["log_probs"][:, -1], rtol=1e-6)
 
 
-def test_both_recalibrated_controls_are_fitted_on_whole_answers(answers, tmp_path):
+def test_the_teachers_recalibration_is_fitted_again_on_whole_answers(answers, tmp_path):
     for model in ("teacher", "fine_tuned"):
         (tmp_path / model).mkdir()
         for name in ("validation", "test"):
             Dataset.from_parquet(str(tmp_path / "answers.parquet")).to_parquet(tmp_path / model / f"{name}.parquet")
     calibration = {"method": "temperature", "value": 7.77, "criterion": "nll", "num_bins": 10, "families": {}}
-    _, fitted, _ = collect(tmp_path, ["teacher", "fine_tuned"], ["fine_tuned"], ["test"], calibration)
-    assert fitted["teacher_recalibrated"] == fitted["fine_tuned_post_hoc"] != ("temperature", 7.77)
+    found = collect(tmp_path, ["teacher", "fine_tuned"], {"fine_tuned": 2.0}, ["test"], calibration)
+    assert found.fitted["teacher_recalibrated"][0] == "temperature" and found.fitted["teacher_recalibrated"][1] != 7.77
+    before, after = (
+        found.predictions[arm]["test"]["choice_confidence"] for arm in ("fine_tuned", "fine_tuned_post_hoc")
+    )
+    assert (after <= before + 1e-6).all()
 
 
 def test_what_is_for_single_tokens_is_refused(make_model, tokenizer):
