@@ -91,8 +91,8 @@ def sizes_of(folder: Path, model, rows, encode, vocab_size: int) -> dict[str, fl
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from first_trl.cache.inspection import teacher_bytes
     from first_trl.cache.reader import open_cache
+    from first_trl.cache_tools import teacher_bytes
 
     cache_of(folder / "cache", model, rows, encode, vocab_size)
     cache = open_cache(folder / "cache")

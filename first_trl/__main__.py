@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .cache import commands as cache_commands
+from . import cache_tools
 from .failures import memory_advice
 from .log import RunLog, libraries_into, recording, status
 from .recipe import STAGES, Recipe
@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
-    if argv[:1] == ["cache"] and argv[1:2] and argv[1] in cache_commands.COMMANDS:
-        return _alone(cache_commands.main, argv[1:])
+    if argv[:1] == ["cache"] and argv[1:2] and argv[1] in cache_tools.COMMANDS:
+        return _alone(cache_tools.main, argv[1:])
     if argv[:1] == ["predict"]:
         from .prediction import main as predict
 

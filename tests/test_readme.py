@@ -44,8 +44,8 @@ def test_a_command_names_a_stage_a_recipe_and_a_configuration_that_exist(line, m
     monkeypatch.setattr("first_trl.merging._recipe_job", lambda options: {})  # it would look for the recipe's data
     monkeypatch.setattr("first_trl.merging.merge", lambda **job: started.append(job) or {})
     monkeypatch.setattr("first_trl.prediction.main", lambda argv: started.append(argv[0]) or 0)
-    cache_command = command.cache_commands._parser().parse_args
-    monkeypatch.setattr(command.cache_commands, "main", lambda words: started.append(cache_command(words)) or 0)
+    cache_command = command.cache_tools._parser().parse_args
+    monkeypatch.setattr(command.cache_tools, "main", lambda words: started.append(cache_command(words)) or 0)
     monkeypatch.setattr("first_trl.demo.prepare_demo", lambda *_: ROOT / "first_trl/demo/demo.yaml")
     assert command.main(words[1:]) == 0 and len(started) == 1
 
