@@ -31,7 +31,8 @@ from .cache.format import tokenizer_fingerprint
 from .constants import HUB_ID, IGNORED, STAGES
 from .data.choices import choice_token_ids, encode_answer_row, has_answer, single_token_ids, unlabelled_encoder
 from .data.encoding import encode_prompt, encode_row
-from .data.loading import load_split, source_identity, tokenizer_state
+from .data.loading import load_split, source_identity
+from .data.rows import tokenizer_state
 from .errors import FirstTrlError
 from .evaluation import test_task
 from .failures import explain

@@ -23,6 +23,7 @@ from .cache.reader import TeacherCache, check_cache, check_vocabulary, open_cach
 from .calibration import recalibrate
 from .collator import COLUMNS, POSITIONS_PER_ROW, TEACHER_COLUMNS, TeacherCollator, prepare_rows
 from .constants import IGNORED
+from .data.encoding import check_first_row
 from .first_config import FIRSTConfig
 from .losses import conditional_divergence, mass_divergence, partition_divergence
 from .modeling import (
@@ -36,6 +37,7 @@ from .modeling import (
     load_tokenizer,
     supervised_mask,
 )
+from .settings import TaskConfig
 from .training import launched_sharded
 
 logger = logging.get_logger(__name__)
@@ -51,6 +53,8 @@ def _as_cache(dataset, tokenizer) -> TeacherCache:
         dataset = TeacherCache(Path("given as a Dataset"), {}, dataset)  # no manifest: columns and ids are checked
     elif isinstance(dataset, TeacherCache):
         check_cache(dataset, tokenizer=tokenizer)
+        if "first_row" in dataset.manifest:  # a cache of another writer may not hold it
+            check_first_row(dataset.manifest["first_row"], TaskConfig(**dataset.manifest["task"]), tokenizer)
     else:
         raise TypeError(
             f"FIRSTTrainer trains on a teacher cache (a folder, a TeacherCache, or its Dataset), not on a "

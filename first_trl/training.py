@@ -12,7 +12,8 @@ from pathlib import Path
 from accelerate import PartialState
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
-from .data.loading import load_split, tokenize_dataset
+from .data.rows import describe_lost, load_rows
+from .log import status
 from .modeling import keep_to_text, load_model
 from .settings import STAGE_DEFAULTS
 
@@ -76,12 +77,11 @@ def model_arguments(args, model_args: ModelConfig) -> dict:
 def tokenized_splits(recipe, roles: tuple[str, ...], tokenizer) -> dict:
     """{role: tokenised rows} of the recipe's splits; the main process makes them, the others read its files."""
     with PartialState().main_process_first():
-        return {
-            role: tokenize_dataset(
-                load_split(getattr(recipe.datasets, role), role), recipe.task, tokenizer, place=f"datasets.{role}"
-            )
-            for role in roles
-        }
+        used = {role: load_rows(getattr(recipe.datasets, role), role, recipe.task, tokenizer) for role in roles}
+    for role, rows in used.items():
+        if line := describe_lost(f"datasets.{role}", rows.lost):
+            status(line)
+    return {role: rows.tokenized for role, rows in used.items()}
 
 
 def train_and_save(trainer, folder: Path, continues: bool) -> None:

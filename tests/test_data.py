@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from first_trl.data.choices import choice_token_ids, single_token_ids
 from first_trl.data.encoding import TooLongError, encode_example, encode_prompt
-from first_trl.data.loading import check_disjoint, load_split, local_files, source_identity, tokenize_dataset
+from first_trl.data.loading import load_split, local_files, source_identity
+from first_trl.data.rows import check_disjoint, tokenize_dataset
 from first_trl.errors import FirstTrlError
 from first_trl.settings import DatasetConfig, TaskConfig
 from first_trl.templates import render_template, template_fields

@@ -59,7 +59,8 @@ def data(*lines, tokenizer=None, source=None, **task):
     """Load and encode data/rows.jsonl, which has these lines (rows, or text as it is)."""
 
     def act(folder):
-        from first_trl.data.loading import load_split, tokenize_dataset
+        from first_trl.data.loading import load_split
+        from first_trl.data.rows import tokenize_dataset
 
         text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
         (folder / "data" / "rows.jsonl").write_text(text)

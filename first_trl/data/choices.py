@@ -249,11 +249,24 @@ def with_answer(row: Mapping[str, Any], task: TaskConfig, choice: str) -> dict[s
     return {**row, field.column: choice}
 
 
-def with_placeholder_answers(dataset: "Dataset", task: TaskConfig) -> "Dataset":
-    """Rows without answers, with the first choice as everyone's, for where prompts matter; others as they are."""
-    if not task.choices or has_answer(task, dataset[0]):
+def with_placeholder_answers(dataset: "Dataset", task: TaskConfig, place: str = "datasets.transfer") -> "Dataset":
+    """Rows without answers, with the first choice as everyone's, for where prompts matter; others as they are.
+
+    Raises:
+        FirstTrlError: there are no choices; a teacher gives rows without labels nothing else at one position.
+    """
+    if has_answer(task, dataset[0]):
         return dataset
-    return dataset.map(partial(with_answer, task=task, choice=task.choices[0]))
+    return dataset.map(partial(with_answer, task=task, choice=_choices_of(task, place)[0]))
+
+
+def _choices_of(task: TaskConfig, place: str) -> list[str]:
+    if not task.choices:
+        raise FirstTrlError(
+            f"{place}: the rows have no answer, and task.choices is not set. A teacher gives rows without labels one "
+            "of the declared answers; list them, or give the rows their answers"
+        )
+    return task.choices
 
 
 def unlabelled_encoder(task: TaskConfig, tokenizer, first_row: Mapping[str, Any], place: str):
@@ -262,21 +275,16 @@ def unlabelled_encoder(task: TaskConfig, tokenizer, first_row: Mapping[str, Any]
     Returns:
         A function from a row and its number to an example that ends in the first choice, and
         `first_trl.scoring.Candidates` as a pair: the tokens by which the choices are compared, and their completions.
-
     Raises:
-        FirstTrlError: there are no choices; nothing else can be asked of a teacher at one position.
+        FirstTrlError: there are no choices.
     """
-    if not task.choices:
-        raise FirstTrlError(
-            f"{place}: the rows have no answer, and task.choices is not set. A teacher gives rows without labels one "
-            "of the declared answers; list them, or give the rows their answers"
-        )
+    choices = _choices_of(task, place)
 
     def completion(row: Mapping[str, Any], choice: str) -> list[int]:
         example = encode_row(with_answer(row, task, choice), 0, task, tokenizer, place)
         return [label for label in example["labels"] if label != IGNORED]
 
-    choices, answers = task.choices, choice_token_ids(task, tokenizer, first_row)
+    answers = choice_token_ids(task, tokenizer, first_row)
     completions = [completion(first_row, choice) for choice in choices]
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, list[int]]:

@@ -10,22 +10,17 @@ import errno
 import glob
 import hashlib
 import json
-from array import array
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import templates
-from ..constants import BUILDERS, HUB_ID, IGNORED
+from ..constants import BUILDERS, HUB_ID
 from ..errors import FirstTrlError
 from ..files import file_digest
-from ..settings import DatasetConfig, TaskConfig
-from .encoding import encode_row
+from ..settings import DatasetConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 
 def local_files(config: DatasetConfig) -> list[Path]:
@@ -243,91 +238,6 @@ def _class_names(batch: dict[str, list], names: dict[str, list[str]]) -> dict[st
         column: [None if label is None or label < 0 else known[label] for label in batch[column]]
         for column, known in names.items()
     }
-
-
-def tokenize_dataset(
-    dataset: "Dataset",
-    task: TaskConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    num_proc: int | None = None,
-    place: str = "",
-) -> "Dataset":
-    """Encode every row, in order, into exactly `input_ids` and `labels` (lists of int32); no row is dropped.
-
-    Args:
-        place: where the rows come from, such as `datasets.train`, for the messages of errors.
-
-    Raises:
-        FirstTrlError: as `encode_example`, beginning with the place and the number of the row.
-    """
-    import datasets
-
-    lists = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")})
-    # Named here, because a tokenizer's own hash changes when it is used, and the cache would never be found again.
-    parts = [dataset._fingerprint, dict(task), tokenizer_state(tokenizer), _code_of_tokens()]
-    return dataset.map(
-        partial(encode_row, task=task, tokenizer=tokenizer, place=place),
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        features=lists,
-        num_proc=num_proc,
-        new_fingerprint=datasets.fingerprint.Hasher.hash(parts),
-        desc="Tokenizing",
-    )
-
-
-@lru_cache(maxsize=1)
-def _code_of_tokens() -> list[str]:
-    """Digests of the modules that decide a row's tokens, so that no upgrade reads what an older one tokenised."""
-    return [file_digest(file) for file in [*sorted(Path(__file__).parent.glob("*.py")), Path(templates.__file__)]]
-
-
-def tokenizer_state(tokenizer) -> list:
-    """What decides the tokens of a text, without the padding and truncation that earlier calls left behind."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
-    if backend is not None:
-        state.update(padding=None, truncation=None)
-    digest = hashlib.sha256(json.dumps(state).encode())
-    return [digest.hexdigest(), tokenizer.chat_template, tokenizer.special_tokens_map, type(tokenizer).__name__]
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Examples of `second` whose prompt is also in `first`: how many, and a few as (row of first, row of second)."""
-
-    first: str
-    second: str
-    count: int
-    rows: list[tuple[int, int]]
-
-
-def check_disjoint(splits: dict[str, "Dataset"]) -> list[Overlap]:
-    """Prompts shared between tokenised splits, one `Overlap` per pair that shares any.
-
-    `splits` is {"train": ..., "transfer": ..., "validation": ..., and any test sets}, those that there are, in this
-    order; pairs of two test sets are not compared. What to do about an overlap is the caller's decision. Rows are
-    those of the datasets that were tokenised.
-    """
-    prompts = {name: _prompt_rows(dataset) for name, dataset in splits.items()}
-    overlaps, names = [], list(splits)
-    for first in (name for name in ("train", "transfer", "validation") if name in splits):
-        for second in names[names.index(first) + 1 :]:
-            shared = prompts[first].keys() & prompts[second].keys()
-            rows = sorted((row, prompts[first][prompt][0]) for prompt in shared for row in prompts[second][prompt])
-            if rows:
-                overlaps.append(Overlap(first, second, len(rows), [(there, here) for here, there in rows[:5]]))
-    return overlaps
-
-
-def _prompt_rows(dataset: "Dataset") -> dict[bytes, list[int]]:
-    """Digest of a prompt's tokens -> the rows that have it, in order."""
-    rows: dict[bytes, list[int]] = {}
-    for index, example in enumerate(dataset.select_columns(["input_ids", "labels"])):
-        length = next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
-        digest = hashlib.sha256(array("q", example["input_ids"][:length])).digest()
-        rows.setdefault(digest, []).append(index)
-    return rows
 
 
 # Why a source could not be loaded

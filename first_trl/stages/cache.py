@@ -73,14 +73,29 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
     from first_trl.cache.identity import cached_split, kept_tokens
     from first_trl.cache.reader import parquet_files
     from first_trl.cache.writer import CacheWriter, write_shards
-    from first_trl.data.loading import load_split
+    from first_trl.data.choices import forced_tokens, with_answer
+    from first_trl.data.encoding import first_row
+    from first_trl.data.rows import describe_lost, load_rows
 
     state, settings, folder = PartialState(), recipe.cache, new_folder(recipe.run_folder / "cache" / role)
+    place = "datasets.transfer" if role == "train" and recipe.datasets.transfer else f"datasets.{role}"
     with state.local_main_process_first():
-        dataset = load_split(cached_split(recipe, role), role, streaming=settings.streaming)
-    encode, asked = row_encoder(recipe, role, tokenizer, next(iter(dataset), {}))
+        split = cached_split(recipe, role)
+        dataset, _, lost = load_rows(split, role, recipe.task, tokenizer, place=place, streaming=settings.streaming)
+    if line := describe_lost(place, lost):
+        status(line)
+    first = next(iter(dataset))
+    encode, asked = row_encoder(recipe, role, tokenizer, first)
     unlabelled = "candidates" in asked
-    identity = {**identity, "labels": "teacher" if unlabelled else "given"}
+    identity = {
+        **identity,
+        "labels": "teacher" if unlabelled else "given",
+        "rows": lost,
+        "forced": forced_tokens(recipe.task, tokenizer, first),
+        "first_row": first_row(
+            recipe.task, tokenizer, with_answer(first, recipe.task, recipe.task.choices[0]) if unlabelled else first
+        ),
+    }
     layout = {"top_k": kept_tokens(recipe), "dtype": settings.dtype, "rows_per_shard": settings.rows_per_shard}
     writer = CacheWriter(folder, identity, **layout)
     # What is there and of another job is removed: the run folder's record says that it is out of date

@@ -87,7 +87,8 @@ def refuse_overlap(recipe) -> None:
     """
 
     from first_trl.data.choices import with_placeholder_answers
-    from first_trl.data.loading import check_disjoint, load_split, tokenize_dataset
+    from first_trl.data.loading import load_split
+    from first_trl.data.rows import check_disjoint, tokenize_dataset
     from first_trl.evaluation import test_task
     from first_trl.modeling import load_tokenizer
 

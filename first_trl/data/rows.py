@@ -1,0 +1,227 @@
+"""The rows of a split that are used, tokenised: what does not fit is refused, dropped or cut, and counted.
+
+Training, caching and evaluation all take their rows from here, so that the number of a row means the same row
+everywhere. How one row is encoded is `first_trl.data.encoding`.
+"""
+
+import hashlib
+import json
+from array import array
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .. import templates
+from ..constants import IGNORED
+from ..errors import FirstTrlError
+from ..files import file_digest
+from ..settings import DatasetConfig, TaskConfig
+from .choices import with_placeholder_answers
+from .encoding import TooLongError, encode_example
+from .loading import load_split
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+MOST_LOST = 0.05  # of a split's rows, dropped, that need no warning
+
+
+class UsableRows(NamedTuple):
+    """The rows of a split that are used.
+
+    `rows` are as they were loaded, `tokenized` has exactly their `input_ids` and `labels` (lists of int32), in the
+    same order (None for a stream). `lost` is plain data: {"rows": of the split, "dropped": {reason: rows}, "cut":
+    {"prompt" or "completion": rows}}.
+    """
+
+    rows: "Dataset"
+    tokenized: "Dataset | None"
+    lost: dict[str, Any]
+
+
+def load_rows(
+    config: DatasetConfig,
+    role: str,
+    task: TaskConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    place: str = "",
+    streaming: bool = False,
+    num_proc: int | None = None,
+) -> UsableRows:
+    """Load a split and keep the rows that can be used; with `datasets.*.bad_rows` and `task.too_long` as they say.
+
+    Rows of `datasets.transfer` (a `place`) may have no answers.
+
+    Raises:
+        FirstTrlError: as `load_split` and `usable_rows`; or rows of a stream are to be dropped.
+    """
+    place = place or f"datasets.{role}"
+    rows = load_split(config, role, streaming=streaming)
+    if not streaming:
+        labelled = place != "datasets.transfer"
+        return usable_rows(
+            rows, task, tokenizer, place=place, bad_rows=config.bad_rows, labelled=labelled, num_proc=num_proc
+        )
+    if "drop" in (config.bad_rows, task.too_long):
+        key = f"{place}.bad_rows" if config.bad_rows == "drop" else "task.too_long"
+        raise FirstTrlError(
+            f"{key} is 'drop', and rows of a stream are not counted before they are read; set cache.streaming: false, "
+            f"or {key}: refuse"
+        )
+    return UsableRows(rows, None, {})
+
+
+def usable_rows(
+    dataset: "Dataset",
+    task: TaskConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    place: str = "",
+    bad_rows: str = "refuse",
+    labelled: bool = True,
+    num_proc: int | None = None,
+) -> UsableRows:
+    """Encode every row, in order, and drop those that the task and `bad_rows` let go.
+
+    Args:
+        place: where the rows come from, such as `datasets.train`, for the messages of errors.
+        labelled: False where rows may have no answers; a declared choice then stands in for each.
+
+    Raises:
+        FirstTrlError: rows that cannot be used, or none that can; the first is named with its problem.
+    """
+    import datasets
+
+    answered = dataset if labelled else with_placeholder_answers(dataset, task)
+    features = {name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")}
+    features |= {name: datasets.Value("string") for name in ("cut", "reason", "problem")}
+    # Named here, because a tokenizer's own hash changes when it is used, and the cache would never be found again.
+    parts = [answered._fingerprint, dict(task), tokenizer_state(tokenizer), _code_of_tokens()]
+    encoded = answered.map(
+        partial(_encode, task=task, tokenizer=tokenizer),
+        remove_columns=answered.column_names,
+        features=datasets.Features(features),
+        num_proc=num_proc if num_proc and len(answered) >= 1000 * num_proc else None,
+        new_fingerprint=datasets.fingerprint.Hasher.hash(parts),
+        desc=f"Tokenizing {place}".strip(),
+    )
+    reasons = encoded.data.column("reason").to_pylist()
+    policies = {"too_long": task.too_long == "drop", "bad": bad_rows == "drop"}
+    refused = [number for number, reason in enumerate(reasons) if reason and not policies[reason]]
+    if refused:
+        others = f" (and {len(refused) - 1:,} more of {len(reasons):,} rows cannot be used)" * (len(refused) > 1)
+        name = f"{place}{', ' if place else ''}row {refused[0]}"
+        raise FirstTrlError(f"{name}: {encoded[refused[0]]['problem']}{others}")
+    tokenized = encoded.select_columns(["input_ids", "labels"])
+    dropped = Counter(reason for reason in reasons if reason)
+    lost = {
+        "rows": len(reasons),
+        "dropped": dict(dropped),
+        "cut": dict(Counter(cut for cut in encoded.data.column("cut").to_pylist() if cut)),
+    }
+    if not dropped:
+        return UsableRows(dataset, tokenized, lost)
+    kept = [number for number, reason in enumerate(reasons) if not reason]
+    if not kept:
+        raise FirstTrlError(f"{place}: every row is dropped, the first because {encoded[0]['problem']}")
+    return UsableRows(dataset.select(kept), tokenized.select(kept), lost)
+
+
+def _encode(row: Mapping[str, Any], task: TaskConfig, tokenizer) -> dict[str, Any]:
+    try:
+        example = encode_example(task, tokenizer, row)
+    except FirstTrlError as error:
+        reason = "too_long" if isinstance(error, TooLongError) else "bad"
+        return {"input_ids": [], "labels": [], "cut": "", "reason": reason, "problem": str(error)}
+    return {name: example[name] for name in ("input_ids", "labels", "cut")} | {"reason": "", "problem": ""}
+
+
+def without_shared(used: UsableRows, shared: Collection[int]) -> UsableRows:
+    """A test set without the rows of these numbers, which models were fitted on; they are counted."""
+    kept = [number for number in range(len(used.rows)) if number not in shared]
+    dropped = {**used.lost["dropped"], "overlap": len(used.rows) - len(kept)}
+    assert used.tokenized is not None
+    return UsableRows(used.rows.select(kept), used.tokenized.select(kept), {**used.lost, "dropped": dropped})
+
+
+def describe_lost(place: str, lost: Mapping[str, Any]) -> str | None:
+    """One line on the rows of a split that were dropped or cut; None where there are none.
+
+    More than `MOST_LOST` dropped makes it a warning.
+    """
+    words = {"too_long": "too long", "bad": "not usable", "overlap": "also in a split that models were fitted on"}
+    dropped, cut = lost.get("dropped") or {}, lost.get("cut") or {}
+    told = [f"{count:,} dropped ({words[reason]})" for reason, count in dropped.items()]
+    told += [f"{count:,} with the end of the {part} cut" for part, count in cut.items()]
+    if not told:
+        return None
+    warning = "warning: " * (sum(dropped.values()) > MOST_LOST * lost["rows"])
+    return f"{warning}{place}: of {lost['rows']:,} rows {', '.join(told)}"
+
+
+def tokenize_dataset(
+    dataset: "Dataset", task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", place: str = ""
+) -> "Dataset":
+    """The `tokenized` of `usable_rows` where no row may be dropped for what it holds."""
+    tokenized = usable_rows(dataset, task, tokenizer, place=place).tokenized
+    assert tokenized is not None
+    return tokenized
+
+
+@lru_cache(maxsize=1)
+def _code_of_tokens() -> list[str]:
+    """Digests of the modules that decide a row's tokens, so that no upgrade reads what an older one tokenised."""
+    return [file_digest(file) for file in [*sorted(Path(__file__).parent.glob("*.py")), Path(templates.__file__)]]
+
+
+def tokenizer_state(tokenizer) -> list:
+    """What decides the tokens of a text, without the padding and truncation that earlier calls left behind."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if backend is not None:
+        state.update(padding=None, truncation=None)
+    digest = hashlib.sha256(json.dumps(state).encode())
+    return [digest.hexdigest(), tokenizer.chat_template, tokenizer.special_tokens_map, type(tokenizer).__name__]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Examples of `second` whose prompt is also in `first`: how many, and all as (row of first, row of second)."""
+
+    first: str
+    second: str
+    count: int
+    rows: list[tuple[int, int]]
+
+
+def check_disjoint(splits: dict[str, "Dataset"]) -> list[Overlap]:
+    """Prompts shared between tokenised splits, one `Overlap` per pair that shares any.
+
+    `splits` is {"train": ..., "transfer": ..., "validation": ..., and any test sets}, those that there are, in this
+    order; pairs of two test sets are not compared. What to do about an overlap is the caller's decision. Rows are
+    those of the datasets that were tokenised.
+    """
+    prompts = {name: _prompt_rows(dataset) for name, dataset in splits.items()}
+    overlaps, names = [], list(splits)
+    for first in (name for name in ("train", "transfer", "validation") if name in splits):
+        for second in names[names.index(first) + 1 :]:
+            shared = prompts[first].keys() & prompts[second].keys()
+            rows = sorted((row, prompts[first][prompt][0]) for prompt in shared for row in prompts[second][prompt])
+            if rows:
+                overlaps.append(Overlap(first, second, len(rows), [(there, here) for here, there in rows]))
+    return overlaps
+
+
+def _prompt_rows(dataset: "Dataset") -> dict[bytes, list[int]]:
+    """Digest of a prompt's tokens -> the rows that have it, in order."""
+    rows: dict[bytes, list[int]] = {}
+    for index, example in enumerate(dataset.select_columns(["input_ids", "labels"])):
+        length = next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
+        digest = hashlib.sha256(array("q", example["input_ids"][:length])).digest()
+        rows.setdefault(digest, []).append(index)
+    return rows
