@@ -294,7 +294,8 @@ MISTAKES = [
      "datasets.train, row 0: the completion ' {label}' is empty in this row; fill its answer or drop it"),
     ("sft", "a prompt longer than max_length", data(ROW | {"text": "good " * 20}),
      "datasets.train, row 0: the prompt is 24 tokens and the whole example 26, so that task.max_length "
-     "= 16 leaves nothing to learn or to answer; raise task.max_length or shorten the prompt"),
+     "= 16 leaves nothing to learn or to answer; raise task.max_length, shorten the "
+     "prompt, or set task.too_long: drop or cut"),
     ("sft", "a prompt that ends in a space",
      data(ROW, prompt="Review: {text}\nSentiment: ", completion="{label}", tokenizer=pieces),
      "datasets.train, row 0: the prompt ends in the tokens ['Ġ'], which become ['Ġgood'] once the "
