@@ -518,20 +518,49 @@ def render(bench: Bench) -> str:
         several=", ".join(f"{rate:g}" for rate in sizes.rates),
         **vars(sizes),
     )
-    lines = [*head.splitlines(), ""]
+    pages: list[str] = []
+    rows = ["## In short", "", f"| {' | '.join(SUMMARY)} |", "|---|---|---|" + "---:|" * (len(SUMMARY) - 3)]
     for task in bench.tasks:
-        lines += [f"## {task}: {bench.tasks[task].title}", ""]
-        for regime in REGIMES:
-            lines += section(bench, task, regime)
-    return "\n".join(lines).rstrip() + "\n"
+        pages += [f"## {task}: {bench.tasks[task].title}", ""]
+        for name, regime in REGIMES.items():
+            seeds = bench.finished(task, name)
+            measured = {}
+            if 0 in seeds:
+                measured = {test: measure(bench, task, name, seeds, test) for test in bench.tasks[task].tests}
+            rows.append(summary(task, regime, seeds, measured))
+            pages += section(bench, task, name, seeds, measured)
+    return "\n".join([*head.splitlines(), "", *rows, "", *pages]).rstrip() + "\n"
 
 
-def section(bench: Bench, task: str, name: str) -> list[str]:
-    regime, seeds = REGIMES[name], bench.finished(task, name)
+SUMMARY = (
+    "task, in domain",
+    "regime",
+    "claims that held",
+    "teacher, accuracy",
+    *(f"`{arm}_post_hoc`, accuracy, NLL" for arm in ARMS),
+    "ECE as trained, %: fine_tuned, distilled, first",
+)
+
+
+def summary(task: str, regime: Regime, seeds: list[int], measured: dict) -> str:
+    """One line of the table at the top."""
+    if not measured:
+        return f"| {task} | {regime.title} | not run |" + " |" * (len(SUMMARY) - 3)
+    own = next(iter(measured.values()))
+    held = sum(all(claim.holds(seed) for seed in own["by_seed"].values()) for claim in regime.claims)
+    mean = own["mean"]
+    shipped = [f"{100 * mean[arm]['accuracy']:.1f}, {mean[arm]['nll']:.3f}" for arm in (f"{a}_post_hoc" for a in ARMS)]
+    errors = ", ".join(f"{100 * mean[arm]['ece']:.1f}" for arm in ARMS)
+    outcome = f"{held} of {len(regime.claims)}, on {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    cells = [task, regime.title, outcome, f"{100 * mean['teacher']['accuracy']:.1f}", *shipped, errors]
+    return f"| {' | '.join(cells)} |"
+
+
+def section(bench: Bench, task: str, name: str, seeds: list[int], measured: dict) -> list[str]:
+    regime = REGIMES[name]
     lines = [f"### {name}: {regime.title}", "", f"Hypothesis, written first: {regime.hypothesis}", ""]
-    if 0 not in seeds:
+    if not measured:
         return [*lines, "**Not run.**", ""]
-    measured = {test: measure(bench, task, name, seeds, test) for test in bench.tasks[task].tests}
     lines += [f"Seeds: {', '.join(map(str, seeds))}.", *choices(bench, task, name, seeds), ""]
     lines += ["| claim, in domain | outcome |", "|---|---|"]
     in_domain = next(iter(measured.values()))["by_seed"]
