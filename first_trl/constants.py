@@ -22,6 +22,8 @@ PREDICT_FILE = "predict.json"
 # A repository on the Hub, `owner/name`, or `name` alone for the oldest models and datasets.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,99}", re.ASCII)  # of an arm or a test set
+
 # File suffix -> the builder of `datasets` that reads it.
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 

@@ -15,8 +15,8 @@ import yaml
 
 from .constants import SECRET_VALUE
 from .errors import FirstTrlError
+from .settings import MISSING
 
-MISSING = object()  # the value of a problem about something that is not there
 # A recipe is a page. These bounds stop aliases that unfold into millions of nodes, and files that are something else.
 _MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 100_000, 20_000, 32
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
@@ -52,7 +52,7 @@ class ErrorCollector:
             return
         if settle:
             self.settled.add(path)
-        shown = "" if value is MISSING or not path else f" = {_shown(path, value)}"
+        shown = "" if value is MISSING or isinstance(value, dict) or not path else f" = {_shown(path, value)}"
         name = ".".join(map(str, path))
         self._add(self._place(path), f"{name}{shown}: {what}" if name else what, remedy)
 

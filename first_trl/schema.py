@@ -8,10 +8,22 @@ first-trl schema --markdown                 every setting as a table, the second
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any
 
-from .recipe import Recipe, RecipeError, described, load_recipe
-from .settings import RESERVED_KEYS, DatasetConfig, Section, first_only_keys, training_model
+from .recipe import Recipe, RecipeError, described, file_model, load_recipe
+from .settings import (
+    CacheConfig,
+    CalibrateConfig,
+    DatasetConfig,
+    Datasets,
+    EvaluateConfig,
+    PushConfig,
+    Section,
+    TaskConfig,
+    first_only_keys,
+    training_model,
+)
 
 _VARIABLE = {"type": "string", "pattern": r"^\$\{.+\}$"}
 
@@ -39,22 +51,14 @@ def schema_main(argv: list[str]) -> int:
 
 def recipe_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, with the help of every setting, TRL's included."""
-    schema = Recipe.model_json_schema()
-    properties = schema["properties"]
-    own = training_model("distill").model_json_schema()["properties"]
-    own = {key: item for key, item in own.items() if key not in RESERVED_KEYS and key != "hub_token"}
-    same = {key: {"$ref": f"#/properties/distill/properties/{key}"} for key in own}
-    trainer = {"enum": ["first", "sft"], "default": "first", "description": "Knowledge matching, or labels."}
-    properties["distill"] |= {"properties": own, "additionalProperties": False}
-    properties["sft"] |= {
-        "properties": {key: item for key, item in same.items() if key not in first_only_keys()},
-        "additionalProperties": False,
-    }
-    arm = {"type": "object", "properties": {"trainer": trainer, **same}, "additionalProperties": False}
-    properties["arms"]["additionalProperties"] = arm
+    schema = file_model().model_json_schema()
     extends = {"type": "string", "description": "Another recipe, relative to this one, whose settings these change."}
-    schema["properties"] = {"extends": extends, **properties}
+    schema["properties"] = {"extends": extends, **schema["properties"]}
     del schema["required"]  # the recipe that is extended may have it
+    for section in ("SftSettings", "Arm"):  # each setting of TRL is written out once
+        own = schema["$defs"][section]["properties"]
+        for key in own.keys() & schema["$defs"]["DistillSettings"]["properties"].keys():
+            own[key] = {"$ref": f"#/$defs/DistillSettings/properties/{key}"}
     return {"$schema": "http://json-schema.org/draft-07/schema#", **_open_to_variables(schema)}
 
 
@@ -73,27 +77,31 @@ def _open_to_variables(schema: Any) -> Any:
 
 def settings_tables() -> str:
     """Every setting of a recipe as Markdown: a table for each section."""
-    pages = [_table("The top of a recipe", "", Recipe, [key for key in Recipe.model_fields if key in _TOP])]
-    for key in ("task", "datasets", "cache", "calibrate", "evaluate", "push"):
-        model = Recipe.model_fields[key].annotation
-        assert isinstance(model, type) and issubclass(model, Section)
-        pages.append(_table(f"`{key}`", model.__doc__ or "", model))
-    text = "Settings of one split: `train`, `validation`, `transfer`, or a name under `test`."
-    pages.insert(3, _table("`datasets`: one split", text, DatasetConfig))
-    model, own = training_model("distill"), first_only_keys()
-    text = "Settings of the loss, beside those of TRL in the next table. An arm may have all of them, and `trainer`:\n"
-    text += "`first` (knowledge matching, the default) or `sft` (trained on labels)."
-    pages.append(_table("`distill` and `arms`", text, model, [key for key in model.model_fields if key in own]))
-    keys = [key for key in model.model_fields if key not in own and key not in RESERVED_KEYS and key != "hub_token"]
-    text = "Fields of TRL's `SFTConfig` and `ModelConfig`, with TRL's help."
-    pages.append(_table("`sft`, `distill` and `arms`: TRL's settings", text, model, keys))
-    return "\n".join(pages)
+    loss, model, top = first_only_keys(), training_model("distill"), ("name", "output_dir", "seed", "seeds", "arms")
+    split = "Settings of one split: `train`, `validation`, `transfer`, or a name under `test`."
+    own = "Settings of the loss, beside TRL's in the next table. An arm may have all of them, and `trainer`: `first`\n"
+    own += "(knowledge matching, the default) or `sft` (trained on labels)."
+    return "\n".join(
+        (
+            _table("The top of a recipe", "", Recipe, top),
+            *(_table(f"`{cls.__name__.removesuffix('Config').lower()}`", cls.__doc__ or "", cls) for cls in _FIRST),
+            _table("`datasets`: one split", split, DatasetConfig),
+            *(_table(f"`{cls.__name__.removesuffix('Config').lower()}`", cls.__doc__ or "", cls) for cls in _LATER),
+            _table("`distill` and `arms`", own, model, [key for key in model.model_fields if key in loss]),
+            _table(
+                "`sft`, `distill` and `arms`: TRL's settings",
+                "Fields of TRL's `SFTConfig` and `ModelConfig`, with TRL's help.",
+                model,
+                [key for key in model.model_fields if key not in loss],
+            ),
+        )
+    )
 
 
-_TOP = ("name", "output_dir", "seed", "seeds", "arms")
+_FIRST, _LATER = (TaskConfig, Datasets), (CacheConfig, CalibrateConfig, EvaluateConfig, PushConfig)
 
 
-def _table(title: str, text: str, model: type[Section], keys: list[str] | None = None) -> str:
+def _table(title: str, text: str, model: type[Section], keys: Iterable[str] = ()) -> str:
     lines = [f"### {title}", "", *(line.strip() for line in text.strip().splitlines()), ""]
     lines += ["| setting | default | |", "|---|---|---|"]
     for key in keys or model.model_fields:

@@ -10,18 +10,32 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator, create_model, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WrapValidator,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
-from .constants import CRITERIA, DIVERGENCES, HUB_ID, POSITIONS, RECALIBRATION_METHODS, TAILS
+from .constants import CRITERIA, DIVERGENCES, FOLDER_NAME, HUB_ID, POSITIONS, RECALIBRATION_METHODS, TAILS
 from .templates import Piece, parse_template
-from .trl_fields import FieldSpec, known_fields
+from .trl_fields import known_fields
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SERVER_URL = re.compile(r"https?://[^\s@?#]+")
 # Settings of the cache that say how fast it is made. Other batches round differently, as far as the teacher's dtype
 # rounds, and a server batches as it likes: neither tells two caches apart, in the manifest or in the run's record.
+CONFLICTS_LATER = {"conflicts": "later"}  # validation context: types and keys alone
+NAME_REMEDY = "use letters, digits, '-' and '_', starting with a letter or digit"
 SPEED_SETTINGS = ("tokens_per_batch", "server_requests")
+
+
+MISSING = object()  # the value of a problem about something that is not there
 
 
 class Problem(NamedTuple):
@@ -50,10 +64,10 @@ class Section(BaseModel):
         yield from ()
 
     @model_validator(mode="after")
-    def _refuse_conflicts(self):
-        if problems := list(self.conflicts()):
-            text = "; ".join(f"{p.path[-1]} = {p.value!r}: {p.what}; {p.remedy}" for p in problems)
-            raise PydanticCustomError("conflicts", "{text}", {"text": text, "problems": problems})
+    def _refuse_conflicts(self, info: ValidationInfo):
+        problems = [] if info.context == CONFLICTS_LATER else list(self.conflicts())
+        if problems:
+            raise ValueError("; ".join(f"{p.path[-1]} = {p.value!r}: {p.what}; {p.remedy}" for p in problems))
         return self
 
 
@@ -163,6 +177,29 @@ class Datasets(Section):
     test: dict[str, DatasetConfig] = Field(description="Rows that are only reported: a name for each set.")
     transfer: DatasetConfig | None = Field(None, description="Rows that students are distilled on, instead of train.")
 
+    @field_validator("test", mode="before")
+    @classmethod
+    def _has_names(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "path" in value and not isinstance(value["path"], dict):
+            raise ValueError("test sets have names; put these settings under one, e.g. test: in_domain:")
+        return value
+
+    def conflicts(self) -> Iterator[Problem]:
+        for role in ("train", "transfer", "validation"):
+            for key in ("task", "out_of_domain", "overlap"):
+                split = getattr(self, role)
+                if split is not None and getattr(split, key) != DatasetConfig.model_fields[key].default:
+                    yield Problem((role, key), getattr(split, key), "it is for test sets only", "remove it")
+        if not self.test:
+            remedy = "name at least one, e.g. `test: {in_domain: {path: json, data_files: test.jsonl}}`"
+            yield Problem(("test",), MISSING, "there is no test set", remedy)
+        for name in self.test:
+            if not FOLDER_NAME.fullmatch(name):
+                yield Problem(("test", name), MISSING, "a test set's name is the name of a file", NAME_REMEDY)
+            if name == "validation":
+                what = "the report keeps the answers to the validation split under this name"
+                yield Problem(("test", name), MISSING, what, "choose another name")
+
 
 class CacheConfig(Section):
     """What is kept of the teacher, and how it is run."""
@@ -180,7 +217,7 @@ class CacheConfig(Section):
     )
     teacher: str | None = Field(None, description="Model or adapter to cache, instead of the teacher that `sft` made.")
     teacher_revision: str | None = Field(None, description="Branch, tag or commit of that teacher on the Hub.")
-    teacher_dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = Field(
+    teacher_dtype: Literal["auto", "bfloat16", "float16", "float32", None] = Field(
         None, description="Type the teacher runs in. Default: sft.dtype."
     )
     load_in_4bit: bool | None = Field(
@@ -269,6 +306,7 @@ _PUSH = ("training does not upload", "remove it and fill the push section; `firs
 _METRICS = ("training computes no metrics from logits", "remove it: `first-trl evaluate` measures on the test sets")
 RESERVED_KEYS = {
     "trust_remote_code": ("code that comes with a model is never run", "remove it"),
+    "hub_token": ("recipes are published", "run `hf auth login` instead"),
     "output_dir": ("the stages choose their own folders", "write output_dir and name at the top of the recipe"),
     **dict.fromkeys(("dataset_kwargs", "dataset_text_field", "completion_only_loss", "assistant_only_loss"), _TASK),
     "truncation_mode": ("task.max_length decides where a row ends", "remove it"),
@@ -339,11 +377,6 @@ _NAMES = {"float": Number, "list": _Lists, "int": int, "str": str, "bool": bool,
 STAGE_DEFAULTS = {"report_to": "none", "save_strategy": "epoch", "save_total_limit": 1}
 
 
-def training_fields(section: str) -> dict[str, FieldSpec]:
-    """The settings that `sft`, or `distill` and the arms, may hold."""
-    return known_fields(TRAINING[section]) | known_fields("ModelConfig")
-
-
 def first_only_keys() -> set[str]:
     """The settings that FIRSTConfig adds to SFTConfig."""
     return set(known_fields("FIRSTConfig")) - set(known_fields("SFTConfig"))
@@ -353,11 +386,14 @@ def first_only_keys() -> set[str]:
 def training_model(section: str) -> type[Section]:
     """The settings of `sft` or `distill` as a model in which none is required."""
     fields: dict[str, Any] = {}
-    for name, spec in training_fields(section).items():
+    specs = known_fields(TRAINING[section]) | known_fields("ModelConfig")
+    for name, spec in specs.items():
+        if name in RESERVED_KEYS:
+            continue
         choices = _CHOICES.get(name, spec.choices)
-        hint = Literal[*choices] if choices else eval(spec.annotation, {"__builtins__": {}}, _Names(_NAMES))
-        if choices and "None" in spec.annotation:
-            hint = hint | None
+        # None in the Literal: typing gives `Literal[...] | None` in the order in which it first met these values.
+        allowed = (*choices, None) if "None" in spec.annotation else choices
+        hint = Literal[*allowed] if choices else eval(spec.annotation, {"__builtins__": {}}, _Names(_NAMES))
         default = STAGE_DEFAULTS.get(name, spec.default)
         fields[name] = (hint, Field(default, description=spec.help, **LIMITS.get(name, {})))
     return create_model(f"{section.capitalize()}Settings", __base__=Section, **fields)

@@ -10,6 +10,8 @@ import errno
 import glob
 import hashlib
 import json
+import os
+import re
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,32 @@ from ..settings import DatasetConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path can only mean this machine, or does name something on it."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or os.path.exists(path)
+
+
+def source_problem(config: DatasetConfig) -> tuple[str, str, str] | None:
+    """(setting, what is wrong, the remedy) of where a split comes from, as far as this machine tells; else None."""
+    path, key = config.path, "path" if config.data_files is None else "data_files"
+    files = [config.data_files] if isinstance(config.data_files, str) else config.data_files or []
+    if path in BUILDERS.values() and not files:
+        return "path", "it reads files, and none is given", "write data_files: path/to/the/file"
+    if any(re.match(r"/[^/]*[*?\[]", file) for file in files):
+        return key, "it looks through the whole disk", "name the folder that holds the data"
+    in_files = path in BUILDERS.values() or Path(path).suffix in BUILDERS
+    if "://" in path or any("://" in file for file in files) or not (in_files or looks_local(path)):
+        remedy = "write owner/name, a folder, a file, or json with data_files"
+        on_hub = "://" in path or in_files or HUB_ID.fullmatch(path)
+        return None if on_hub else ("path", "it is neither a folder nor the id of a dataset on the Hub", remedy)
+    each: list[str | None] = [*files] or [None]
+    for file in each:
+        if not local_files(config.model_copy(update={"data_files": file})):
+            remedy = "give an existing one, from the current directory; ~ is written ${HOME}"
+            return key, f"there is no such {'file' if files or in_files else 'folder'}", remedy
+    return None
 
 
 def local_files(config: DatasetConfig) -> list[Path]:
