@@ -37,7 +37,7 @@ from .errors import FirstTrlError
 from .evaluation import test_task
 from .failures import explain
 from .files import file_digest, write_atomically
-from .log import RunLog, libraries_into, recording, status
+from .log import RunLog, libraries_into, recording, show, status
 from .plan import (
     ACCELERATORS,
     UTILISATION,
@@ -564,7 +564,7 @@ def passed(recipe: Recipe, stages: Sequence[str], config_file: str | None = None
     with recording(recipe.run_folder / "log.txt", quiet=quiet) as log, libraries_into(log):
         report = check_recipe(recipe, stages, machine)
         for line in report.lines():
-            print(line, file=sys.stderr)
+            show(line)
         rows = sum(split.rows for split in report.splits.values())
         found = f"{len(report.problems)} problems; nothing was started" if report.problems else "no problems"
         status(f"checked {rows:,} rows, the models and this machine in {time.monotonic() - started:.0f} s: {found}")

@@ -507,7 +507,8 @@ def run_job(
         if state.is_main_process:
             run.finish(name, time.monotonic() - started, skip_checks=options.skip_checks)
     job, following = run.jobs[name], [*run.jobs, "push, or the report in a browser"]
-    wrote = ", ".join(str(run.path / output) for output in [*job.folders, *job.outputs[:3]])
+    made = dict.fromkeys(str(run.path / output.removesuffix("/*.*")) for output in [*job.folders, *job.outputs[:1]])
+    wrote = ", ".join(made)
     status(
         f"{name}: read {', '.join(job.reads)}; wrote {wrote} in {time.monotonic() - started:.0f} s; "
         f"next: {following[following.index(name) + 1]}"

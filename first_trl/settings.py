@@ -374,7 +374,7 @@ _NAMES = {"float": Number, "list": _Lists, "int": int, "str": str, "bool": bool,
 
 
 # What the stages choose where the recipe is silent and TRL would choose otherwise.
-STAGE_DEFAULTS = {"report_to": "none", "save_strategy": "epoch", "save_total_limit": 1}
+STAGE_DEFAULTS = {"report_to": "none", "save_strategy": "epoch", "save_total_limit": 2}
 
 
 def first_only_keys() -> set[str]:

@@ -6,12 +6,12 @@ set here: where to write, how often to save, and what to resume from.
 
 import dataclasses
 import os
-import shutil
 from pathlib import Path
 
 from accelerate import PartialState
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
+from .checkpoints import last_whole_checkpoint, remove_checkpoints, watch
 from .data.rows import describe_lost, load_rows
 from .log import status
 from .modeling import keep_to_text, load_model
@@ -84,17 +84,17 @@ def tokenized_splits(recipe, roles: tuple[str, ...], tokenizer) -> dict:
     return {role: rows.tokenized for role, rows in used.items()}
 
 
-def train_and_save(trainer, folder: Path, continues: bool) -> None:
+def train_and_save(trainer, folder: Path, continues: bool, title: str) -> None:
     """Train, from the last checkpoint if this continues an interrupted attempt, and save the model to `folder`."""
     finished = folder / "trainer_state.json"  # written when all else is
     if not (continues and finished.is_file()):
+        watch(trainer, title)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if continues else None)
         save_whole(trainer, folder)
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(finished))
     if trainer.is_world_process_zero():
-        for old in folder.glob("checkpoint-*"):
-            shutil.rmtree(old)  # the finished model replaces them
+        remove_checkpoints(folder)
 
 
 def save_whole(trainer, folder: Path) -> None:
@@ -109,12 +109,6 @@ def save_whole(trainer, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero() and not any(folder.glob("*model*.safetensors")):
         raise RuntimeError(f"training has ended and {folder} has no weights; its checkpoints are kept")
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: its state comes last, so a crash leaves none in a part."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
 
 
 def load_arguments(section: dict) -> dict:

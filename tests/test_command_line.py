@@ -7,6 +7,8 @@ import time
 import pytest
 
 from first_trl import __main__ as command
+from first_trl.constants import STAGES
+from tests.cache_recipe import write_recipe
 
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "accelerate", "numpy")
 
@@ -43,28 +45,57 @@ def test_names_of_the_package_load_on_first_use():
     assert result.stdout.split() == ["SFTTrainer", "FIRSTConfig"]
 
 
-def test_a_stage_is_launched_under_accelerate_with_its_configuration(monkeypatch):
-    commands = []
-
-    def run(arguments, env):
-        commands.append(arguments)
-        return subprocess.CompletedProcess(arguments, 0)
-
-    monkeypatch.setattr(command.subprocess, "run", run)
-    command.main(["cache", "--config_file", "configs/multi_gpu.yaml", "recipe.yaml", "--top_k", "7"])
-    command.main(["sft", "recipe.yaml"])
-    assert commands[0][2:] == [
-        *("accelerate.commands.launch", "--config_file=configs/multi_gpu.yaml", "--quiet"),
-        *("-m", "first_trl.stages.cache"),
-        *("recipe.yaml", "--top_k", "7"),
-    ]
-    assert commands[1][2:] == [
-        *("accelerate.commands.launch", *command.SINGLE_PROCESS, "--quiet", "-m", "first_trl.stages.sft"),
-        "recipe.yaml",
-    ]
+def test_a_stage_is_one_process_or_under_accelerate_with_its_configuration(monkeypatch):
+    started = []
+    monkeypatch.setattr(command, "run_child", lambda arguments, environment: started.append(arguments[1:]) or 0)
+    assert command.main(["cache", "--config_file", "configs/cpu.yaml", "recipe.yaml", "--top_k", "7"]) == 0
+    assert command.main(["sft", "recipe.yaml", "--config_file=configs/cpu.yaml"]) == 0
+    assert command.main(["sft", "recipe.yaml"]) == 0
+    launcher = ["--config_file=configs/cpu.yaml", "--quiet", "-m"]
+    assert started[0][2:] == [*launcher, "first_trl.stages.cache", "recipe.yaml", "--top_k", "7"]
+    assert started[1][2:] == [*launcher, "first_trl.stages.sft", "recipe.yaml"]
+    assert started[2] == ["-m", "first_trl.stages.sft", "recipe.yaml"]
 
 
-def test_an_unknown_stage_is_refused(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("first_trl.recipe.load_recipe", lambda *_: None)
-    assert command.main(["run", "recipe.yaml", "--stages", "cache,distil"]) == 2
-    assert "Unknown stage 'distil'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "RECIPE", "--stages", "cache,distil"], "Unknown stage 'distil'"),
+        (["run", "nowhere.yaml"], "nowhere.yaml"),
+        (["sft", "RECIPE", "--config_file", "nowhere.yaml"], "There is no nowhere.yaml"),
+        (["report", "RECIPE"], "no report in"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_line(capsys, tmp_path, arguments, message):
+    recipe = str(write_recipe(tmp_path, rows=4))
+    capsys.readouterr()
+    assert command.main([recipe if argument == "RECIPE" else argument for argument in arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "arguments", [["sft", "--config_file"], ["run"], ["nonsense"], ["run", "r", "--config_fil", "x"]]
+)
+def test_arguments_that_are_missing_or_misspelt_are_refused(arguments, capsys):
+    try:
+        assert command.main(arguments) == 2
+    except SystemExit as stop:
+        assert stop.code == 2
+    assert capsys.readouterr().err
+
+
+def test_the_command_alone_names_the_stages_and_what_to_type_next(capsys):
+    assert command.main([]) == 2
+    said = capsys.readouterr().out
+    assert all(f"\n    {stage} " in said for stage in STAGES) and "Next: `first-trl demo`" in said
+
+
+def test_the_report_of_a_run_is_found(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, rows=4)
+    page = tmp_path / "runs" / "tiny" / "report" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("")
+    for argument in (recipe, tmp_path / "runs" / "tiny"):
+        capsys.readouterr()
+        assert command.main(["report", str(argument)]) == 0 and capsys.readouterr().out.strip() == str(page)

@@ -2,18 +2,22 @@
 
 import argparse
 import errno
+import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from first_trl import failures
-from first_trl.log import libraries_into, recording, status
+from first_trl.interrupts import Terminated
+from first_trl.log import Progress, libraries_into, recording, status
 from first_trl.redaction import redacted
 from first_trl.stages import command
 from tests.cache_recipe import write_recipe
@@ -21,32 +25,29 @@ from tests.cache_recipe import write_recipe
 TOKEN = "hf_" + "a" * 30
 
 
-def test_what_is_printed_is_on_the_screen_and_in_the_log(tmp_path, capsys):
+def test_a_status_line_is_on_the_screen_and_in_the_log_and_what_else_is_printed_in_the_log_alone(tmp_path, capsys):
     with recording(tmp_path / "run" / "log.txt", title="first-trl cache r.yaml"):
-        print("rows: 3")
-        status("cache: wrote it")
+        print("{'loss': 3.1}")
+        status("cache: wrote \x1b[31mit")
         print("no end of line", end="")
         print(", and its end")
-    out, err = capsys.readouterr()
-    assert out == "rows: 3\nno end of line, and its end\n" and err == "[first-trl] cache: wrote it\n"
+    assert capsys.readouterr() == ("", "[first-trl] cache: wrote ?[31mit\n"), "no escapes of others on a terminal"
     lines = [line.split(" ", 2)[2] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
-    assert lines == [
-        "--- first-trl cache r.yaml",
-        "rows: 3",
-        "[first-trl] cache: wrote it",
-        "no end of line, and its end",
-    ]
+    assert lines[::2] == ["--- first-trl cache r.yaml", "[first-trl] cache: wrote \x1b[31mit"]
+    assert lines[1::2] == ["{'loss': 3.1}", "no end of line, and its end"]
 
 
 def test_quiet_prints_nothing_and_logs_everything(tmp_path, capsys):
     with recording(tmp_path / "log.txt", quiet=True):
         print("rows: 3")
         status("done")
+        with Progress("cache", 3) as progress:
+            progress.update(3)
     assert capsys.readouterr() == ("", "")
     assert "rows: 3" in (tmp_path / "log.txt").read_text() and "done" in (tmp_path / "log.txt").read_text()
 
 
-def test_of_a_progress_bar_the_log_keeps_the_last_state(tmp_path, capsys):
+def test_of_a_progress_bar_of_others_the_log_keeps_the_last_state(tmp_path, capsys):
     from tqdm import tqdm
 
     with recording(tmp_path / "log.txt"):
@@ -55,6 +56,41 @@ def test_of_a_progress_bar_the_log_keeps_the_last_state(tmp_path, capsys):
         print("after", file=sys.stderr)
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert len(lines) == 2 and "500/500" in lines[0] and lines[1].endswith("after")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_is_a_line_every_half_minute_without_a_terminal_and_names_its_place(tmp_path, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("first_trl.log.time.monotonic", lambda: now[0])
+    monkeypatch.setenv("FIRST_TRL_POSITION", "3/7")
+    with recording(tmp_path / "log.txt"), Progress("distill.first", 1000) as progress:
+        for _ in range(100):
+            now[0] += 0.7
+            progress.update(note="loss 0.5")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0] == "[first-trl] 3/7 distill.first: 43 of 1000 steps, loss 0.5; 11 min left"
+    assert lines[1] in (tmp_path / "log.txt").read_text()
+
+
+def test_progress_is_one_bar_on_a_terminal(tmp_path, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    with recording(tmp_path / "log.txt"), Progress("sft", 4) as progress:
+        progress.update(3, "loss 0.5")
+        status("above it")
+    bar = screen.getvalue()
+    assert "sft:  75%" in bar and "loss 0.5" in bar and "[first-trl] above it\n" in bar
+    assert "75%" not in (tmp_path / "log.txt").read_text()
+
+
+def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capfd):
+    (tmp_path / "log.txt").mkdir()
+    with recording(tmp_path / "log.txt"):
+        for _ in range(5):
+            print("a line")
+    assert capfd.readouterr().err.count("cannot be written") == 1
 
 
 def test_no_secret_reaches_a_log(tmp_path, monkeypatch, capsys):
@@ -95,14 +131,17 @@ def test_loggers_and_streams_are_as_before_afterwards(tmp_path):
     assert (sys.stdout, sys.stderr) == before[2:]
 
 
-def test_only_the_main_process_records_what_is_printed(tmp_path, monkeypatch, capsys):
+def test_only_the_main_process_shows_anything(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     with recording(tmp_path / "log.txt") as log:
         print("rows: 3")
         status("not from here")
         log.add("but this")
-    assert capsys.readouterr() == ("rows: 3\n", "")
-    assert (tmp_path / "log.txt").read_text().endswith("but this\n")
+    assert capsys.readouterr() == ("", "")
+    assert [line.split(" ", 2)[2] for line in (tmp_path / "log.txt").read_text().splitlines()] == [
+        "rows: 3",
+        "but this",
+    ]
 
 
 def run(monkeypatch, tmp_path, error, quiet=False):
@@ -128,8 +167,10 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_the_log(monkeyp
     assert capsys.readouterr() == ("", "")
 
 
-def test_who_stops_a_run_is_told_nothing_they_do_not_know(monkeypatch, tmp_path):
-    assert run(monkeypatch, tmp_path, KeyboardInterrupt())[0] == 130
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (Terminated(), 143)])
+def test_who_stops_a_run_is_told_that_it_continues(monkeypatch, tmp_path, capsys, error, code):
+    assert run(monkeypatch, tmp_path, error)[0] == code
+    assert capsys.readouterr().err == "[first-trl] interrupted; the same command continues\n"
 
 
 def test_an_error_of_another_process_says_which(monkeypatch, tmp_path):
@@ -184,7 +225,7 @@ def test_a_mistake_in_the_data_is_one_clear_message_through_the_whole_command(tm
     recipe = write_recipe(tmp_path / "job", rows=8)
     with open(tmp_path / "job" / "train.jsonl", "a") as file:
         file.write('{"text": "a film", "label": null}\n')
-    done = first_trl(tmp_path, "run", str(recipe), "--stages", "cache")
+    done = first_trl(tmp_path, "run", str(recipe), "--stages", "cache", "--skip_checks")
     assert done.returncode == 1 and done.stdout == ""
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     *_, told, last = [line for line in done.stderr.splitlines() if line.startswith("[first-trl]")]
@@ -213,16 +254,38 @@ def test_a_quiet_stage_prints_nothing_and_its_summary_is_in_the_log(tmp_path, mo
     assert f"wrote {folder}/runs/tiny/cache/train, " in summary and summary.endswith("; next: calibrate")
 
 
-def test_a_process_that_the_system_ends_for_its_memory_is_told_as_such(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (137, "probably for lack of memory: halve cache.tokens_per_batch"),
+        (1, "with status 1 and no message"),
+        (143, ""),
+    ],
+)
+def test_a_stage_that_ends_without_a_message_is_explained_by_its_status(tmp_path, monkeypatch, capsys, code, told):
     from first_trl import __main__ as command
 
     recipe = write_recipe(tmp_path / "job", rows=8)
+    monkeypatch.setattr(command, "run_child", lambda *_: code)
+    capsys.readouterr()
+    assert command.main(["run", str(recipe), "--stages", "cache", "--skip_checks"]) == code
+    said = capsys.readouterr().err
+    assert told in said and ("memory" in said) == (code == 137) and ("interrupted" in said) == (code == 143)
 
-    def killed(stage, arguments, config_file):
-        with recording(tmp_path / "job" / "runs" / "tiny" / "log.txt", title="first-trl cache"):
-            pass
-        return 1
 
-    monkeypatch.setattr(command, "launch", killed)
-    assert command.main(["run", str(recipe), "--stages", "cache"]) == 1
-    assert "takes too much memory: halve cache.tokens_per_batch" in capsys.readouterr().err
+@pytest.mark.parametrize("kind", ["file", "dangling link", "read-only"])
+def test_an_output_dir_that_cannot_be_written_is_one_line(tmp_path, kind):
+    from first_trl.stages import calibrate
+
+    recipe, place = write_recipe(tmp_path / "job", rows=8), tmp_path / "place"
+    if kind == "file":
+        place.write_text("")
+    elif kind == "dangling link":
+        place.symlink_to("/proc/nowhere")
+    else:
+        place = Path("/proc")
+    with pytest.raises(SystemExit) as stop:
+        calibrate.main([str(recipe), f"--output_dir={place}"])
+    assert re.fullmatch(
+        r"\[first-trl\] calibrate failed: \S+ cannot be written \(.+\); correct name or output_dir", stop.value.code
+    )

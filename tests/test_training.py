@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 from trl import SFTConfig
 
+from first_trl.checkpoints import LIST, ListFiles, last_whole_checkpoint
+from first_trl.files import write_atomically
 from first_trl.recipe import load_recipe
 from first_trl.training import (
     label_arguments,
-    last_whole_checkpoint,
     load_arguments,
     model_arguments,
     save_whole,
@@ -19,13 +20,34 @@ from tests.cache_recipe import write_recipe
 from tests.tiny import build_model
 
 
-def test_a_checkpoint_that_a_crash_left_in_a_part_is_passed_over(tmp_path):
+def checkpoint(folder, step, **files):
+    """A checkpoint as the trainer writes it, with the list of its files."""
+    for name, content in {"optimizer.pt": "o", "trainer_state.json": "{}", **files}.items():
+        write_atomically(folder / f"checkpoint-{step}" / name, content)
+    state = SimpleNamespace(global_step=step, is_world_process_zero=True)
+    ListFiles().on_save(SimpleNamespace(output_dir=folder), state, None)
+    return folder / f"checkpoint-{step}"
+
+
+def test_a_checkpoint_is_resumed_from_where_every_file_is_as_it_was_written(tmp_path, capsys):
     assert last_whole_checkpoint(tmp_path / "nothing") is None
-    for step in (9, 10, 11):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if step < 11:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    for step in (8, 9, 10, 11):
+        checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-11" / LIST).unlink()  # a crash before all was written
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("")
+    (tmp_path / "checkpoint-9" / "optimizer.pt").unlink()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    said = capsys.readouterr().err
+    for words in ("11 cannot", "not written to its end", "10 cannot", "trainer_state.json", "optimizer.pt is missing"):
+        assert words in said
+
+
+def test_a_checkpoint_without_the_state_of_its_optimizer_is_not_resumed_from_in_silence(tmp_path, capsys):
+    checkpoint(tmp_path, 1).joinpath("optimizer.pt").unlink()
+    ListFiles().on_save(
+        SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=1, is_world_process_zero=True), None
+    )
+    assert last_whole_checkpoint(tmp_path) is None and "no state of the optimizer" in capsys.readouterr().err
 
 
 def test_an_adapter_names_the_revision_of_its_base(monkeypatch, tmp_path):

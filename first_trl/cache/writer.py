@@ -19,9 +19,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset
-from tqdm.auto import tqdm
 
 from ..files import file_digest, locked, write_atomically
+from ..log import Progress
 from .format import (
     MANIFEST,
     RESULTS,
@@ -295,7 +295,7 @@ def write_shards(
     writing: Future | None = None
     with (
         ThreadPoolExecutor(max_workers=1) as background,
-        tqdm(desc=title, unit=" tokens", unit_scale=True, disable=rank != 0) as bar,
+        Progress(title, unit="tokens") as bar,
     ):
         for index, rows in enumerate(_slices(dataset, writer.rows_per_shard)):
             first, num_rows = num_rows, num_rows + len(rows)

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable
 
 from ..failures import explain
-from ..log import RunLog, libraries_into, recording
+from ..interrupts import INTERRUPTED, exit_status, follow_parent, raise_on_sigterm
+from ..log import RunLog, libraries_into, recording, status
 from ..recipe import Recipe, RecipeError, load_recipe
 from ..redaction import redacted
 
@@ -52,30 +53,48 @@ def stage_command(stage: str) -> Callable:
     def decorate(work: Callable[[Recipe, argparse.Namespace], None]) -> Callable[[list[str] | None], None]:
         @functools.wraps(work)
         def main(argv: list[str] | None = None) -> None:
+            followed = follow_parent()
+            raise_on_sigterm()
             recipe, options = parse_stage(stage, argv)
             path = recipe.run_folder / "log.txt"
             title = f"first-trl {stage} {' '.join(sys.argv[1:] if argv is None else argv)}"
-            with recording(path, quiet=options.quiet, title=title) as log:
-                try:
-                    with libraries_into(log):
-                        work(recipe, options)
-                except (Exception, KeyboardInterrupt) as error:
-                    raise SystemExit(failure(error, stage, log)) from None
+            try:
+                with recording(path, quiet=options.quiet, title=title) as log:
+                    failed = _ended(functools.partial(work, recipe, options), stage, log, followed)
+            except OSError as error:  # of the log's folder
+                message = f"{recipe.run_folder} cannot be written ({error.strerror}); correct name or output_dir"
+                failed = f"[first-trl] {stage} failed: {message}"
+            if failed is not None:
+                raise SystemExit(failed)
 
         return main
 
     return decorate
 
 
-def failure(error: BaseException, stage: str, log: RunLog) -> str | int:
-    """Message for the user, whose traceback goes to the log; an exit status where they stopped it."""
-    log.add_traceback(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    known = explain(error, stage)
+def _ended(work: Callable[[], None], stage: str, log: RunLog, followed: bool) -> str | int | None:
+    """Do the work; the message or the exit status of a failure, None without one."""
+    try:
+        with libraries_into(log):
+            work()
+    except KeyboardInterrupt as error:
+        log.add_traceback(error)
+        log.add(f"[first-trl] {stage} interrupted")
+        if followed:  # the parent says so; threads that wait for a server do not hold this process up
+            os._exit(exit_status(error))
+        status(INTERRUPTED)
+        return exit_status(error)
+    except Exception as error:
+        log.add_traceback(error)
+        line = failure(error, stage, log)
+        log.add(line)
+        return line
+    return None
+
+
+def failure(error: Exception, stage: str, log: RunLog) -> str:
+    """Message for the user; the traceback is in the log."""
     process = f" in process {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""
     text = " ".join(str(error).split())
     unexpected = f"{type(error).__name__}{': ' if text else ''}{text[:300]} (unexpected; traceback in {log.path})"
-    line = redacted(f"[first-trl] {stage} failed{process}: {known or unexpected}")
-    log.add(line)
-    return line
+    return redacted(f"[first-trl] {stage} failed{process}: {explain(error, stage) or unexpected}")

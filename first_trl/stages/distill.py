@@ -89,7 +89,7 @@ def train_arm(recipe, arm: str, caches: Callable, continues: bool) -> None:
     )
     if on_labels and not (args.bf16 or args.fp16):
         adapters_to_float32(trainer.model)  # as FIRSTTrainer does: the arms differ in their targets alone
-    train_and_save(trainer, folder, continues)
+    train_and_save(trainer, folder, continues, f"distill.{arm}")
 
 
 if __name__ == "__main__":

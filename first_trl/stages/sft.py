@@ -36,7 +36,7 @@ def fine_tune(recipe, continues: bool) -> None:
     )
     if not (args.bf16 or args.fp16):
         adapters_to_float32(trainer.model)
-    train_and_save(trainer, folder, continues)
+    train_and_save(trainer, folder, continues, "sft")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""Ends that come from outside: Ctrl-C, SIGTERM, and a parent that is gone. Nothing is left running behind.
+
+`first-trl` runs each stage in a process group of its own and passes on what ends it; a stage ends with its parent even
+where that is killed (Linux). What a stage had finished stays: the same command continues.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+INTERRUPTED = "interrupted; the same command continues"
+PARENT = "FIRST_TRL_PARENT"  # environment: the process that waits for this one, and tells the user how it ended
+GRACE = 20.0  # seconds that a stage has to end after a signal
+_PR_SET_PDEATHSIG = 1
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, to be handled as Ctrl-C is."""
+
+
+def exit_status(error: KeyboardInterrupt) -> int:
+    """As a shell gives it: 130 after Ctrl-C, 143 after SIGTERM."""
+    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+
+
+def raise_on_sigterm() -> None:
+    """Let SIGTERM raise [`Terminated`], so that files are closed and locks released; main thread only."""
+
+    def terminate(number, frame):
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
+
+
+def follow_parent() -> bool:
+    """End this process when the one that started it for the user does; returns whether there is such a one."""
+    if PARENT not in os.environ:
+        return False
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started us in the background
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    try:
+        os.kill(int(os.environ[PARENT]), 0)
+    except ProcessLookupError:  # it ended before we could ask to be told
+        raise Terminated from None
+    return True
+
+
+def run_child(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command in a process group of its own, passing on SIGINT and SIGTERM; returns its exit status.
+
+    A second signal, or the end of the grace, kills the group. The status of a killed command is 128 + the signal.
+    """
+    process: subprocess.Popen | None = None
+    received: list[int] = []
+
+    def to_group(number: int) -> None:
+        if process is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+
+    def pass_on(number, frame):
+        received.append(number)
+        to_group(number if len(received) == 1 else signal.SIGKILL)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, pass_on)
+    try:
+        process = subprocess.Popen(
+            command, env={**environment, PARENT: str(os.getpid())}, stdin=subprocess.DEVNULL, process_group=0
+        )
+        if received:
+            to_group(received[0])
+        code = _wait(process, received)
+        if received or code < 0:
+            to_group(signal.SIGKILL)  # what is left of the group
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + received[0] if received else 128 - code if code < 0 else code
+
+
+def _wait(process: subprocess.Popen, received: list[int]) -> int:
+    """Wait for the end of a process, for no longer than the grace once a signal was received."""
+    left = GRACE
+    while True:
+        try:
+            return process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            left -= 0.5 if received else 0
+            if left <= 0:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def accelerate_launch() -> None:
+    """`accelerate launch` without tracebacks of its own: the stages say what is wrong, and end on the same signal."""
+    follow_parent()
+    passed_on: list[int] = []
+
+    def pass_on(number, frame):  # the group has had the signal too, but where the parent was killed
+        if str(os.getppid()) != os.environ.get(PARENT) and not passed_on:
+            passed_on.append(number)
+            os.killpg(0, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    sys.excepthook = lambda *error: None
+    from accelerate.commands.launch import main
+
+    main()
