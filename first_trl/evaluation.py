@@ -32,7 +32,7 @@ from .calibration import choose_family, error_curve, recalibrate, search
 from .constants import POST_HOC, PREDICT_FILE
 from .data.choices import choice_token_ids
 from .data.encoding import encode_example
-from .data.loading import load_split
+from .data.rows import load_rows
 from .errors import FirstTrlError
 from .files import replace_atomically, write_atomically
 from .log import status
@@ -137,15 +137,14 @@ def answer_sets(path: str | Path, section: dict, sets: dict[str, tuple], folder:
     Args:
         path: the model's id or folder.
         section: the settings that it is loaded with.
-        sets: {name: (DatasetConfig, role, TaskConfig)}.
+        sets: {name: (its `UsableRows`, its task)}.
     """
     state = PartialState()
     model = load_model(path, device=state.device, **load_arguments(section))
     tokenizer = load_tokenizer(path, section.get("model_revision", "main"))
     settings = {"top_k": recipe.cache.top_k, "support": recipe.cache.support}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (config, role, task) in sets.items():
-        dataset = load_split(config, role)
+    for name, ((dataset, *_), task) in sets.items():
         size, count = len(dataset), state.num_processes
         mine = range(size * state.process_index // count, size * (state.process_index + 1) // count)
         part = folder / f".{name}.{state.process_index}.parquet"
@@ -168,7 +167,10 @@ def close_student(recipe, student: str, folder: Path) -> None:
     Writes `calibration.json` (unless `distill.closing` is false) and `predict.json` into the student's `folder`.
     """
     section = recipe.arm_section(student)
-    sets = {VALIDATION: (recipe.datasets.validation, "validation", recipe.task)}
+    tokenizer = load_tokenizer(folder, None)
+    with PartialState().main_process_first():
+        rows = load_rows(recipe.datasets.validation, VALIDATION, recipe.task, tokenizer)
+    sets = {VALIDATION: (rows, recipe.task)}
     answer_sets(folder, section, sets, folder, recipe)
     if not PartialState().is_main_process:
         return

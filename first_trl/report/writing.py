@@ -20,6 +20,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from ..data.rows import describe_lost
 from ..metrics import compare, expected_calibration_error, reliability_bins, risk_coverage_curve
 from ..student import DEFAULT_TARGET, fit_threshold, mean_selective, selective
 from .figures import calibration_figure, reliability_figure, risk_coverage_figure, to_png, training_figure
@@ -46,6 +47,7 @@ def write_report(
     test_curves: dict[str, dict[str, list[dict]]] | None = None,
     training: dict[str, list[dict]] | None = None,
     omitted: dict[str, str] | None = None,
+    lost: dict[str, dict] | None = None,
 ) -> dict:
     """Measure, draw and write; returns what `metrics.json` holds.
 
@@ -62,6 +64,7 @@ def write_report(
         test_curves: {method: {test set: [{"value", "ece"}, ...]}}, the teacher's error against the value on test sets.
         training: {arm: the trainer's `log_history`}, from which the losses are drawn.
         omitted: {arm that should be among the predictions: why it could not be measured}.
+        lost: {set: its rows that were dropped or cut, as `first_trl.data.rows.UsableRows.lost`}.
 
     Raises:
         ValueError: no predictions, arms with different numbers of examples, or what `metrics` refuses.
@@ -73,7 +76,13 @@ def write_report(
     for arm, values in (validation or {}).items():
         add_selective(metrics["arms"][arm], values, predictions[arm], target_accuracy)
     metrics["omitted"] = omitted or {}
-    metrics["summary"] = verdict(metrics)
+    metrics["lost"] = lost or {}
+    known = {name for sets in metrics["arms"].values() for name in sets}
+    metrics["summary"] = verdict(metrics) + [
+        {"kind": "warning", "set": name if name in known else None, "text": f"{line}."}
+        for name, rows in metrics["lost"].items()
+        if (line := describe_lost(name, rows))
+    ]
     pictures = draw(metrics, predictions, calibration, num_bins, test_curves or {}, training or {})
     files = {f"{name}.png": png for name, png in pictures["files"].items()}
     files["metrics.json"] = json.dumps(metrics, indent=1, allow_nan=False).encode()

@@ -8,6 +8,7 @@ processes of the job. `teacher_recalibrated` and `<arm>_post_hoc` are the same a
 
 import json
 
+from first_trl.errors import FirstTrlError
 from first_trl.run import LONG, jobs, require, run_job, status, teacher_path
 from first_trl.stages.command import stage_command
 
@@ -22,18 +23,22 @@ def evaluate(recipe) -> None:
     """Score all arms, add the recalibrated controls and write the report."""
     from accelerate import PartialState
 
-    state = PartialState()
-    if state.is_main_process and not recipe.evaluate.allow_overlap:
-        refuse_overlap(recipe)
+    from first_trl.data.rows import describe_lost
+
+    state, sets = PartialState(), measured_sets(recipe)
+    lost = {name: rows.lost for name, (rows, _) in sets.items()}
+    for name in lost:
+        if line := describe_lost(name, lost[name]):
+            status(f"evaluate: {line}")
     arms = ["teacher", *(["base"] if "model_name_or_path" in recipe.distill else []), *recipe.students]
     for arm in arms:
-        answer_all_sets(recipe, arm)
+        answer_all_sets(recipe, arm, sets)
     if state.is_main_process:
-        report(recipe, arms)
+        report(recipe, arms, lost)
 
 
-def report(recipe, arms: list[str]) -> None:
-    """Measure what was answered and write the report."""
+def report(recipe, arms: list[str], lost: dict[str, dict]) -> None:
+    """Measure what was answered and write the report; `lost` are the rows of each set that were dropped or cut."""
     from first_trl.evaluation import VALIDATION, by_arm, collect, teacher_curves
     from first_trl.report.writing import write_report
 
@@ -58,6 +63,7 @@ def report(recipe, arms: list[str]) -> None:
         validation=validation,
         test_curves=teacher_curves(folder / "answers", tests, calibration),
         omitted=found.omitted,
+        lost=lost,
         training={arm: training_log(recipe, arm) for arm in recipe.students},
     )
 
@@ -79,50 +85,48 @@ def closing_temperatures(recipe) -> dict[str, float]:
     return temperatures
 
 
-def refuse_overlap(recipe) -> None:
-    """Refuse test rows that a model was trained or a recalibration fitted on: their figures would flatter.
+def measured_sets(recipe) -> dict:
+    """{validation and every test set: (its `UsableRows`, its task)}, without rows that models were fitted on.
 
     Raises:
-        ValueError: a test set shares prompts with another split; the message counts them.
+        FirstTrlError: a test set shares prompts with another split, and is neither to drop them nor to keep them.
     """
+    from accelerate import PartialState
 
-    from first_trl.data.choices import with_placeholder_answers
-    from first_trl.data.loading import load_split
-    from first_trl.data.rows import check_disjoint, tokenize_dataset
-    from first_trl.evaluation import test_task
+    from first_trl.data.rows import check_disjoint, load_rows, without_shared
+    from first_trl.evaluation import VALIDATION, test_task
     from first_trl.modeling import load_tokenizer
 
-    tokenizer = load_tokenizer(teacher_path(recipe), recipe.cache.teacher_revision)
-    data = recipe.datasets
-    learnt = {"train": data.train, "transfer": data.transfer, "validation": data.validation}
-    splits = {role: (config, role, recipe.task) for role, config in learnt.items() if config is not None}
-    splits |= {name: (config, "test", test_task(recipe.task, config.task)) for name, config in data.test.items()}
-    tokenized = {
-        name: tokenize_dataset(
-            with_placeholder_answers(load_split(config, role), task)
-            if role == "transfer"
-            else load_split(config, role),
-            task,
-            tokenizer,
-            place=f"datasets.{'test.' * (role == 'test')}{name}",
+    tokenizer, data = load_tokenizer(teacher_path(recipe), recipe.cache.teacher_revision), recipe.datasets
+    splits = {VALIDATION: (data.validation, VALIDATION, recipe.task)}
+    if not recipe.evaluate.allow_overlap:
+        fitted = {"train": data.train, "transfer": data.transfer}
+        splits = {role: (c, "train", recipe.task) for role, c in fitted.items() if c is not None} | splits
+    tests = {name: (config, "test", test_task(recipe.task, config.task)) for name, config in data.test.items()}
+    with PartialState().main_process_first():
+        used = {
+            name: load_rows(config, role, task, tokenizer, place=f"datasets.{'test.' * (name in tests)}{name}")
+            for name, (config, role, task) in (splits | tests).items()
+        }
+    found = check_disjoint({name: rows.tokenized for name, rows in used.items()})
+    problems = []
+    for name in tests if not recipe.evaluate.allow_overlap else ():
+        shared = [overlap for overlap in found if overlap.second == name and overlap.first in splits]
+        if data.test[name].overlap == "drop" and shared:
+            used[name] = without_shared(used[name], {row for overlap in shared for _, row in overlap.rows})
+        else:
+            problems += [f"{o.count} of {name} are in {o.first}, e.g. row {o.rows[0][1]}" for o in shared]
+    if problems:
+        raise FirstTrlError(
+            f"Test sets share rows with what models were fitted on: {'; '.join(problems)}. Remove them from the test "
+            "set, set datasets.test.*.overlap: drop, or evaluate.allow_overlap: true if that is meant."
         )
-        for name, (config, role, task) in splits.items()
-    }
-    shared = [found for found in check_disjoint(tokenized) if found.first in learnt and found.second in data.test]
-    if shared:
-        raise ValueError(
-            "Test sets share rows with what models were fitted on: "
-            + "; ".join(
-                f"{found.count} of {found.second} are in {found.first}, e.g. row {found.rows[0][1]}"
-                for found in shared
-            )
-            + ". Remove them from the test set, or set evaluate.allow_overlap: true if that is meant."
-        )
+    return {name: (used[name], task) for name, (_, _, task) in ({VALIDATION: splits[VALIDATION]} | tests).items()}
 
 
-def answer_all_sets(recipe, arm: str) -> None:
+def answer_all_sets(recipe, arm: str, sets: dict) -> None:
     """One model's answers to validation and to every test set, in `report/answers/<arm>/`."""
-    from first_trl.evaluation import answer_sets, test_task
+    from first_trl.evaluation import answer_sets
     from first_trl.training import teacher_section
 
     if arm == "teacher":
@@ -131,9 +135,6 @@ def answer_all_sets(recipe, arm: str) -> None:
         path, section = recipe.distill["model_name_or_path"], recipe.distill
     else:
         path, section = recipe.run_folder / "students" / arm, recipe.arm_section(arm)
-    sets = {"validation": (recipe.datasets.validation, "validation", recipe.task)}
-    for name, config in recipe.datasets.test.items():
-        sets[name] = config, "test", test_task(recipe.task, config.task)
     answer_sets(path, section, sets, recipe.run_folder / "report" / "answers" / arm, recipe)
     status(f"evaluate: {arm} answered {', '.join(sets)}")
 
