@@ -4,25 +4,29 @@ One function, `recalibrate`, serves the search, the training loss and the infere
 so the value that was found is the value that is used. `search` finds that value from cached rows alone: no model, no
 GPU. Which positions are passed in, and where the result is stored, is the calibrate stage's business, not ours.
 
-Legend: N supervised positions, K kept tokens S, R bootstrap replicates, C columns of a criterion.
+Legend: N supervised positions, K kept tokens S, G groups of positions, R resamples of them, C columns of a criterion.
 A row of `log_probs_NK1` holds log t_1..log t_K, most probable first, and log tau of all other tokens, in nats.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from .constants import CRITERIA
+from .constants import RECALIBRATION_METHODS as METHODS
 from .metrics import bin_indices, expected_calibration_error
 
-METHODS = ("temperature", "probability", "label_smoothing", "none")
-CRITERIA = ("ece", "nll")
 FOLDS = 5  # of the cross-validation by which `auto` chooses a family
-# Bootstrap counts are made in blocks of at most this many float32 numbers (80 MB), whatever N is.
-BLOCK_SIZE = 20_000_000
+# A bootstrap draws single positions (or examples) up to this many, and beyond it random groups of them: sums over
+# groups vary as sums over positions do, and each candidate is then measured once, whatever the number of resamples.
+MOST_GROUPS = 10_000
+CHUNK = 200_000  # positions that are recalibrated at a time
+FEW_POSITIONS = 100  # fewer say little: the interval of a value fitted on them is wide
 # float16 rounding of K + 1 log-probabilities moves a row's sum by less than this.
 ROW_SUM_TOLERANCE = 0.02
 
@@ -80,7 +84,7 @@ def _smooth(kept_NK: torch.Tensor, amount: float) -> torch.Tensor:
     if num_kept < 2:
         raise ValueError("label smoothing needs at least 2 kept tokens to move probability to, but the rows keep 1.")
     probs_NK = kept_NK.exp()
-    allowed = largest_smoothing(kept_NK)
+    allowed = probs_NK[:, 0].min().item() if len(probs_NK) else 1.0
     if amount > allowed:
         raise ValueError(
             f"label smoothing of {amount} would make the first token's probability negative; the largest that these "
@@ -90,9 +94,15 @@ def _smooth(kept_NK: torch.Tensor, amount: float) -> torch.Tensor:
     return torch.cat([first_N1, probs_NK[:, 1:] + amount / (num_kept - 1)], dim=-1).log()
 
 
-def largest_smoothing(kept_NK: torch.Tensor) -> float:
-    """The most that label smoothing can take from the first token of all these rows (with or without tail)."""
-    return kept_NK[:, 0].min().exp().item() if len(kept_NK) else 1.0
+def largest_smoothing(log_probs_NK1: torch.Tensor) -> float:
+    """The most that label smoothing can take from the first token of all these rows, as cached and as trained on.
+
+    A cached row sums to 1 within the rounding of float16; the training loss sees it normalised.
+    """
+    if not len(log_probs_NK1):
+        return 1.0
+    rows_NK1 = log_probs_NK1.float()
+    return min(rows[:, 0].min().exp().item() for rows in (rows_NK1, rows_NK1.log_softmax(dim=1)))
 
 
 @dataclass(frozen=True)
@@ -108,20 +118,82 @@ class _Grid:
     step: int
     identity: int
 
-    def coarse(self) -> range:
-        return range(self.low, self.high + 1, self.step)
-
     def fine(self, best: int) -> range:
         return range(max(best - self.step + 1, self.low), min(best + self.step - 1, self.high) + 1)
 
+    def best(self, scores: dict[int, float]) -> int:
+        """The place of the lowest score; rounding away float32 noise lets equal candidates tie."""
+        return min(scores, key=lambda i: (round(float(scores[i]), 6), abs(i - self.identity), i))
 
-def _grid(method: str, kept_NK: torch.Tensor, max_smoothing: float = 1.0) -> _Grid:
+    def search(self, score: Callable[[int], np.ndarray]) -> list[int]:
+        """The two-stage search of R resamples at once: the best place of each, from the (R,) scores of a place."""
+        coarse = {i: score(i) for i in range(self.low, self.high + 1, self.step)}
+        chosen = []
+        for r in range(len(coarse[self.low])):
+            nearby = self.fine(self.best({i: scores[r] for i, scores in coarse.items()}))
+            chosen.append(self.best({i: score(i)[r] for i in nearby}))
+        return chosen
+
+
+def _grid(method: str, log_probs_NK1: torch.Tensor, max_smoothing: float = 1.0) -> _Grid:
     if method == "temperature":  # 0.26 to 11, first 15 % apart, then 1 %
         return _Grid(lambda i: math.exp(i / 100), -135, 240, 15, identity=0)
     if method == "probability":  # the paper's: 0.1 to 1.5 by 0.1, then by 0.02; no identity, so ties go to small c
         return _Grid(lambda i: i / 50, 5, 75, 5, identity=5)
-    allowed = min(0.5, max_smoothing, largest_smoothing(kept_NK))  # by 0.05, then by 0.005, as far as the rows allow
+    allowed = min(0.5, max_smoothing, largest_smoothing(log_probs_NK1))  # by 0.05, then by 0.005
     return _Grid(lambda i: min(i / 200, allowed), 0, math.floor(allowed * 200), 10, identity=0)
+
+
+class _Measured(NamedTuple):
+    """One candidate: both errors over all positions, what the criterion minimises, and its sums over the groups.
+
+    The criterion of a resample that draws group g w_g times is sum_c |sum_g w_g sums_gc|, up to a factor that is the
+    same for every candidate. ECE: correct - confidence in the column of its bin. NLL: one column.
+    """
+
+    ece: float
+    nll: float
+    score: float
+    sums_GC: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Rows with their labels, and the group of each position."""
+
+    log_probs_NK1: torch.Tensor
+    target_N: torch.Tensor
+    group_N: np.ndarray
+    criterion: str
+    num_bins: int
+
+    def measure(self, method: str, value: float | None) -> _Measured:
+        parts = []
+        for rows_nK1, target_n in zip(self.log_probs_NK1.split(CHUNK), self.target_N.split(CHUNK), strict=True):
+            rows_nK1 = recalibrate(rows_nK1, method, value)
+            top_n, predicted_n = rows_nK1[:, :-1].max(dim=-1)
+            nll_n = -rows_nK1.gather(1, target_n[:, None])[:, 0]
+            parts.append((top_n.exp().clamp(max=1), predicted_n == target_n, nll_n))
+        confidence_N, correct_N, nll_N = (torch.cat(column) for column in zip(*parts, strict=True))
+        ece = expected_calibration_error(confidence_N, correct_N, self.num_bins)
+        num_groups = int(self.group_N.max()) + 1
+        if self.criterion == "nll":
+            # tau' = 0 makes every label in the tail infinitely unlikely whatever the value: those cannot choose
+            judged_N = self.judged(method)
+            loss_N = nll_N.where(judged_N, torch.zeros(())).double().numpy()
+            sums_GC = np.bincount(self.group_N, weights=loss_N, minlength=num_groups)[:, None]
+            score = nll_N[judged_N].double().mean().item()
+        else:
+            column_N = self.group_N * self.num_bins + bin_indices(confidence_N.numpy(), self.num_bins)
+            gap_N = (correct_N.double() - confidence_N.double()).numpy()
+            sums = np.bincount(column_N, weights=gap_N, minlength=num_groups * self.num_bins)
+            sums_GC, score = sums.reshape(num_groups, self.num_bins), ece
+        return _Measured(ece, nll_N.double().mean().item(), score, sums_GC)
+
+    def judged(self, method: str) -> torch.Tensor:
+        """(N,) whether the likelihood of a position's label can choose among the values of a method."""
+        in_tail_N = self.target_N == self.log_probs_NK1.shape[1] - 1
+        return ~in_tail_N if method == "probability" else torch.ones_like(in_tail_N)
 
 
 @dataclass(frozen=True)
@@ -144,51 +216,32 @@ class SearchResult:
 
     def to_dict(self) -> dict:
         """The family's entry in `calibration.json`: plain JSON, None for what is infinite."""
-        names = ("value", "interval", "at_edge", "num_labels_in_tail")
-        result = {name: getattr(self, name) for name in names}
+        result = {name: getattr(self, name) for name in ("value", "interval", "at_edge", "num_labels_in_tail")}
         for name in ("ece_before", "ece_after", "nll_before", "nll_after"):
             result[name] = _finite(getattr(self, name))
         result["curve"] = [{name: _finite(number) for name, number in point.items()} for point in self.curve]
         return result
 
+    def warnings(self) -> list[str]:
+        """What keeps the value from being trusted, a sentence each."""
+        found = []
+        if self.at_edge and self.value is not None:
+            ends = [point["value"] for point in self.curve]
+            side = "lowest" if self.value == ends[0] else "highest"
+            found.append(
+                f"{self.method} {self.value:.3g} is the {side} value that is searched, and a better one may lie "
+                "beyond it: look at the teacher's answers on validation, or choose another calibrate.method"
+            )
+        if self.num_positions < FEW_POSITIONS:
+            found.append(
+                f"{self.num_positions} validation positions say little about a value; give datasets.validation "
+                f"{FEW_POSITIONS} rows or more"
+            )
+        return found
+
 
 def _finite(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
-
-
-class _Evaluation:
-    """Confidence, correctness and likelihood of the recalibrated rows at one value, for one method and criterion."""
-
-    def __init__(self, log_probs_NK1, target_N, method, criterion, num_bins):
-        self.log_probs_NK1, self.target_N, self.method = log_probs_NK1, target_N, method
-        self.criterion, self.num_bins = criterion, num_bins
-        # tau' = 0 makes every label in the tail infinitely unlikely whatever the value: those positions cannot choose.
-        in_tail = target_N == log_probs_NK1.shape[1] - 1
-        self.judged_N = ~in_tail if method == "probability" else torch.ones_like(in_tail)
-
-    def rows(self, value: float | None) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-        """(N,) confidence, (N,) correct, (N,) negative log-likelihood of the label."""
-        rows_NK1 = recalibrate(self.log_probs_NK1, self.method, value)
-        top_N, predicted_N = rows_NK1[:, :-1].max(dim=-1)
-        nll_N = -rows_NK1.gather(1, self.target_N[:, None])[:, 0]
-        return top_N.exp().clamp(max=1).numpy(), (predicted_N == self.target_N).numpy(), nll_N
-
-    def measure(self, value: float | None) -> dict[str, Any]:
-        """{"value", "ece", "nll", "score"}: both errors over all positions, and what the criterion minimises."""
-        confidence, correct, nll_N = self.rows(value)
-        ece = expected_calibration_error(confidence, correct, self.num_bins)
-        score = ece if self.criterion == "ece" else nll_N[self.judged_N].double().mean().item()
-        return {"value": value, "ece": ece, "nll": nll_N.double().mean().item(), "score": score}
-
-    def contributions(self, value: float) -> torch.Tensor:
-        """(N, C): the criterion of a resample with counts w is sum_c |w @ column c|, up to a factor that is the same
-        for every value. ECE: correct - confidence in the column of its bin. NLL: one column."""
-        confidence, correct, nll_N = self.rows(value)
-        if self.criterion == "nll":
-            return nll_N.where(self.judged_N, torch.zeros(()))[:, None].float()
-        table = torch.zeros(len(confidence), self.num_bins)
-        index = torch.from_numpy(bin_indices(confidence, self.num_bins))[:, None]
-        return table.scatter_(1, index, torch.from_numpy(correct - confidence)[:, None].float())
 
 
 def search(
@@ -201,14 +254,9 @@ def search(
     seed: int = 0,
     *,
     max_smoothing: float = 1.0,
+    examples: np.ndarray | None = None,
 ) -> SearchResult:
     """The value of `method` that makes the confidence of cached rows true on a validation split.
-
-    Args: `log_probs` (N, K+1) rows as cached; `target` (N,) int64, the column that holds the true label (0 the
-    teacher's first token, K the tail); `criterion` "ece" (the paper's) or "nll"; `bootstrap` resamples of the
-    positions for the 95 % interval of the value (0: none); `max_smoothing` the most that label smoothing may take,
-    where other rows allow less than these. Raises ValueError for rows that do not sum to 1, targets out of range, no
-    position, unknown names.
 
     A position's prediction is the most probable of its K columns after recalibration, its confidence that
     probability. Two-stage grid; ties go to the value nearest to the identity.
@@ -217,22 +265,50 @@ def search(
     scalar that balances two wrong bins can reach it by luck. Read the interval. The NLL is smooth and finds a planted
     temperature more exactly, but trusts a few very wrong rows more. Method "probability" gives the tail probability 0:
     there the criterion "nll" is taken over the positions whose label is in S, while the reported NLL stays infinite.
+
+    Args:
+        log_probs (`torch.Tensor`): (N, K+1) rows as cached, nats, the tail last.
+        target (`torch.Tensor`): (N,) int64, the column that holds the true label (0 the teacher's first token, K the
+            tail).
+        criterion (`str`, *optional*, defaults to `"ece"`): `"ece"` (the paper's) or `"nll"`.
+        bootstrap (`int`, *optional*, defaults to 0): resamples for the 95 % interval of the value; 0 for none.
+        max_smoothing (`float`, *optional*, defaults to 1.0): the most that label smoothing may take, where other rows
+            allow less than these.
+        examples (`np.ndarray`, *optional*): (N,) the example of each position, ascending: resamples then draw whole
+            examples, for the tokens of one answer are not independent.
+
+    Raises:
+        ValueError: rows that do not sum to 1, targets out of range, no position, unknown names.
     """
     log_probs_NK1, target_N = _check_rows(log_probs, target)
-    if method not in METHODS:
-        raise ValueError(f"recalibration method is {method!r}; choose one of {', '.join(METHODS)}.")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion is {criterion!r}; choose one of {', '.join(CRITERIA)}.")
-    before = _Evaluation(log_probs_NK1, target_N, "none", "ece", num_bins).measure(None)
-    best, curve, at_edge, interval = before, [before], False, None
+    for name, found, known in (("recalibration method", method, METHODS), ("criterion", criterion, CRITERIA)):
+        if found not in known:
+            raise ValueError(f"{name} is {found!r}; choose one of {', '.join(known)}.")
+    groups_N = _groups(len(target_N), examples, seed) if bootstrap else np.zeros(len(target_N), dtype=np.int64)
+    positions = _Positions(log_probs_NK1, target_N, groups_N, criterion, num_bins)
+    before = positions.measure("none", None)
+    curve: dict[float | None, _Measured] = {None: before}
+    best, value, at_edge, interval = before, None, False, None
     if method != "none":
-        evaluation = _Evaluation(log_probs_NK1, target_N, method, criterion, num_bins)
-        grid = _grid(method, log_probs_NK1[:, :-1], max_smoothing)
-        points, chosen = _two_stages(evaluation, grid)
-        best, curve = points[chosen], [points[i] for i in sorted(points)]
-        at_edge = chosen in (grid.low, grid.high) and chosen != grid.identity
+        if criterion == "nll" and not positions.judged(method).any():
+            raise ValueError("every label lies outside the kept tokens, so criterion 'nll' cannot choose; use 'ece'.")
+        grid = _grid(method, log_probs_NK1, max_smoothing)
+        measured: dict[int, _Measured] = {}
+
+        def at(i: int) -> _Measured:
+            if i not in measured:
+                measured[i] = positions.measure(method, grid.value(i))
+            return measured[i]
+
+        (chosen,) = grid.search(lambda i: np.array([at(i).score]))
+        best, value = at(chosen), grid.value(chosen)
+        curve = {grid.value(i): measured[i] for i in sorted(measured)}
+        # The end that changes nothing, as no smoothing does, is no edge
+        at_edge = chosen in (grid.low, grid.high) and not (method == "label_smoothing" and chosen == grid.low)
         if bootstrap:
-            values = _bootstrap_values(evaluation, grid, bootstrap, seed)
+            counts_RG = _resamples(groups_N, bootstrap, seed)
+            scores = cache(lambda i: np.abs(counts_RG @ at(i).sums_GC).sum(axis=1) / len(target_N))
+            values = [grid.value(i) for i in grid.search(scores)]
             interval = [float(bound) for bound in np.percentile(values, [2.5, 97.5])]
     return SearchResult(
         method=method,
@@ -240,23 +316,36 @@ def search(
         num_bins=num_bins,
         num_positions=len(target_N),
         num_labels_in_tail=int((target_N == log_probs_NK1.shape[1] - 1).sum()),
-        value=best["value"],
+        value=value,
         interval=interval,
         at_edge=at_edge,
-        ece_before=before["ece"],
-        ece_after=best["ece"],
-        nll_before=before["nll"],
-        nll_after=best["nll"],
-        curve=[{name: point[name] for name in ("value", "ece", "nll")} for point in curve],
+        ece_before=before.ece,
+        ece_after=best.ece,
+        nll_before=before.nll,
+        nll_after=best.nll,
+        curve=[{"value": at_value, "ece": point.ece, "nll": point.nll} for at_value, point in curve.items()],
+    )
+
+
+def _groups(size: int, examples: np.ndarray | None, seed: int) -> np.ndarray:
+    """(N,) number of the group that each position is drawn with: its own, its example's, or one of MOST_GROUPS."""
+    unit_N = np.arange(size) if examples is None else np.unique(examples, return_inverse=True)[1]
+    num_units = int(unit_N[-1]) + 1
+    if num_units <= MOST_GROUPS:
+        return unit_N
+    return (np.random.default_rng(seed).permutation(num_units) % MOST_GROUPS)[unit_N]
+
+
+def _resamples(group_N: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """(R, G) how often each resample draws each group."""
+    size, generator = int(group_N.max()) + 1, np.random.default_rng(seed)
+    return np.stack([np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(count)]).astype(
+        np.float64
     )
 
 
 def error_curve(
-    log_probs: torch.Tensor,
-    target: torch.Tensor,
-    method: str,
-    values: list[float],
-    num_bins: int = 10,
+    log_probs: torch.Tensor, target: torch.Tensor, method: str, values: list[float], num_bins: int = 10
 ) -> list[dict[str, float | None]]:
     """[{"value", "ece", "nll"}] of rows at given values: how a search's curve looks on other rows, such as a test set.
 
@@ -264,10 +353,10 @@ def error_curve(
     """
     log_probs_NK1, target_N = _check_rows(log_probs, target)
     if method == "label_smoothing":
-        values = [value for value in values if value <= largest_smoothing(log_probs_NK1[:, :-1])]
-    evaluation = _Evaluation(log_probs_NK1, target_N, method, "ece", num_bins)
-    points = [evaluation.measure(value) for value in values]
-    return [{name: _finite(point[name]) for name in ("value", "ece", "nll")} for point in points]
+        values = [value for value in values if value <= largest_smoothing(log_probs_NK1)]
+    positions = _Positions(log_probs_NK1, target_N, np.zeros(len(target_N), dtype=np.int64), "ece", num_bins)
+    points = [(value, positions.measure(method, value)) for value in values]
+    return [{"value": value, "ece": point.ece, "nll": _finite(point.nll)} for value, point in points]
 
 
 def _check_rows(log_probs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,58 +383,7 @@ def _check_rows(log_probs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Te
     return log_probs_NK1, target_N.long()
 
 
-def _two_stages(evaluation: _Evaluation, grid: _Grid) -> tuple[dict[int, dict], int]:
-    """Every point that was measured, by its place on the grid, and the place of the best."""
-    if evaluation.criterion == "nll" and not evaluation.judged_N.any():
-        raise ValueError("every label lies outside the kept tokens, so criterion 'nll' cannot choose; use 'ece'.")
-    points = {i: evaluation.measure(grid.value(i)) for i in grid.coarse()}
-    for i in grid.fine(_best({i: point["score"] for i, point in points.items()}, grid)):
-        points[i] = points.get(i) or evaluation.measure(grid.value(i))
-    return points, _best({i: point["score"] for i, point in points.items()}, grid)
-
-
-def _best(scores: dict[int, float], grid: _Grid) -> int:
-    """The place of the lowest score; rounding away float32 noise lets equal candidates tie."""
-    return min(scores, key=lambda i: (round(float(scores[i]), 6), abs(i - grid.identity), i))
-
-
-def _bootstrap_values(evaluation: _Evaluation, grid: _Grid, bootstrap: int, seed: int) -> np.ndarray:
-    """(R,) value found by the same two-stage search on each resample of the positions."""
-    size = len(evaluation.target_N)
-    generator = np.random.default_rng(seed)
-    block = max(1, BLOCK_SIZE // size)
-    values = []
-    for start in range(0, bootstrap, block):
-        counts = [
-            np.bincount(generator.integers(size, size=size), minlength=size).astype(np.float32)
-            for _ in range(min(block, bootstrap - start))
-        ]
-        values.extend(_block_values(evaluation, grid, torch.from_numpy(np.stack(counts))))
-    return np.array(values)
-
-
-def _block_values(evaluation: _Evaluation, grid: _Grid, counts_RN: torch.Tensor) -> list[float]:
-    """Two-stage search on R resamples at once: a fine candidate is scored once for all that need it."""
-    score_R = {}
-    for i in grid.coarse():
-        score_R[i] = _scores(evaluation, grid.value(i), counts_RN)
-    fine = [
-        grid.fine(_best({i: score_R[i][replicate] for i in grid.coarse()}, grid))
-        for replicate in range(len(counts_RN))
-    ]
-    for i in {i for candidates in fine for i in candidates} - score_R.keys():
-        score_R[i] = _scores(evaluation, grid.value(i), counts_RN)
-    best = [_best({i: score_R[i][replicate] for i in candidates}, grid) for replicate, candidates in enumerate(fine)]
-    return [grid.value(i) for i in best]
-
-
-def _scores(evaluation: _Evaluation, value: float, counts_RN: torch.Tensor) -> np.ndarray:
-    """(R,) the criterion at one value on each resample."""
-    return (counts_RN @ evaluation.contributions(value)).abs().sum(dim=-1).numpy() / counts_RN.shape[1]
-
-
-@dataclass(frozen=True)
-class FamilyChoice:
+class FamilyChoice(NamedTuple):
     """The family that was chosen, why in a sentence, and {method: cross-validated criterion}, None where infinite."""
 
     method: str
@@ -359,56 +397,55 @@ class FamilyChoice:
 def choose_family(
     log_probs, target, methods: list[str], criterion: str = "ece", num_bins: int = 10, seed: int = 0
 ) -> FamilyChoice:
-    """The family with the lowest cross-validated criterion; the earlier of `methods` where two are equal.
+    """`calibrate.method: auto`: the family with the lowest criterion on rows that its value has not seen.
 
-    Args:
-        log_probs, target, criterion, num_bins: as for `calibration.search`; at least `FOLDS` rows.
+    Each is fitted on four fifths of the rows and applied to the last fifth, five times; the criterion is then taken
+    over all rows at once. So a family that only fits better, for being more flexible or luckier, does not win. The
+    value itself is found afterwards, on all rows, by `search`; the earlier of `methods` wins where two are equal.
+
+    Args as for `search`; at least `FOLDS` rows.
 
     Raises:
         ValueError: fewer rows than folds, an unknown criterion, or no family whose criterion is finite.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion is {criterion!r}; choose one of {', '.join(CRITERIA)}.")
-    log_probs_NK1, target_N = torch.as_tensor(log_probs).float(), torch.as_tensor(target)
+    log_probs_NK1, target_N = _check_rows(log_probs, target)
     if len(target_N) < FOLDS:
         raise ValueError(
             f"calibrate.method: auto needs at least {FOLDS} validation positions, one for each fold, and there are "
             f"{len(target_N)}; give a larger validation split, or name the method."
         )
     fold_N = np.random.default_rng(seed).permutation(len(target_N)) % FOLDS
-    scores = {method: _score(log_probs_NK1, target_N, fold_N, method, criterion, num_bins) for method in methods}
+    positions = _Positions(log_probs_NK1, target_N, fold_N, criterion, num_bins)
+    scores = {method: _cross_validated(positions, method) for method in methods}
     best = min(scores, key=lambda method: round(scores[method], 6))
     if not math.isfinite(scores[best]):
         raise ValueError(
             f"no family of {', '.join(methods)} gives every validation label a probability above 0, so criterion "
             f"{criterion!r} cannot choose; write calibrate.criterion: ece, or name the method."
         )
-    told = {method: score if math.isfinite(score) else None for method, score in scores.items()}
-    return FamilyChoice(best, _why(best, told, criterion), told)
+    finite = {method: _finite(score) for method, score in scores.items()}
+    return FamilyChoice(best, _why(best, finite, criterion), finite)
 
 
-def _score(log_probs_NK1, target_N, fold_N, method: str, criterion: str, num_bins: int) -> float:
+def _cross_validated(positions: _Positions, method: str) -> float:
     """The criterion over all rows, each recalibrated by the value that the other folds found."""
-    rows_NK1 = torch.empty_like(log_probs_NK1)
-    for fold in range(FOLDS):
-        held, rest = torch.from_numpy(fold_N == fold), torch.from_numpy(fold_N != fold)
-        settings: dict = {"method": method, "criterion": criterion, "num_bins": num_bins}
-        value = search(log_probs_NK1[rest], target_N[rest], **settings).value
-        rows_NK1[held] = recalibrate(log_probs_NK1[held], method, value)
-    if criterion == "nll":
-        return -rows_NK1.gather(1, target_N[:, None]).double().mean().item()
-    top_N, predicted_N = rows_NK1[:, :-1].max(dim=-1)
-    return expected_calibration_error(top_N.exp().clamp(max=1), predicted_N == target_N, num_bins)
+    if positions.criterion == "nll" and not positions.judged(method).all():
+        return math.inf  # a label whose probability is 0 at every value
+    grid = _grid(method, positions.log_probs_NK1)
+    at = cache(lambda i: positions.measure(method, grid.value(i)).sums_GC)
+    others_FF = 1 - np.eye(FOLDS)
+    chosen = grid.search(lambda i: np.abs(others_FF @ at(i)).sum(axis=1) / len(positions.target_N))
+    return float(np.abs(sum(at(i)[fold] for fold, i in enumerate(chosen))).sum() / len(positions.target_N))
 
 
 def _why(best: str, scores: dict[str, float | None], criterion: str) -> str:
-    def told(method: str) -> str:
+    def with_score(method: str) -> str:
         score = scores[method]
         if score is None:
             return f"{method} gives labels a probability of 0"
         return f"{method} {100 * score:.2f} %" if criterion == "ece" else f"{method} {score:.4f} nats"
 
-    others = ", ".join(told(method) for method in scores if method != best)
-    return f"lowest {criterion.upper()} on rows that its value was not fitted on ({FOLDS} folds): {told(best)}" + (
-        f"; {others}" if others else ""
-    )
+    reason = f"lowest {criterion.upper()} on rows that its value was not fitted on ({FOLDS} folds): {with_score(best)}"
+    return "; ".join([reason, ", ".join(with_score(method) for method in scores if method != best)]).rstrip("; ")

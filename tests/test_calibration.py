@@ -212,8 +212,56 @@ def test_bootstrap_replicates_repeat_the_search_on_the_resampled_rows(method, cr
     # Label smoothing of a resample may be allowed more, when the least certain row was not drawn.
     if method != "label_smoothing":
         assert result.interval == pytest.approx(list(np.percentile(values, [2.5, 97.5])))
-    monkeypatch.setattr("first_trl.calibration.BLOCK_SIZE", 700)  # two resamples at a time
+    monkeypatch.setattr("first_trl.calibration.CHUNK", 70)
     assert search(rows, target, method, criterion, bootstrap=6, seed=3) == result
+
+
+@pytest.mark.parametrize("groups", [250, 1000])
+def test_random_groups_of_positions_give_the_interval_of_single_ones(groups, monkeypatch):
+    rows, target = plant(4000, 2.0)
+    exact = search(rows, target, criterion="nll", bootstrap=200).interval
+    monkeypatch.setattr("first_trl.calibration.MOST_GROUPS", groups)
+    low, high = search(rows, target, criterion="nll", bootstrap=200).interval
+    assert 0.7 < (high - low) / (exact[1] - exact[0]) < 1.4 and abs(low - exact[0]) < 0.05
+
+
+def test_resamples_draw_whole_examples_where_positions_have_them():
+    rows, target = plant(500, 2.0)
+    alone = search(rows, target, criterion="nll", bootstrap=200).interval
+    rows, target = rows.repeat_interleave(8, 0), target.repeat_interleave(8, 0)  # eight tokens that say one thing
+    examples = np.arange(500).repeat(8)
+    assert search(rows, target, criterion="nll", bootstrap=200, examples=examples).interval == alone
+    low, high = search(rows, target, criterion="nll", bootstrap=200).interval
+    assert high - low < 0.6 * (alone[1] - alone[0])  # as if they were independent
+
+
+@pytest.mark.parametrize(
+    ("probs", "target", "method", "side"),
+    [
+        ([0.6, 0.2, 0.1, 0.05, 0.03, 0.02], 0, "temperature", "lowest"),
+        ([0.6, 0.2, 0.1, 0.05, 0.03, 0.02], 4, "temperature", "highest"),
+        ([0.6, 0.2, 0.1, 0.05, 0.03, 0.02], 0, "probability", "lowest"),
+        ([0.6, 0.2, 0.1, 0.05, 0.03, 0.02], 0, "label_smoothing", None),  # no smoothing is no edge
+    ],
+)
+def test_a_value_at_the_edge_of_its_grid_and_few_positions_are_said(probs, target, method, side):
+    rows, targets = torch.tensor([probs]).log().repeat(200, 1), torch.full((200,), target)
+    result = search(rows, targets, method, "nll")
+    assert result.at_edge is (side is not None)
+    assert [f"{method} {result.value:.3g} is the {side} value" in text for text in result.warnings()] == [True] * bool(
+        side
+    )
+    (few,) = [text for text in search(rows[:99], targets[:99], method).warnings() if "validation positions" in text]
+    assert few.startswith("99 validation positions") and "datasets.validation" in few
+
+
+def test_smoothing_at_its_edge_is_allowed_of_the_rows_that_training_sees():
+    exact = torch.distributions.Dirichlet(torch.ones(6)).sample((4000,)).sort(dim=1, descending=True).values
+    exact = exact[exact[:, 0] < 0.24].log()
+    for rows in exact.half().float().split(1):
+        value = search(rows, torch.ones(1, dtype=torch.long), "label_smoothing", "nll").value
+        recalibrate(rows, "label_smoothing", value)
+        recalibrate(rows.log_softmax(dim=1), "label_smoothing", value)  # refused before in one row of 500
 
 
 def test_the_error_curve_of_the_searched_rows_is_the_searchs_own():
