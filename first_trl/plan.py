@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from .errors import FirstTrlError
 from .recipe import Recipe
-from .run import jobs_of
+from .run import jobs
 
 # Devices by their makers' dense peak: title, TFLOPS in bfloat16 (None: it has none) and in float32, memory in GB.
 ACCELERATORS: dict[str, tuple[str, float | None, float, float]] = {
@@ -33,7 +33,8 @@ UTILISATION = 0.3  # of the peak: what well-fed training of small batches reache
 _STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "adagrad": 1, "rmsprop": 1}
 # Bytes in a cache after compression, measured: of a row its key and lists, of a token the share of its id's bits, of a
 # kept token its log-probability and its id, of a position its tail.
-_ROW_BYTES, _ID_SHARE, _TAIL_BYTES, _CLOSED_ID_BYTES = 42, 0.75, 2.9, 0.4
+_ROW_BYTES, _ID_SHARE, _TAIL_BYTES, _CLOSED_ID_BYTES, _SHARD_BYTES = 42, 0.75, 2.9, 0.4, 4000
+_TILE_BYTES = 2**25  # of the logits that `first_trl.head` has at one time
 _LOG_PROB_BYTES = {"float16": 1.6, "float32": 3.4}
 
 
@@ -101,11 +102,6 @@ class Split:
     tokens: int | None = None  # None where no tokenizer could be read
     supervised: int = 0
     lengths: list[int] = field(default_factory=list)
-    lost: dict[str, int] = field(default_factory=dict)  # reason -> rows that were dropped or cut
-
-    @property
-    def longest(self) -> int:
-        return self.lengths[-1] if self.lengths else 0
 
     def padded(self, batch: int) -> float:
         """Tokens of a row with its share of padding, in batches drawn at random: their longest row, on average."""
@@ -117,16 +113,12 @@ class Split:
 class Memory(NamedTuple):
     """Bytes on each device at the moment of most."""
 
-    weights: int
-    adapter: int
-    gradients: int
-    optimizer: int
-    activations: int
-    head: int
-
-    @property
-    def total(self) -> int:
-        return sum(self)
+    weights: int = 0
+    adapter: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    head: int = 0
 
 
 @dataclass
@@ -156,17 +148,23 @@ class Size(NamedTuple):
 
 
 def build_on_meta(config, dtype: str | None = None, peft_config=None):
-    """The model of a configuration, with its adapter, without storage."""
+    """The model of a configuration, with its adapter, without storage.
+
+    Raises:
+        FirstTrlError: the configuration describes no model, or the adapter does not fit it.
+    """
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     chosen = getattr(torch, dtype) if dtype not in (None, "auto") else getattr(config, "dtype", None) or torch.float32
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=chosen)
-        if peft_config is not None:
-            model = get_peft_model(model.requires_grad_(False), peft_config)
-    return model
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=chosen)
+            return model if peft_config is None else get_peft_model(model.requires_grad_(False), peft_config)
+    except Exception as error:  # whatever the values of a broken config.json lead to, a division by zero too
+        reason = str(error) if peft_config is not None else f"no model is as its config.json says: {error}"
+        raise FirstTrlError(f"{reason} ({type(error).__name__}); correct it, or fetch the model again") from error
 
 
 def size_of(model, bits: int = 16, nested: bool = False, trained_dtype: str | None = None) -> Size:
@@ -180,32 +178,26 @@ def size_of(model, bits: int = 16, nested: bool = False, trained_dtype: str | No
     import torch
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    outside = {
-        id(weight)
-        for module in (base.get_input_embeddings(), base.get_output_embeddings())
-        for weight in module.parameters()
-    }
-    packed = {8: 1.0, 4: 0.5 + (1 / 64 + 4 / (64 * 256) if nested else 4 / 64)}.get(
-        bits
-    )  # bytes of a quantised weight
-    linear = {id(module.weight) for module in base.modules() if isinstance(module, torch.nn.Linear)} - outside
+    outside = {*base.get_input_embeddings().parameters(), *base.get_output_embeddings().parameters()}
+    matrices = {module.weight for module in base.modules() if isinstance(module, torch.nn.Linear)} - outside
+    packed = {8: 1.0, 4: 0.5 + (1 / 64 + 4 / (64 * 256) if nested else 4 / 64)}.get(bits)  # bytes, with the scales
     text = base.config.get_text_config()
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
-    share = (getattr(text, "num_experts_per_tok", None) or experts) / experts
-    active, trained, frozen_bytes, trained_bytes, outside_bytes = 0.0, 0, 0.0, 0.0, 0.0
+    passed = (getattr(text, "num_experts_per_tok", None) or experts) / experts
+    found = dict.fromkeys(Size._fields, 0.0)
     for name, weight in model.named_parameters():
-        count = weight.numel()
-        size = count * (packed if packed and id(weight) in linear and not weight.requires_grad else weight.itemsize)
-        if id(weight) in outside:
-            outside_bytes += size
-        else:
-            active += count * (share if ".experts." in name else 1)
+        count, size = weight.numel(), weight.itemsize
         if weight.requires_grad:
-            trained += count
-            trained_bytes += count * (getattr(torch, trained_dtype).itemsize if trained_dtype else weight.itemsize)
+            size = getattr(torch, trained_dtype).itemsize if trained_dtype else size
+            found["trained"] += count
+        elif packed and weight in matrices:
+            size = packed
+        found["trained_bytes" if weight.requires_grad else "frozen_bytes"] += count * size
+        if weight in outside:
+            found["outside_bytes"] += count * size
         else:
-            frozen_bytes += size
-    return Size(round(active), trained, round(frozen_bytes), round(trained_bytes), round(outside_bytes))
+            found["active"] += count * (passed if ".experts." in name else 1)
+    return Size(*map(round, found.values()))
 
 
 def block_elements(config, dropout: bool = False) -> int:
@@ -227,10 +219,8 @@ def block_elements(config, dropout: bool = False) -> int:
 
 def head_bytes(config, positions: float, itemsize: int, backward: bool) -> int:
     """What the head holds beside the weights: hidden states, their gradients in float32, and a tile of logits."""
-    from .head import _TILE_ELEMENTS
-
     hidden = positions * config.get_text_config().hidden_size
-    return round(hidden * (itemsize + (8 if backward else 0)) + _TILE_ELEMENTS * 8)
+    return round(hidden * (itemsize + (8 if backward else 0)) + _TILE_BYTES)
 
 
 def head_flops(config, positions: float, backward: bool) -> float:
@@ -239,10 +229,10 @@ def head_flops(config, positions: float, backward: bool) -> float:
     return 2 * positions * text.vocab_size * text.hidden_size * (2 if backward else 1)
 
 
-def optimizer_bytes(optim: str, trained: int, trained_bytes: int) -> int:
+def optimizer_bytes(optim: str, size: Size) -> int:
     """Bytes of the optimizer's state: AdamW's two moments unless the name says otherwise."""
     states = next((count for name, count in _STATES.items() if name in optim), 2)
-    return states * (trained if "8bit" in optim else trained_bytes)
+    return states * (size.trained if "8bit" in optim else size.trained_bytes)
 
 
 def training_steps(args, rows: int, processes: int) -> int:
@@ -262,81 +252,8 @@ def cache_bytes(recipe: Recipe, splits: list[Split], vocab_size: int) -> int:
         closed = recipe.task.choices is not None and split.supervised <= 2 * split.rows  # the answer, perhaps its end
         kept = top_k * (_LOG_PROB_BYTES[settings.dtype] + (_CLOSED_ID_BYTES if closed else id_bytes))
         total += split.rows * _ROW_BYTES + (split.tokens or 0) * id_bytes + split.supervised * (_TAIL_BYTES + kept)
-        total += 4000 * math.ceil(split.rows / settings.rows_per_shard)  # what every shard says of itself
+        total += _SHARD_BYTES * math.ceil(split.rows / settings.rows_per_shard)
     return round(total)
-
-
-def training_arguments_of(recipe: Recipe, job: str, on_labels: bool):
-    """(SFTConfig or FIRSTConfig, ModelConfig) of a training job, made as for a CPU, which every machine has."""
-    from trl import SFTConfig
-
-    from .first_config import FIRSTConfig
-    from .training import training_arguments
-
-    section = recipe.sft if job == "sft" else recipe.arm_section(job.removeprefix("distill."))
-    section = {key: value for key, value in section.items() if not key.startswith("recalibration_")}
-    return training_arguments({**section, "use_cpu": True}, SFTConfig if on_labels else FIRSTConfig, Path(job), 0)
-
-
-def training_cost(cost: Cost, config, args, model_args, split: Split, machine: Machine) -> None:
-    """Fill in the steps, memory, FLOPs and hours of a training job; `config` is None where it cannot be read."""
-    from trl import get_peft_config
-
-    packed = args.max_length if args.packing else None
-    if packed and split.tokens is None:
-        return
-    rows = math.ceil((split.tokens or 0) / packed) if packed else split.rows
-    cost.steps = training_steps(args, rows, machine.processes)
-    if config is None or split.tokens is None:
-        return
-    mixed = args.bf16 or args.fp16
-    dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else model_args.dtype
-    itemsize = 2 if dtype in ("bfloat16", "float16", "auto") else 4
-    bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 16
-    # TRL holds the adapter of a quantised base in bfloat16, and PEFT any other in float32
-    adapter = ("bfloat16" if bits < 16 and mixed else "float32") if model_args.use_peft else None
-    model = build_on_meta(config, model_args.dtype, get_peft_config(model_args))
-    size = size_of(model, bits, model_args.use_bnb_nested_quant, adapter)
-    text, batch = config.get_text_config(), args.per_device_train_batch_size
-    longest, width = packed or split.longest, packed or split.padded(batch)
-    block = block_elements(config, dropout=bool(model_args.use_peft and model_args.lora_dropout))
-    layers = text.num_hidden_layers
-    kept = layers * text.hidden_size + block if args.gradient_checkpointing else layers * block
-    positions = batch * split.supervised / rows
-    weights = size.frozen_bytes + (0 if model_args.use_peft else size.trained_bytes)
-    gathered = size.outside_bytes + 2 * weights // layers if machine.shards > 1 else 0  # whole while they compute
-    buckets = size.trained_bytes if machine.processes > 1 and machine.gradient_shards == 1 else 0  # DDP's
-    cost.memory = Memory(
-        weights=weights // machine.shards + gathered,
-        adapter=size.trained_bytes // machine.shards if model_args.use_peft else 0,
-        gradients=size.trained_bytes // machine.gradient_shards + buckets,
-        optimizer=optimizer_bytes(str(args.optim.value), size.trained, size.trained_bytes) // machine.gradient_shards,
-        activations=round(batch * longest * kept * itemsize),
-        head=head_bytes(config, positions, itemsize, backward=True),
-    )
-    saved = size.trained_bytes + optimizer_bytes(str(args.optim.value), size.trained, size.trained_bytes)
-    cost.disk = size.trained_bytes + (0 if args.save_strategy == "no" else saved * (args.save_total_limit or 1))
-    seen = batch * args.gradient_accumulation_steps * machine.processes * cost.steps
-    # 2 operations forward, 2 for the gradient of what flows back, 2 for that of trained weights, 2 to compute again
-    per_parameter = (4 if model_args.use_peft else 6) + (2 if args.gradient_checkpointing else 0)
-    cost.flops = seen * width * per_parameter * size.active + head_flops(config, seen * split.supervised / rows, True)
-    cost.hours = machine.hours(cost.flops, dtype)
-
-
-def scoring_cost(config, section: dict, splits: list[Split], positions: int, tokens_per_batch: int):
-    """(memory, FLOPs) of a forward over whole splits, in batches of at most `tokens_per_batch` tokens."""
-    model = build_on_meta(config, section.get("dtype") or "float32")
-    size = size_of(model.requires_grad_(False), 4 if section.get("load_in_4bit") else 16)
-    longest, rows, text = max(split.longest for split in splits), sum(split.rows for split in splits), None
-    text = config.get_text_config()
-    in_batch = max(longest, min(tokens_per_batch, sum(split.tokens or 0 for split in splits)))
-    itemsize = next(model.parameters()).itemsize
-    head = head_bytes(config, positions / rows * in_batch / longest, itemsize, backward=False)
-    # one block at a time: its input, its output, and the middle of its MLP
-    activations = in_batch * itemsize * (block_elements(config) // 2 + text.hidden_size)
-    memory = Memory(size.frozen_bytes, 0, 0, 0, activations, head)
-    tokens = sum(split.tokens or 0 for split in splits)
-    return memory, 2 * tokens * size.active + head_flops(config, positions, backward=False)
 
 
 def costs(recipe: Recipe, machine: Machine, splits: dict[str, Split], configs: dict[str, Any], vocab_size: int):
@@ -348,74 +265,118 @@ def costs(recipe: Recipe, machine: Machine, splits: dict[str, Split], configs: d
         vocab_size: of the tokenizer; 0 where it could not be read.
     """
     found = []
-    for job in (
-        job for stage in ("sft", "cache", "calibrate", "distill", "evaluate") for job in jobs_of(recipe, stage)
-    ):
-        if job in ("cache", "calibrate", "evaluate"):
-            names = {
-                "cache": ["transfer" if recipe.datasets.transfer else "train", "validation"],
-                "calibrate": ["validation"],
-                "evaluate": ["validation", *(name for name in splits if name.startswith("test."))],
-            }[job]
-            found.append(_scoring(recipe, job, [splits[name] for name in names if name in splits], machine, configs))
-            if job == "cache" and vocab_size and found[-1].tokens:
-                found[-1].disk = cache_bytes(recipe, [splits[name] for name in names if name in splits], vocab_size)
-            continue
-        on_labels = job == "sft" or recipe.arm_trainer(job.removeprefix("distill.")) == "sft"
-        split = splits.get("train" if on_labels or recipe.datasets.transfer is None else "transfer", Split())
-        section = recipe.sft if job == "sft" else recipe.arm_section(job.removeprefix("distill."))
-        found.append(_total(job, [split]))
+    for job in jobs(recipe).values():
+        read = [splits[name] for place in job.data if (name := place.removeprefix("datasets.")) in splits]
+        if job.stage == "distill" and recipe.arm_trainer(job.name.removeprefix("distill.")) == "first":
+            read = [splits[name] for name in ("transfer", "train") if name in splits][:1]
+        elif job.stage in ("sft", "distill"):
+            read = [splits["train"]] if "train" in splits else []
+        tokens = [split.tokens for split in read if split.tokens is not None]
+        whole = bool(read) and len(tokens) == len(read)
+        cost = Cost(job.name, sum(split.rows for split in read) or None)
+        if whole:
+            cost.tokens, cost.supervised = sum(tokens), sum(split.supervised for split in read)
+        found.append(cost)
         try:
-            args, model_args = training_arguments_of(recipe, job, on_labels)
-            if split.rows:
-                training_cost(found[-1], configs.get(section["model_name_or_path"]), args, model_args, split, machine)
+            if job.stage in ("sft", "distill"):
+                _train(recipe, cost, read, machine, configs)
+            elif job.stage in ("cache", "evaluate") and whole and all(split.lengths for split in read):
+                _score(recipe, cost, read, machine, configs)
+            if job.stage == "cache" and whole and vocab_size:
+                cost.disk = cache_bytes(recipe, read, vocab_size)
         except (ValueError, TypeError) as error:  # of TRL's or PEFT's arguments, or of an adapter that does not fit
-            found[-1].problem = " ".join(str(error).split())
+            cost.problem = " ".join(str(error).split())
     return found
 
 
-def _total(job: str, splits: list[Split]) -> Cost:
-    tokens = [split.tokens for split in splits if split.tokens is not None]
-    whole = bool(splits) and len(tokens) == len(splits)
-    rows = sum(split.rows for split in splits) or None
-    return Cost(job, rows, sum(tokens) if whole else None, sum(s.supervised for s in splits) if whole else None)
+def _train(recipe: Recipe, cost: Cost, read: list[Split], machine: Machine, configs: dict[str, Any]) -> None:
+    """Fill in the steps, disk, memory, FLOPs and hours of a training, as far as rows and configuration are known."""
+    from trl import SFTConfig, get_peft_config
+
+    from .first_config import FIRSTConfig
+    from .training import training_arguments
+
+    section = recipe.sft if cost.name == "sft" else recipe.arm_section(cost.name.removeprefix("distill."))
+    on_labels = cost.name == "sft" or recipe.arm_trainer(cost.name.removeprefix("distill.")) == "sft"
+    given = {key: value for key, value in section.items() if not key.startswith("recalibration_")} | {"use_cpu": True}
+    args, model_args = training_arguments(given, SFTConfig if on_labels else FIRSTConfig, Path(cost.name), 0)
+    config, split = configs.get(section["model_name_or_path"]), read[0] if read else Split()
+    packed = args.max_length if args.packing else None
+    if not split.rows or (packed and not split.tokens):
+        return
+    rows = math.ceil((split.tokens or 0) / packed) if packed else split.rows
+    cost.steps = training_steps(args, rows, machine.processes)
+    if config is None or not split.lengths:
+        return
+    dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else model_args.dtype
+    itemsize = 2 if dtype in ("bfloat16", "float16", "auto") else 4
+    bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 16
+    # TRL holds the adapter of a quantised base in bfloat16, and PEFT any other in float32
+    adapter = ("bfloat16" if bits < 16 and itemsize == 2 else "float32") if model_args.use_peft else None
+    model = build_on_meta(config, model_args.dtype, get_peft_config(model_args))
+    size = size_of(model, bits, model_args.use_bnb_nested_quant, adapter)
+    text, batch = config.get_text_config(), args.per_device_train_batch_size
+    block = block_elements(config, dropout=bool(model_args.use_peft and model_args.lora_dropout))
+    layers = text.num_hidden_layers
+    kept = layers * text.hidden_size + block if args.gradient_checkpointing else layers * block
+    weights = size.frozen_bytes + (0 if model_args.use_peft else size.trained_bytes)
+    whole = size.outside_bytes + 2 * weights // layers if machine.shards > 1 else 0  # of a sharded model, to compute
+    states = optimizer_bytes(str(args.optim.value), size)
+    cost.memory = Memory(
+        weights=weights // machine.shards + whole,
+        adapter=size.trained_bytes // machine.shards if model_args.use_peft else 0,
+        gradients=size.trained_bytes // machine.gradient_shards,
+        optimizer=states // machine.gradient_shards,
+        activations=round(batch * (packed or split.lengths[-1]) * kept * itemsize),
+        head=head_bytes(config, batch * split.supervised / rows, itemsize, backward=True),
+    )
+    checkpoints = 0 if args.save_strategy == "no" else args.save_total_limit or 1
+    cost.disk = size.trained_bytes + checkpoints * (size.trained_bytes + states)
+    seen = batch * args.gradient_accumulation_steps * machine.processes * cost.steps
+    # 2 operations forward, 2 for the gradient of what flows back, 2 for that of trained weights, 2 to compute again
+    operations = (4 if model_args.use_peft else 6) + (2 if args.gradient_checkpointing else 0)
+    cost.flops = seen * (packed or split.padded(batch)) * operations * size.active
+    cost.flops += head_flops(config, seen * split.supervised / rows, backward=True)
+    cost.hours = machine.hours(cost.flops, dtype)
 
 
-def _scoring(recipe: Recipe, job: str, splits: list[Split], machine: Machine, configs: dict[str, Any]) -> Cost:
+def _score(recipe: Recipe, cost: Cost, read: list[Split], machine: Machine, configs: dict[str, Any]) -> None:
     """The teacher over the cached splits, or every model over validation and the test sets."""
     from .training import teacher_section
 
-    cost, settings = _total(job, splits), recipe.cache if job == "cache" else recipe.evaluate
-    if job == "calibrate" or cost.tokens is None or (job == "cache" and recipe.cache.backend == "server"):
-        return cost
-    sections = {recipe.cache.teacher or recipe.sft["model_name_or_path"]: (teacher_section(recipe), 1)}
-    if job == "evaluate" and "model_name_or_path" in recipe.distill:
-        sections[recipe.distill["model_name_or_path"]] = recipe.distill, len(recipe.students) + 1  # and the base
-    if all(configs.get(path) is not None for path in sections):
-        positions = (cost.supervised if job == "cache" else cost.rows) or 0
-        each = [
-            scoring_cost(configs[path], section, splits, positions, settings.tokens_per_batch)
-            for path, (section, _) in sections.items()
-        ]
-        cost.memory = max((memory for memory, _ in each), key=lambda memory: memory.total)
-        cost.flops = sum(count * flops for (_, flops), (_, count) in zip(each, sections.values(), strict=True))
-        cost.hours = machine.hours(cost.flops, teacher_section(recipe).get("dtype"))
-    return cost
+    section = teacher_section(recipe)
+    models = [(recipe.cache.teacher or recipe.sft["model_name_or_path"], section, 1)]
+    if cost.name == "evaluate" and "model_name_or_path" in recipe.distill:
+        models.append((recipe.distill["model_name_or_path"], recipe.distill, len(recipe.students) + 1))  # and the base
+    if recipe.cache.backend == "server" and cost.name == "cache" or any(path not in configs for path, *_ in models):
+        return
+    settings = recipe.cache if cost.name == "cache" else recipe.evaluate
+    longest, tokens, rows = max(split.lengths[-1] for split in read), cost.tokens or 0, cost.rows or 1
+    in_batch = max(longest, min(settings.tokens_per_batch, tokens))
+    positions = (cost.supervised or 0) if cost.name == "cache" else rows
+    cost.flops = 0
+    for path, how, times in models:
+        config, model = configs[path], build_on_meta(configs[path], how.get("dtype") or "float32")
+        size = size_of(model.requires_grad_(False), 4 if how.get("load_in_4bit") else 16)
+        # one block at a time: its input, its output, and the middle of its MLP
+        held = in_batch * model.dtype.itemsize * (block_elements(config) // 2 + config.get_text_config().hidden_size)
+        head = head_bytes(config, positions / rows * in_batch / longest, model.dtype.itemsize, backward=False)
+        cost.memory = max(cost.memory or Memory(), Memory(size.frozen_bytes, activations=held, head=head), key=sum)
+        cost.flops += times * (2 * tokens * size.active + head_flops(config, positions, backward=False))
+    cost.hours = machine.hours(cost.flops, section.get("dtype"))
 
 
 def machine_limits(recipe: Recipe, machine: Machine, found: list[Cost]) -> Iterator[str]:
     """What the jobs ask of these devices that they do not have."""
     title, bfloat16, _, memory = ACCELERATORS[machine.accelerator]
-    for name, section in {
-        "sft": recipe.sft,
-        **{f"arms.{arm}": recipe.arm_section(arm) for arm in recipe.arms},
-    }.items():
+    sections = {"sft": recipe.sft} | {f"arms.{arm}": recipe.arm_section(arm) for arm in recipe.arms}
+    for name, section in sections.items():
         if bfloat16 is None and (section.get("bf16") or section.get("dtype") == "bfloat16"):
             yield f"{name}: {title} has no bfloat16; write float16 or choose another"
     for cost in found:
-        if cost.memory is not None and cost.memory.total > memory * 1e9:
+        if cost.memory is not None and sum(cost.memory) > memory * 1e9:
             yield (
-                f"{cost.name}: needs {cost.memory.total / 1e9:.0f} GB on each device, more than {title} has; lower "
+                f"{cost.name}: needs {sum(cost.memory) / 1e9:.0f} GB on each device, more than {title} has; lower "
                 "per_device_train_batch_size or tokens_per_batch, write gradient_checkpointing: true or load_in_4bit: "
                 "true, or share the weights out (configs/fsdp2.yaml)"
             )
@@ -424,21 +385,12 @@ def machine_limits(recipe: Recipe, machine: Machine, found: list[Cost]) -> Itera
 def describe(found: list[Cost], machine: Machine) -> list[str]:
     """The costs as lines of text: a table of the jobs, and one of their memory."""
     title, bfloat16, float32, _ = ACCELERATORS[machine.accelerator]
-    head = ("", "rows", "tokens", "supervised", "steps", "on disk", "FLOPs", "hours")
-    lines = _table(
-        head,
-        [
-            (
-                c.name,
-                *map(_count, (c.rows, c.tokens, c.supervised, c.steps)),
-                _bytes(c.disk),
-                "-" if c.flops is None else f"{c.flops:.2g}",
-                _hours(c.hours),
-            )
-            for c in found
-        ],
-    )
     half = "no bfloat16" if bfloat16 is None else f"{bfloat16:g} TFLOPS bfloat16"
+    rows = [
+        (c.name, *map(_count, (c.rows, c.tokens, c.supervised, c.steps)), _bytes(c.disk), _flops(c.flops), _hours(c))
+        for c in found
+    ]
+    lines = _table(("", "rows", "tokens", "supervised", "steps", "on disk", "FLOPs", "hours"), rows)
     lines += [
         "",
         "Rows, tokens and supervised positions are a split's, once. FLOPs are the whole job's, padding included.",
@@ -446,7 +398,7 @@ def describe(found: list[Cost], machine: Machine) -> list[str]:
         f"assumption; {half}, {float32:g} float32).",
         "",
     ]
-    rows = [(c.name, *map(_bytes, (*c.memory, c.memory.total))) for c in found if c.memory]
+    rows = [(c.name, *map(_bytes, (*c.memory, sum(c.memory)))) for c in found if c.memory]
     if not rows:
         return [*lines, "Memory: not known without the models' configurations and the rows."]
     lines.append(
@@ -457,23 +409,29 @@ def describe(found: list[Cost], machine: Machine) -> list[str]:
 
 
 def _table(head: tuple, rows: list[tuple]) -> list[str]:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    first, *others = (max(map(len, column)) for column in zip(head, *rows, strict=True))
     return [
-        "  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join([f"{row[0]:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], others, strict=True))])
         for row in (head, *rows)
     ]
 
 
-def _count(value) -> str:
+def _count(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
+
+
+def _flops(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
 
 
 def _bytes(value: int | None) -> str:
     if value is None:
         return "-"
-    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if value >= s), ("B", 1))
-    return f"{value / size:.{0 if size == 1 else 1}f} {unit}"
+    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if value >= s), ("kB", 1e3))
+    return f"{value / size:.1f} {unit}"
 
 
-def _hours(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}" if value >= 0.1 else f"{3600 * value:.1f} s"
+def _hours(cost: Cost) -> str:
+    if cost.hours is None:
+        return "-"
+    return f"{cost.hours:.1f}" if cost.hours >= 0.1 else f"{3600 * cost.hours:.1f} s"

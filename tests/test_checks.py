@@ -15,6 +15,10 @@ CHAT = (
 )
 
 
+DATED = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b') %}{% endif %}{{ date_string }} "
+DATED += CHAT
+
+
 def write_recipe(folder, change=None):
     """A recipe that trains, caches, distils and reports on tiny files; `change(folder, recipe)` breaks it."""
     for name in ("teacher", "student"):
@@ -189,6 +193,9 @@ CASES = {
     "a student of another chat template": (
         conversations(student=CHAT.replace("} : ", "} : think : ").replace("assistant : ", "assistant : think : ")),
         "distill.model_name_or_path", "datasets.train", "tokenizer",
+    ),
+    "a template that prints the date": (
+        conversations(*[DATED] * 2), "chat_template_kwargs", "", "date_string",
     ),
     "answers that begin alike": (
         conversations(*[CHAT.replace("m['content']", "m['content'] if m['role'] == 'user' else 'think'")] * 2),

@@ -8,7 +8,16 @@ import torch
 
 from first_trl import __main__ as command
 from first_trl.checks import check_recipe
-from first_trl.plan import Machine, block_elements, build_on_meta, head_flops, optimizer_bytes, read_machine, size_of
+from first_trl.plan import (
+    Machine,
+    Size,
+    block_elements,
+    build_on_meta,
+    head_flops,
+    optimizer_bytes,
+    read_machine,
+    size_of,
+)
 from first_trl.recipe import load_recipe
 from tests.cache_recipe import write_recipe
 from tests.tiny import build_model
@@ -110,9 +119,8 @@ def test_four_bit_weights_are_counted_as_bitsandbytes_stores_them(tmp_path):
 
 
 def test_optimizers_keep_what_their_names_say():
-    assert optimizer_bytes("adamw_torch_fused", 10, 40) == 80
-    assert optimizer_bytes("paged_adamw_8bit", 10, 40) == 20
-    assert optimizer_bytes("sgd", 10, 40) == 0
+    size = Size(active=0, trained=10, frozen_bytes=0, trained_bytes=40, outside_bytes=0)
+    assert [optimizer_bytes(name, size) for name in ("adamw_torch_fused", "paged_adamw_8bit", "sgd")] == [80, 20, 0]
 
 
 # What the command says

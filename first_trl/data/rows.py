@@ -6,13 +6,14 @@ everywhere. How one row is encoded is `first_trl.data.encoding`.
 
 import hashlib
 import json
-from array import array
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from .. import templates
 from ..constants import IGNORED
@@ -95,6 +96,39 @@ def usable_rows(
     Raises:
         FirstTrlError: rows that cannot be used, or none that can; the first is named with its problem.
     """
+    encoded = encode_rows(dataset, task, tokenizer, place=place, labelled=labelled, num_proc=num_proc)
+    refused, lost = lost_rows(encoded, task, bad_rows)
+    if refused:
+        others = f" (and {len(refused) - 1:,} more of {len(encoded):,} rows cannot be used)" * (len(refused) > 1)
+        name = f"{place}{', ' if place else ''}row {refused[0]}"
+        raise FirstTrlError(f"{name}: {encoded[refused[0]]['problem']}{others}")
+    tokenized = encoded.select_columns(["input_ids", "labels"])
+    if not lost["dropped"]:
+        return UsableRows(dataset, tokenized, lost)
+    kept = [number for number, reason in enumerate(encoded.data.column("reason").to_pylist()) if not reason]
+    if not kept:
+        raise FirstTrlError(f"{place}: every row is dropped, the first because {encoded[0]['problem']}")
+    return UsableRows(dataset.select(kept), tokenized.select(kept), lost)
+
+
+def encode_rows(
+    dataset: "Dataset",
+    task: TaskConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    place: str = "",
+    labelled: bool = True,
+    num_proc: int | None = None,
+) -> "Dataset":
+    """Encode every row, in order: `input_ids`, `labels` and `cut` as `Example`, or why a row cannot be used.
+
+    Args:
+        place, labelled: as for `usable_rows`.
+
+    Returns:
+        A dataset with these columns (empty where a row cannot be used), `reason` (`too_long`, `bad` or empty) and
+        `problem`, a sentence. It is kept by `datasets`, for the rows, the task and the tokenizer.
+    """
     import datasets
 
     answered = dataset if labelled else with_placeholder_answers(dataset, task)
@@ -102,34 +136,21 @@ def usable_rows(
     features |= {name: datasets.Value("string") for name in ("cut", "reason", "problem")}
     # Named here, because a tokenizer's own hash changes when it is used, and the cache would never be found again.
     parts = [answered._fingerprint, dict(task), tokenizer_state(tokenizer), _code_of_tokens()]
-    encoded = answered.map(
-        partial(_encode, task=task, tokenizer=tokenizer),
+    return answered.map(
+        partial(_encode_batch, task=task, tokenizer=tokenizer),
+        batched=True,
         remove_columns=answered.column_names,
         features=datasets.Features(features),
         num_proc=num_proc if num_proc and len(answered) >= 1000 * num_proc else None,
         new_fingerprint=datasets.fingerprint.Hasher.hash(parts),
-        desc=f"Tokenizing {place}".strip(),
+        desc=f"Encoding {place}".strip(),
     )
-    reasons = encoded.data.column("reason").to_pylist()
-    policies = {"too_long": task.too_long == "drop", "bad": bad_rows == "drop"}
-    refused = [number for number, reason in enumerate(reasons) if reason and not policies[reason]]
-    if refused:
-        others = f" (and {len(refused) - 1:,} more of {len(reasons):,} rows cannot be used)" * (len(refused) > 1)
-        name = f"{place}{', ' if place else ''}row {refused[0]}"
-        raise FirstTrlError(f"{name}: {encoded[refused[0]]['problem']}{others}")
-    tokenized = encoded.select_columns(["input_ids", "labels"])
-    dropped = Counter(reason for reason in reasons if reason)
-    lost = {
-        "rows": len(reasons),
-        "dropped": dict(dropped),
-        "cut": dict(Counter(cut for cut in encoded.data.column("cut").to_pylist() if cut)),
-    }
-    if not dropped:
-        return UsableRows(dataset, tokenized, lost)
-    kept = [number for number, reason in enumerate(reasons) if not reason]
-    if not kept:
-        raise FirstTrlError(f"{place}: every row is dropped, the first because {encoded[0]['problem']}")
-    return UsableRows(dataset.select(kept), tokenized.select(kept), lost)
+
+
+def _encode_batch(batch: dict[str, list], task: TaskConfig, tokenizer) -> dict[str, list]:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    encoded = [_encode(row, task, tokenizer) for row in rows]
+    return {name: [example[name] for example in encoded] for name in encoded[0]}
 
 
 def _encode(row: Mapping[str, Any], task: TaskConfig, tokenizer) -> dict[str, Any]:
@@ -139,6 +160,29 @@ def _encode(row: Mapping[str, Any], task: TaskConfig, tokenizer) -> dict[str, An
         reason = "too_long" if isinstance(error, TooLongError) else "bad"
         return {"input_ids": [], "labels": [], "cut": "", "reason": reason, "problem": str(error)}
     return {name: example[name] for name in ("input_ids", "labels", "cut")} | {"reason": "", "problem": ""}
+
+
+def lost_rows(encoded: "Dataset", task: TaskConfig, bad_rows: str) -> tuple[list[int], dict[str, Any]]:
+    """Of what `encode_rows` returned: (numbers of the rows to refuse, `lost` as in [`UsableRows`])."""
+    reasons = encoded.data.column("reason").to_pylist()
+    dropped = {reason for reason, policy in (("too_long", task.too_long), ("bad", bad_rows)) if policy == "drop"}
+    lost = {
+        "rows": len(reasons),
+        "dropped": dict(Counter(reason for reason in reasons if reason in dropped)),
+        "cut": dict(Counter(cut for cut in encoded.data.column("cut").to_pylist() if cut)),
+    }
+    return [number for number, reason in enumerate(reasons) if reason and reason not in dropped], lost
+
+
+def learned_tokens(encoded: "Dataset") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the M tokens that are learned, in order: the row (M,), the position in the row (M,), and the token (M,)."""
+    table = encoded.with_format("arrow")[:]
+    labels = table.column("labels").combine_chunks()
+    flat, lengths_N = labels.flatten().to_numpy(), labels.value_lengths().to_numpy()
+    row_T = np.repeat(np.arange(len(lengths_N)), lengths_N)
+    at_M = np.flatnonzero(flat != IGNORED)
+    starts_N = np.cumsum(lengths_N) - lengths_N
+    return row_T[at_M], at_M - starts_N[row_T[at_M]], flat[at_M]
 
 
 def without_shared(used: UsableRows, shared: Collection[int]) -> UsableRows:
@@ -219,9 +263,13 @@ def check_disjoint(splits: dict[str, "Dataset"]) -> list[Overlap]:
 
 def _prompt_rows(dataset: "Dataset") -> dict[bytes, list[int]]:
     """Digest of a prompt's tokens -> the rows that have it, in order."""
+    ids = dataset.with_format("arrow")[:].column("input_ids").combine_chunks()
+    flat, lengths_N = ids.flatten().to_numpy(), ids.value_lengths().to_numpy()
+    starts_N = np.cumsum(lengths_N) - lengths_N
+    row_M, position_M, _ = learned_tokens(dataset)
+    numbers, first = np.unique(row_M, return_index=True)
     rows: dict[bytes, list[int]] = {}
-    for index, example in enumerate(dataset.select_columns(["input_ids", "labels"])):
-        length = next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
-        digest = hashlib.sha256(array("q", example["input_ids"][:length])).digest()
-        rows.setdefault(digest, []).append(index)
+    for number, length in zip(numbers.tolist(), position_M[first].tolist(), strict=True):
+        prompt = flat[starts_N[number] : starts_N[number] + length]
+        rows.setdefault(hashlib.blake2b(prompt.tobytes(), digest_size=16).digest(), []).append(number)
     return rows
