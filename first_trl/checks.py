@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -29,7 +29,7 @@ from .data.loading import load_split
 from .errors import FirstTrlError
 from .failures import explain
 from .files import write_atomically
-from .log import RunLog, libraries_into, recording, show, status
+from .log import RunLog, libraries_into, recording, screen, show, status
 from .plan import (
     ACCELERATORS,
     UTILISATION,
@@ -295,11 +295,12 @@ def _check_split(
     except FirstTrlError as error:
         whose = "" if str(error).startswith(("datasets.", "task.")) and task == recipe.task else f"{place}: "
         report.problems.append(f"{whose}{error}")
-    if sys.stderr.isatty():
-        datasets.enable_progress_bars()
     processes = min(os.cpu_count() or 1, 8) if len(rows) >= MANY_ROWS else None
-    encoded = encode_rows(rows, task, tokenizer, place=place, labelled=labelled, num_proc=processes)
-    datasets.disable_progress_bars()
+    with redirect_stderr(screen()) if screen().isatty() else nullcontext():
+        if screen().isatty():
+            datasets.enable_progress_bars()
+        encoded = encode_rows(rows, task, tokenizer, place=place, labelled=labelled, num_proc=processes)
+        datasets.disable_progress_bars()
     refused, lost = lost_rows(encoded, task, config.bad_rows)
     report.problems += _grouped(place, len(rows), {number: encoded[number]["problem"] for number in refused})
     if line := describe_lost(place, lost):
