@@ -12,6 +12,7 @@ from collections import defaultdict
 
 import datasets
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,7 +31,7 @@ from first_trl.templates import render_template
 from tests.cache_samples import make_rows, write_cache
 from tests.test_card import facts, measured
 from tests.test_data import Trap, Watched
-from tests.test_recipe import PATHS, VALUES, WORDS, _with_value
+from tests.test_recipe import RECIPE
 from tests.test_report import CALIBRATION, answers
 
 CASES = [200, pytest.param(10_000, marks=pytest.mark.slow)]
@@ -74,6 +75,39 @@ HOSTILE = st.one_of(
         max_size=8,
     ).map("".join),
 )
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+    st.sampled_from(["${A}", "${A:-x}", "$${", "../x", "{a.b}", "{a[0]}", "json", "a/b", "~", "1e-4"]),
+    st.just("hf_" + "a" * 20),
+)  # fmt: skip
+KEYS = st.text(max_size=6)
+VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS, v, max_size=3), max_leaves=6)
+
+
+def _paths(value, path=()):
+    """Every path into the recipe's values."""
+    yield path
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _paths(item, (*path, key))
+
+
+PATHS = [path for path in _paths(yaml.safe_load(RECIPE)) if path]
+
+
+def _with_value(path: tuple, value) -> str:
+    """The recipe with another value at a path."""
+    tree = yaml.safe_load(RECIPE)
+    place = tree
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return yaml.safe_dump(tree)
+
+
+WORDS = ["--", "--sft.learning_rate", "--arms.x.y", "--a.b.c", "--task", "--datasets.test.x", "1", "[", "{a: b}"]
 
 
 def throw(cases, strategy, act):
