@@ -19,16 +19,24 @@ CACHE = Dataset.from_dict(
         "teacher_tail_log_prob": [[-3.5, -7.0], [-2.5, -0.7, -4.5], [-1.8]],
     }
 )
+END = {"opening": [], "closing": [0], "answer": 0}
+
+
+def test_the_answer_is_the_token_that_says_it_and_no_forced_token_is_among_all():
+    rows = calibration_rows(CACHE, "answer", {"opening": [5], "closing": [9, 0], "answer": 1})
+    assert rows.labels.tolist() == [0, 9] and rows.examples.tolist() == [0, 1]
+    rows = calibration_rows(CACHE, "all", {"opening": [8], "closing": [9, 0], "answer": 1})
+    assert rows.labels.tolist() == [7, 0, 6] and rows.examples.tolist() == [0, 0, 2]
 
 
 def test_answer_positions_are_the_first_supervised_token_of_each_example():
-    rows = calibration_rows(CACHE, "answer", eos_token_id=0)
+    rows = calibration_rows(CACHE, "answer", END)
     np.testing.assert_allclose(rows.log_probs, [[-0.1, -3, -3.5], [-0.7, -0.8, -2.5], [-0.5, -1.5, -1.8]], atol=1e-6)
     assert rows.target.tolist() == [0, 1, 2]  # the teacher's first, its second, and neither
 
 
 def test_all_positions_leave_out_the_end_of_sequence_unless_asked():
-    assert calibration_rows(CACHE, "all", eos_token_id=0).target.tolist() == [0, 1, 2, 2]
+    assert calibration_rows(CACHE, "all", END).target.tolist() == [0, 1, 2, 2]
     assert calibration_rows(CACHE, "all").target.tolist() == [0, 0, 1, 2, 0, 2]
 
 
@@ -69,19 +77,19 @@ def test_blocks_are_the_rows_in_their_order_whatever_their_size(monkeypatch, pos
     }
     empty = Dataset.from_dict(without_answer, features=CACHE.features)
     dataset = concatenate_datasets([CACHE, empty, empty, empty, CACHE.select([2, 0])])
-    whole = calibration_rows(dataset, positions, eos_token_id=0)
+    whole = calibration_rows(dataset, positions, END)
     monkeypatch.setattr(arrays, "BLOCK", size)
-    blocks = list(row_blocks(dataset, positions, eos_token_id=0))
+    blocks = list(row_blocks(dataset, positions, END))
     assert len(blocks) > 1 and max(len(block.target) for block in blocks) <= 3 * size
-    again = calibration_rows(dataset, positions, eos_token_id=0)
-    for rows in (again, *(Rows(*map(np.concatenate, zip(*(b[:2] for b in blocks), strict=True))),)):
+    again = calibration_rows(dataset, positions, END)
+    for rows in (again, *(Rows(*map(np.concatenate, zip(*(b for b in blocks), strict=True))),)):
         np.testing.assert_array_equal(rows.log_probs, whole.log_probs)
         np.testing.assert_array_equal(rows.target, whole.target)
 
 
 def test_no_position_that_is_left_is_an_error_after_the_last_block():
     with pytest.raises(ValueError, match="No supervised position is left under positions='all'"):
-        list(row_blocks(CACHE.select([2]), "all", eos_token_id=6))
+        list(row_blocks(CACHE.select([2]), "all", {"opening": [], "closing": [6], "answer": 0}))
 
 
 @pytest.mark.parametrize("smoothed", [False, True])

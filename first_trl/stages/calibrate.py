@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from first_trl.cache.arrays import learned_by_heart
+from first_trl.errors import FirstTrlError
 from first_trl.run import (
     cached_roles,
     calibration_candidates,
@@ -20,6 +21,9 @@ from first_trl.run import (
     teacher_path,
 )
 from first_trl.stages.command import stage_command
+
+FORCED = 0.99  # of the answers that begin with one token: it is the template's
+FEW_POSITIONS = 20
 
 
 @stage_command("calibrate")
@@ -87,12 +91,13 @@ def read_caches(recipe) -> tuple[Any, float, dict]:
     is_main = PartialState().is_main_process
     for role in cached_roles(recipe):
         cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe), verify=is_main)
-        left_out = None if settings.include_eos else cache.manifest["eos_token_id"]
+        forced = cache.manifest["forced"] | ({"closing": []} if settings.include_eos else {})
         if role == "validation":
-            rows = calibration_rows(cache.dataset, settings.positions, left_out)
+            rows = calibration_rows(cache.dataset, settings.positions, forced)
+            refuse_forced_answer(recipe, rows)
             continue
         labelled = cache.manifest.get("labels") != "teacher"
-        teacher["cached_rows"] = summary(row_blocks(cache.dataset, settings.positions, left_out), labelled)
+        teacher["cached_rows"] = summary(row_blocks(cache.dataset, settings.positions, forced), labelled)
         if "label_smoothing" in calibration_methods(recipe):  # its value must fit every row that students learn from
             blocks = row_blocks(cache.dataset, "all")
             max_smoothing = min(largest_smoothing(torch.from_numpy(block.log_probs)) for block in blocks)
@@ -101,6 +106,29 @@ def read_caches(recipe) -> tuple[Any, float, dict]:
         for line in gap_lines(**teacher):
             status(f"calibrate: {line}")
     return rows, max_smoothing, teacher
+
+
+def refuse_forced_answer(recipe, rows) -> None:
+    """A position that holds the same token in nearly every row measures nothing: an opening that a template forces.
+
+    Raises:
+        FirstTrlError: `calibrate.positions: answer` reads such a position.
+    """
+    import numpy as np
+
+    from first_trl.modeling import load_tokenizer
+
+    labels, counts = np.unique(rows.labels, return_counts=True)
+    most, few = counts.max(), len(rows.labels) < FEW_POSITIONS
+    if recipe.task.choices or recipe.calibrate.positions != "answer" or few or most < FORCED * len(rows.labels):
+        return
+    tokenizer = load_tokenizer(teacher_path(recipe), recipe.cache.teacher_revision)
+    token = tokenizer.decode([int(labels[counts.argmax()])])
+    raise FirstTrlError(
+        f"calibrate.positions: answer reads the token {token!r} in {most} of {len(rows.labels)} validation answers, "
+        "so that nothing is measured there. With a template that opens answers with thoughts set "
+        "task.chat_template_kwargs: {enable_thinking: false}; else set calibrate.positions: all"
+    )
 
 
 def gap_lines(cached_rows: dict, validation: dict) -> list[str]:
