@@ -15,6 +15,14 @@ from .errors import FirstTrlError
 PACKAGE = Path(__file__).parent
 AGAIN = "then run the same command again: finished work is kept"
 _OWN = (ValueError, RuntimeError, OSError)
+_DISK = {
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is larger than the system allows this account (ulimit -f)",
+}
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# As safetensors and torch say it, which keep no errno; torch only knows that fewer bytes arrived than it sent.
+_DISK_TEXT = re.compile(r"os error (\d+)|(PytorchStreamWriter failed|inline_container\.cc.*unexpected pos)")
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED")
 _TRAIN_SMALLER = (
     "halve {0}.per_device_train_batch_size and double {0}.gradient_accumulation_steps, which gives the same gradient; "
@@ -37,8 +45,10 @@ def explain(error: BaseException, stage: str) -> str | None:
         return str(error)
     chain = causes(error)
     text = " ".join(str(error).split())
-    if any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain) or "os error 28" in text:
-        return f"no space is left on the disk ({text}); free some, or set output_dir to another disk, {AGAIN}"
+    if disk := _disk_problem(chain):
+        return f"{disk} ({text[:200]}); free some, or set output_dir to another disk, {AGAIN}"
+    if place := next((each for each in chain if isinstance(each, OSError) and each.errno in _REFUSED), None):
+        return f"{place.filename} cannot be read or written ({place.strerror}); correct its permissions, or output_dir"
     if any(_is_no_memory(link) for link in chain):
         return f"out of memory ({text[:200]}); {memory_advice(stage)}; {AGAIN}"
     if match := re.match(r"\w+Callback requires (\w+) to be installed", text):
@@ -72,6 +82,16 @@ def raised_here(error: BaseException) -> bool:
     if not frames or not isinstance(error, _OWN):
         return False
     return Path(frames[-1].filename).is_relative_to(PACKAGE) and (frames[-1].line or "").startswith("raise ")
+
+
+def _disk_problem(chain: list[BaseException]) -> str | None:
+    """What is wrong with the disk, where that is what ended the job."""
+    for link in chain:
+        found = _DISK_TEXT.search(" ".join(str(link).split()))
+        number = link.errno if isinstance(link, OSError) else int(found[1]) if found and found[1] else None
+        if number in _DISK or (found and found[2]):
+            return _DISK.get(number or 0, "the disk did not take all of a file: it is full, or its quota is used up")
+    return None
 
 
 def _is_no_memory(error: BaseException) -> bool:

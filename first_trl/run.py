@@ -513,3 +513,13 @@ def run_job(
         f"{name}: read {', '.join(job.reads)}; wrote {wrote} in {time.monotonic() - started:.0f} s; "
         f"next: {following[following.index(name) + 1]}"
     )
+
+
+def recorded_recipe(recipe: Recipe) -> Recipe:
+    """The recipe as its jobs ran, in the place of what it says today: from their records, which must be current."""
+    run = Run(recipe)
+    ran = {name: record["settings"] for name in run.jobs if (record := run.record(name))}
+    today = recipe.to_dict()
+    sections = {name: ran[name][name] for name in ("sft", "cache", "calibrate") if name in ran}
+    place = {key: today[key] for key in ("name", "output_dir", "push")}
+    return Recipe.model_validate({**ran.get("evaluate", today), **sections, **place})

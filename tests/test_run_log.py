@@ -191,6 +191,23 @@ def test_a_mistake_that_we_name_is_told_without_a_word_more():
         assert failures.explain(unexpected, "calibrate") is None  # a ValueError, but nobody here wrote its message
 
 
+def disk_errors():
+    """(what is raised, what it is called) for disks that take no more, as the libraries put it."""
+    yield OSError(errno.ENOSPC, "No space left on device"), "no space is left on the disk"
+    yield OSError(errno.EDQUOT, "Disk quota exceeded"), "quota is used up"
+    yield OSError(errno.EFBIG, "File too large"), "larger than the system allows"
+    yield RuntimeError("SafetensorError: I/O error: Disk quota exceeded (os error 122)"), "quota is used up"
+    yield RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "larger than"
+    yield RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 702848 vs 702740"), "it is full, or"
+    yield PermissionError(errno.EROFS, "Read-only file system", "/mnt/teacher"), "/mnt/teacher cannot be"
+
+
+@pytest.mark.parametrize(("error", "name"), disk_errors())
+def test_a_disk_that_takes_no_more_is_called_that(error, name):
+    told = failures.explain(error, "sft")
+    assert name in told and "output_dir" in told and "damaged" not in told
+
+
 @pytest.mark.parametrize(
     ("stage", "advice"),
     [

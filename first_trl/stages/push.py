@@ -5,7 +5,7 @@
 Reads `runs/<name>/students/<arm>` and `report/`; writes `runs/<name>/push/`, exactly what is uploaded.
 """
 
-from first_trl.run import require, status
+from first_trl.run import recorded_recipe, require, status
 from first_trl.stages.command import stage_command
 
 
@@ -15,7 +15,7 @@ def main(recipe, options) -> None:
     from accelerate import PartialState
 
     if PartialState().is_main_process:
-        push(recipe, options.dry_run)
+        push(recorded_recipe(recipe), options.dry_run)
 
 
 def push(recipe, dry_run: bool) -> None:
