@@ -263,10 +263,11 @@ class CalibrateConfig(Section):
     )
     criterion: Literal[*CRITERIA] = Field("ece", description="What the search minimises.")  # type: ignore[valid-type]
     num_bins: Bins = Field(10, description="Bins of the calibration error.")
-    positions: Literal[*POSITIONS] = Field(  # type: ignore[valid-type]
-        "answer", description="The first completion token, or every one."
+    positions: Literal[*POSITIONS] | None = Field(  # type: ignore[valid-type]
+        None,
+        description="answer: the first completion token in which the choices differ (without choices the first); all: "
+        "every one but those that the template forces. Default: answer with task.choices, all without.",
     )
-    include_eos: bool = Field(False, description="With positions: all, count the end of sequence, which is forced.")
     bootstrap: Resamples = Field(200, description="Resamples for the interval of the value; 0 for none.")
     seed: Seed = Field(0, description="Seed of the resamples.")
 

@@ -19,36 +19,61 @@ CACHE = Dataset.from_dict(
         "teacher_tail_log_prob": [[-3.5, -7.0], [-2.5, -0.7, -4.5], [-1.8]],
     }
 )
-END = {"opening": [], "closing": [0], "answer": 0}
 
 
-def test_the_answer_is_the_token_that_says_it_and_no_forced_token_is_among_all():
-    rows = calibration_rows(CACHE, "answer", {"opening": [5], "closing": [9, 0], "answer": 1})
-    assert rows.labels.tolist() == [0, 9] and rows.examples.tolist() == [0, 1]
-    rows = calibration_rows(CACHE, "all", {"opening": [8], "closing": [9, 0], "answer": 1})
-    assert rows.labels.tolist() == [7, 0, 6] and rows.examples.tolist() == [0, 0, 2]
+FORCED = {"opening": [], "closing": [0], "answer": 0}
 
 
 def test_answer_positions_are_the_first_supervised_token_of_each_example():
-    rows = calibration_rows(CACHE, "answer", END)
+    rows = calibration_rows(CACHE, "answer", FORCED)
     np.testing.assert_allclose(rows.log_probs, [[-0.1, -3, -3.5], [-0.7, -0.8, -2.5], [-0.5, -1.5, -1.8]], atol=1e-6)
     assert rows.target.tolist() == [0, 1, 2]  # the teacher's first, its second, and neither
+    assert rows.label_ids.tolist() == [7, 8, 6] and rows.examples.tolist() == [0, 1, 2]
 
 
-def test_all_positions_leave_out_the_end_of_sequence_unless_asked():
-    assert calibration_rows(CACHE, "all", END).target.tolist() == [0, 1, 2, 2]
+def test_answer_positions_are_those_in_which_the_choices_differ():
+    rows = calibration_rows(CACHE, "answer", {"opening": [8], "closing": [0], "answer": 1})
+    assert rows.label_ids.tolist() == [0, 9] and rows.examples.tolist() == [0, 1]  # the last has no second token
+
+
+def test_all_positions_leave_out_what_the_template_forces():
+    assert calibration_rows(CACHE, "all", FORCED).target.tolist() == [0, 1, 2, 2]
+    assert calibration_rows(CACHE, "all", FORCED).examples.tolist() == [0, 1, 1, 2]
+    assert calibration_rows(CACHE, "all", {"opening": [8], "closing": [0], "answer": 1}).target.tolist() == [0, 2, 2]
     assert calibration_rows(CACHE, "all").target.tolist() == [0, 0, 1, 2, 0, 2]
 
 
-@pytest.mark.parametrize(("include_eos", "num_positions"), [("false", 43), ("true", 86)])
-def test_the_stage_leaves_out_the_end_of_sequence_unless_it_is_asked_for(
-    tmp_path, monkeypatch, include_eos, num_positions
-):
+@pytest.fixture
+def on_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    path = str(write_recipe(tmp_path))  # 43 validation rows of one answer token and the end of sequence
+
+
+@pytest.mark.parametrize("choices", [None, ["good", "bad"]])
+def test_the_stage_measures_answers_of_closed_questions_and_every_free_token(tmp_path, on_cpu, choices):
+    completion = " {label}" if choices else " it is {label}"
+    task = {"prompt": "Review : {text} Sentiment :", "completion": completion, "max_length": 60, "choices": choices}
+    path = str(write_recipe(tmp_path, task=task))  # 43 validation rows
     cache.main([path])
-    calibrate.main([path, "--positions=all", f"--include_eos={include_eos}", "--bootstrap=0"])
-    assert json.loads((tmp_path / "runs/tiny/calibration.json").read_text())["num_positions"] == num_positions
+    calibrate.main([path, "--bootstrap=20"])
+    found = json.loads((tmp_path / "runs/tiny/calibration.json").read_text())
+    assert found["positions"] == ("answer" if choices else "all")
+    assert found["num_positions"] == 43, "the words before the answer are forced, and so is the end of sequence"
+    assert any("43 validation positions" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("choices", "remedy"),
+    [(None, "chat_template_kwargs: {enable_thinking: false}"), (["good", "bad"], "rows with other answers")],
+)
+def test_a_token_that_is_always_right_is_refused_by_name(tmp_path, on_cpu, capsys, choices, remedy):
+    task = {"prompt": "Review : {text} Sentiment :", "completion": " {label}", "max_length": 60, "choices": choices}
+    path = write_recipe(tmp_path, task=task)
+    file = tmp_path / "validation.jsonl"
+    file.write_text(file.read_text().replace('"bad"', '"good"'))
+    cache.main([str(path)])
+    with pytest.raises(SystemExit, match=r"43 of 43 validation targets are the token 'good'") as raised:
+        calibrate.main([str(path), "--positions=answer"])
+    assert remedy in str(raised.value) and "positions: all" in str(raised.value)
 
 
 def test_a_selection_of_rows_reads_its_own_teacher():
@@ -77,19 +102,19 @@ def test_blocks_are_the_rows_in_their_order_whatever_their_size(monkeypatch, pos
     }
     empty = Dataset.from_dict(without_answer, features=CACHE.features)
     dataset = concatenate_datasets([CACHE, empty, empty, empty, CACHE.select([2, 0])])
-    whole = calibration_rows(dataset, positions, END)
+    whole = calibration_rows(dataset, positions, FORCED)
     monkeypatch.setattr(arrays, "BLOCK", size)
-    blocks = list(row_blocks(dataset, positions, END))
+    blocks = list(row_blocks(dataset, positions, FORCED))
     assert len(blocks) > 1 and max(len(block.target) for block in blocks) <= 3 * size
-    again = calibration_rows(dataset, positions, END)
-    for rows in (again, *(Rows(*map(np.concatenate, zip(*(b for b in blocks), strict=True))),)):
+    again = calibration_rows(dataset, positions, FORCED)
+    for rows in (again, *(Rows(*map(np.concatenate, zip(*blocks, strict=True))),)):
         np.testing.assert_array_equal(rows.log_probs, whole.log_probs)
         np.testing.assert_array_equal(rows.target, whole.target)
 
 
 def test_no_position_that_is_left_is_an_error_after_the_last_block():
     with pytest.raises(ValueError, match="No supervised position is left under positions='all'"):
-        list(row_blocks(CACHE.select([2]), "all", {"opening": [], "closing": [6], "answer": 0}))
+        list(row_blocks(CACHE.select([2]), "all", {**FORCED, "closing": [6]}))
 
 
 @pytest.mark.parametrize("smoothed", [False, True])

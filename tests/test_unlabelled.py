@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from first_trl.cache.arrays import learned_by_heart
+from first_trl.cache.arrays import is_memorised
 from first_trl.cache.reader import open_cache
 from first_trl.checks import check_recipe
 from first_trl.data.choices import has_answer, with_answer
@@ -146,4 +146,4 @@ def test_an_answer_is_put_where_the_row_has_none(task, row, answered):
 )
 def test_rows_known_by_heart_show_in_accuracy_or_in_confidence(accuracy, confidence, expected):
     cached, validation = {"accuracy": accuracy, "confidence": confidence}, {"accuracy": 0.7, "confidence": 0.7}
-    assert learned_by_heart(cached, validation) is expected
+    assert is_memorised(cached, validation) is expected

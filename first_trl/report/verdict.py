@@ -5,7 +5,7 @@ of their paired difference in ECE excludes 0; otherwise the difference is called
 fair controls are the trained students and what is laid over them; the teacher and the untrained base are shown beside.
 """
 
-from ..cache.arrays import learned_by_heart
+from ..cache.arrays import is_memorised
 
 FOCUS = "first"
 REFERENCES = ("teacher", "teacher_recalibrated", "base")
@@ -174,7 +174,7 @@ def _teacher_gap(calibration: dict | None) -> list[dict]:
         f"students{', which have no labels of their own' if cached['accuracy'] is None else ''}, and is "
         f"{percent(validation['accuracy'])} right at {percent(validation['confidence'])} on validation."
     )
-    if not learned_by_heart(cached, validation):
+    if not is_memorised(cached, validation):
         return [_say("note", text)]
     text += (
         " That is how a teacher looks on rows that it was trained on: a value fitted on validation does not make its "

@@ -7,10 +7,7 @@ whole search curve and the errors before and after, for every family that an arm
 """
 
 import json
-from typing import Any
 
-from first_trl.cache.arrays import learned_by_heart
-from first_trl.errors import FirstTrlError
 from first_trl.run import (
     cached_roles,
     calibration_candidates,
@@ -21,9 +18,6 @@ from first_trl.run import (
     teacher_path,
 )
 from first_trl.stages.command import stage_command
-
-FORCED = 0.99  # of the answers that begin with one token: it is the template's
-FEW_POSITIONS = 20
 
 
 @stage_command("calibrate")
@@ -39,7 +33,7 @@ def calibrate(recipe) -> None:
 
     settings = recipe.calibrate
     rows, max_smoothing, teacher = read_caches(recipe)
-    method, choice, families = settings.method, None, {}
+    method, choice, families, warnings = settings.method, None, {}, []
     if method == "auto":
         candidates, judged_by = calibration_candidates(recipe), (settings.criterion, settings.num_bins, settings.seed)
         choice = choose_family(rows.log_probs, rows.target, candidates, *judged_by)
@@ -55,25 +49,35 @@ def calibrate(recipe) -> None:
             bootstrap=settings.bootstrap,
             seed=settings.seed,
             max_smoothing=max_smoothing,
+            examples=rows.examples,
         )
         families[family] = result.to_dict()
         status(f"calibrate: {search_line(result)}")
+        warnings += result.warnings()
+    for warning in dict.fromkeys(warnings):
+        status(f"calibrate: WARNING: {warning}")
     calibration = {
         "schema_version": 1,
         "method": method,
         "value": families[method]["value"],
         **({"choice": choice.to_dict()} if choice else {}),
         "criterion": settings.criterion,
-        "positions": settings.positions,
+        "positions": positions_of(recipe),
         "num_bins": settings.num_bins,
         "num_positions": len(rows.target),
         "teacher": teacher,
         "families": families,
+        **({"warnings": list(dict.fromkeys(warnings))} if warnings else {}),
     }
     write_atomically(recipe.run_folder / "calibration.json", json.dumps(calibration, indent=1))
 
 
-def read_caches(recipe) -> tuple[Any, float, dict]:
+def positions_of(recipe) -> str:
+    """Where the teacher is measured: at the answer of a closed question, at every token of free text."""
+    return recipe.calibrate.positions or ("answer" if recipe.task.choices else "all")
+
+
+def read_caches(recipe) -> tuple:
     """(rows of validation, the most smoothing that every row allows, the teacher on each cache).
 
     Says the gap between the rows that the teacher labels and validation, where both are cached. The rows to learn from
@@ -82,69 +86,67 @@ def read_caches(recipe) -> tuple[Any, float, dict]:
     import torch
     from accelerate import PartialState
 
-    from first_trl.cache.arrays import calibration_rows, row_blocks, summary
+    from first_trl.cache.arrays import calibration_rows, is_memorised, row_blocks, summary
     from first_trl.cache.identity import open_recipe_cache
     from first_trl.calibration import largest_smoothing
     from first_trl.training import teacher_section
 
-    settings, teacher, max_smoothing = recipe.calibrate, {}, 1.0
+    teacher, max_smoothing, positions = {}, 1.0, positions_of(recipe)
     is_main = PartialState().is_main_process
     for role in cached_roles(recipe):
         cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe), verify=is_main)
-        forced = cache.manifest["forced"] | ({"closing": []} if settings.include_eos else {})
+        forced = cache.manifest.get("forced")
         if role == "validation":
-            rows = calibration_rows(cache.dataset, settings.positions, forced)
-            refuse_forced_answer(recipe, rows)
+            rows = calibration_rows(cache.dataset, positions, forced)
+            refuse_forced(recipe, rows.label_ids)
+            teacher["validation"] = summary([rows])
             continue
         labelled = cache.manifest.get("labels") != "teacher"
-        teacher["cached_rows"] = summary(row_blocks(cache.dataset, settings.positions, forced), labelled)
+        teacher["cached_rows"] = summary(row_blocks(cache.dataset, positions, forced), labelled)
         if "label_smoothing" in calibration_methods(recipe):  # its value must fit every row that students learn from
             blocks = row_blocks(cache.dataset, "all")
             max_smoothing = min(largest_smoothing(torch.from_numpy(block.log_probs)) for block in blocks)
-    teacher["validation"] = summary([rows])
     if "cached_rows" in teacher:
-        for line in gap_lines(**teacher):
-            status(f"calibrate: {line}")
+        seen, unseen = (
+            ("" if found["accuracy"] is None else f"{100 * found['accuracy']:.1f} % right ")
+            + f"at confidence {found['confidence']:.2f}"
+            for found in (teacher["cached_rows"], teacher["validation"])
+        )
+        status(f"calibrate: on the rows it labels the teacher is {seen}, on validation {unseen}")
+        if is_memorised(teacher["cached_rows"], teacher["validation"]):
+            status(
+                "calibrate: WARNING: the teacher has memorised the rows that it labels, so that no value fitted on "
+                "validation is true for them; give datasets.transfer other rows, which need no labels"
+            )
     return rows, max_smoothing, teacher
 
 
-def refuse_forced_answer(recipe, rows) -> None:
-    """A position that holds the same token in nearly every row measures nothing: an opening that a template forces.
+def refuse_forced(recipe, label_ids) -> None:
+    """Refuse to fit a value where one token is nearly always right: that measures a template, not a teacher.
 
     Raises:
-        FirstTrlError: `calibrate.positions: answer` reads such a position.
+        FirstTrlError: one token fills 99 % of the targets; with declared choices, whose shares may be so, all of them.
     """
     import numpy as np
 
+    from first_trl.errors import FirstTrlError
     from first_trl.modeling import load_tokenizer
 
-    labels, counts = np.unique(rows.labels, return_counts=True)
-    most, few = counts.max(), len(rows.labels) < FEW_POSITIONS
-    if recipe.task.choices or recipe.calibrate.positions != "answer" or few or most < FORCED * len(rows.labels):
+    ids, counts = np.unique(label_ids, return_counts=True)
+    most = (1 if recipe.task.choices else 0.99) * len(label_ids)
+    if positions_of(recipe) != "answer" or len(label_ids) < 20 or counts.max() < most:
         return
-    tokenizer = load_tokenizer(teacher_path(recipe), recipe.cache.teacher_revision)
-    token = tokenizer.decode([int(labels[counts.argmax()])])
+    token = load_tokenizer(teacher_path(recipe), recipe.cache.teacher_revision).decode([int(ids[counts.argmax()])])
+    remedy = (
+        "give datasets.validation rows with other answers, or calibrate.positions: all"
+        if recipe.task.choices
+        else "set task.chat_template_kwargs: {enable_thinking: false} where the chat template thinks, or "
+        "calibrate.positions: all"
+    )
     raise FirstTrlError(
-        f"calibrate.positions: answer reads the token {token!r} in {most} of {len(rows.labels)} validation answers, "
-        "so that nothing is measured there. With a template that opens answers with thoughts set "
-        "task.chat_template_kwargs: {enable_thinking: false}; else set calibrate.positions: all"
+        f"calibrate.positions: {positions_of(recipe)} measures nothing: {counts.max():,} of {len(label_ids):,} "
+        f"validation targets are the token {token!r}; {remedy}."
     )
-
-
-def gap_lines(cached_rows: dict, validation: dict) -> list[str]:
-    """The teacher on the rows that it labels beside validation, and a warning where it knows the former by heart."""
-    seen, unseen = (
-        ("" if found["accuracy"] is None else f"{100 * found['accuracy']:.1f} % right ")
-        + f"at confidence {found['confidence']:.2f}"
-        for found in (cached_rows, validation)
-    )
-    lines = [f"on the rows it labels the teacher is {seen}, on validation {unseen}"]
-    if learned_by_heart(cached_rows, validation):
-        lines.append(
-            "WARNING: the teacher knows the rows that it labels by heart, so that no value fitted on validation is "
-            "true for them; give datasets.transfer other rows, which need no labels"
-        )
-    return lines
 
 
 def search_line(result) -> str:
@@ -152,8 +154,11 @@ def search_line(result) -> str:
     before, positions = f"{100 * result.ece_before:.1f} %", f"{result.num_positions} validation positions"
     if result.value is None:
         return f"{result.method} leaves the teacher's ECE on {positions} at {before}"
+    interval = " (95 % interval {:.3g} to {:.3g})".format(*result.interval) if result.interval else ""
     after = f"{100 * result.ece_after:.1f} %"
-    return f"{result.method} {result.value:.3g} takes the teacher's ECE on {positions} from {before} to {after}"
+    return (
+        f"{result.method} {result.value:.3g}{interval} takes the teacher's ECE on {positions} from {before} to {after}"
+    )
 
 
 if __name__ == "__main__":
