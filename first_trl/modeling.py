@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -113,11 +115,14 @@ def _own_code_refused(path):
 
 def _load_base(path, revision, options: dict) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    has_text_model = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    auto_class = AutoModelForCausalLM if has_text_model else AutoModelForImageTextToText
-    model = auto_class.from_pretrained(path, revision=revision, trust_remote_code=False, **options)
-    if model.base_model is model and hasattr(model, "model"):
-        model.base_model_prefix = "model"  # Llama 4's and Mllama's text models call their backbone what it is not
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        model_class = AutoModelForCausalLM
+    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        model_class = AutoModelForImageTextToText
+    else:  # a text model that was saved on its own, such as Mllama's
+        model_class = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
+    model = model_class.from_pretrained(path, revision=revision, trust_remote_code=False, **options)
+    settle_names(model)
     return model
 
 
@@ -146,6 +151,17 @@ def _load_adapter(path, revision, options: dict, device) -> "PeftModel":
             "Give the base that it was trained on, loaded as it was then, or train it again."
         )
     return model
+
+
+def settle_names(model: torch.nn.Module) -> None:
+    """Call the backbone and the soft cap of a few architectures as TRL, and most of transformers, call them."""
+    inner = innermost(model)
+    if inner.base_model is inner and hasattr(inner, "model"):  # Llama 4's and Mllama's text models
+        inner.base_model_prefix = "model"
+    config = inner.config.get_text_config()
+    for name in ("logits_soft_cap", "output_logit_soft_cap"):  # RecurrentGemma, xLSTM
+        if getattr(config, name, None):
+            config.final_logit_softcapping = getattr(config, name)
 
 
 def innermost(model: torch.nn.Module) -> PreTrainedModel:
@@ -214,9 +230,7 @@ def logit_scale(config) -> float:
 def language_model_head(model: PreTrainedModel) -> Head:
     """The model's [`Head`]. FSDP2 and ZeRO-3 may hold it in pieces; `first_trl.head` gathers them when it reads."""
     module = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
-    softcap = next((value for name in caps if (value := getattr(config, name, None))), None)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return Head(module.weight, getattr(module, "bias", None), logit_scale(model.config), softcap)
 
 
@@ -244,22 +258,32 @@ def check_head(model: torch.nn.Module, fused: bool = False) -> None:
     embeddings = inner.get_input_embeddings().weight
     ids_BT = torch.arange(10, 18, device=embeddings.device)[None] % len(embeddings)
     logits_TV = inner(input_ids=ids_BT, use_cache=False).logits[0]
-    head, expected_TV = language_model_head(inner), logits_TV.float().log_softmax(dim=-1).to(ids_BT.device)
+    start_TV = inner(input_ids=ids_BT[:, :4], use_cache=False).logits[0]
+    expected_TV = logits_TV.float().log_softmax(dim=-1).to(ids_BT.device)
     if expected_TV.isnan().any():
         raise FirstTrlError(
             f"{type(inner).__name__} computes NaN from eight ordinary tokens: its weights, or its adapter's, are "
             f"damaged, or overflow in {logits_TV.dtype}; train it again, or load it in another dtype."
         )
-    if fused:
-        found = inner(input_ids=ids_BT, labels=ids_BT, fused_lm_head=True).log_probs.to(ids_BT.device).T
-        expected = expected_TV[:-1].gather(1, ids_BT[0, 1:, None])
-    else:
-        hidden_TD = backbone_hidden_states(inner, input_ids=ids_BT)[0].to(head.weight.device)
-        top_TK = expected_TV.topk(min(5, expected_TV.shape[1] - 1)).indices
-        ids_TK = top_TK.to(head.weight.device)
-        found = partition_log_probs(hidden_TD, head.weight, ids_TK, *head[1:])[:, :-1].to(ids_BT.device)
-        expected = expected_TV.gather(1, top_TK)
+    try:
+        if fused:
+            found = inner(input_ids=ids_BT, labels=ids_BT, fused_lm_head=True).log_probs.to(ids_BT.device).T
+            expected = expected_TV[:-1].gather(1, ids_BT[0, 1:, None])
+        else:
+            head, hidden_BTD = language_model_head(inner), backbone_hidden_states(inner, input_ids=ids_BT)
+            top_TK = expected_TV.topk(min(5, expected_TV.shape[1] - 1)).indices
+            hidden_TD, ids_TK = (tensor.to(head.weight.device) for tensor in (hidden_BTD[0], top_TK))
+            found = partition_log_probs(hidden_TD, head.weight, ids_TK, *head[1:])[:, :-1].to(ids_BT.device)
+            expected = expected_TV.gather(1, top_TK)
+    except (AttributeError, ValueError) as error:
+        raise FirstTrlError(
+            f"{type(inner).__name__} has no backbone and head of the usual kind: {error}; take another architecture."
+        ) from error
     model.train(training)
+    if not torch.allclose(start_TV, logits_TV[:4], rtol=0.05, atol=0.05 * float(logits_TV.float().std())):
+        raise FirstTrlError(
+            f"{type(inner).__name__} is no causal model: what it says of a token depends on those after it."
+        )
     worst = (found - expected).abs().argmax()
     # Half precision rounds a logit to a share of itself, a few times on its way
     rounding = 4 * torch.finfo(logits_TV.dtype).eps * logits_TV.float().abs().nan_to_num(posinf=0).max()

@@ -7,6 +7,7 @@ Shapes: N positions, D hidden, V vocabulary, K kept tokens, C choices.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -204,8 +205,12 @@ def sequence_log_probs(
 ) -> np.ndarray:
     """(N, C) nats: how likely each of C token sequences is after each of N prompts, the sum over its tokens.
 
-    A batch of prompts is read once; every sequence goes on from a copy of what the model keeps of it.
+    A batch of prompts is read once; every sequence continues from a copy of the KV cache. Models that keep a state
+    instead (Mamba, RWKV, Jamba, ...), or count positions on their own, read every prompt again with each sequence.
     """
+    backbone = innermost(model).base_model
+    if innermost(model)._is_stateful or "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return _uncached_sequence_log_probs(model, prompts, sequences, tokens_per_batch, progress)
     model, longest = innermost(model), max(len(sequence) for sequence in sequences)
     head = language_model_head(model)
     log_probs_NC = np.empty((len(prompts), len(sequences)), dtype=np.float32)
@@ -213,25 +218,27 @@ def sequence_log_probs(
     for indices in length_batches([len(prompt) + longest for prompt in prompts], tokens_per_batch):
         tokens_BT, mask_BT = _left_padded([prompts[i] for i in indices], model.get_input_embeddings().weight.device)
         lengths_B1 = mask_BT.sum(dim=1, keepdim=True)
-        read = model.base_model(
+        prompt_output = model.base_model(
             input_ids=tokens_BT,
             attention_mask=mask_BT,
             position_ids=(mask_BT.cumsum(dim=1) - 1).clamp(min=0),
             use_cache=True,
         )
+        if getattr(prompt_output, "past_key_values", None) is None:
+            return _uncached_sequence_log_probs(model, prompts, sequences, tokens_per_batch, progress)
         ids_BF = torch.tensor(first_ids, device=head.weight.device).expand(len(indices), -1)
         first_BF = partition_log_probs(
-            read.last_hidden_state[:, -1].to(head.weight.device), head.weight, ids_BF, *head[1:]
+            prompt_output.last_hidden_state[:, -1].to(head.weight.device), head.weight, ids_BF, *head[1:]
         )
         for c, sequence in enumerate(sequences):
             total_B = first_BF[:, first_ids.index(sequence[0])]
             if len(sequence) > 1:
-                begun_BL = torch.tensor(sequence[:-1], device=mask_BT.device).expand(len(indices), -1)
+                prefix_BL = torch.tensor(sequence[:-1], device=mask_BT.device).expand(len(indices), -1)
                 hidden_BLD = model.base_model(
-                    input_ids=begun_BL,
-                    attention_mask=torch.cat([mask_BT, torch.ones_like(begun_BL)], dim=1),
-                    position_ids=lengths_B1 + torch.arange(begun_BL.shape[1], device=mask_BT.device),
-                    past_key_values=copy.deepcopy(read.past_key_values),
+                    input_ids=prefix_BL,
+                    attention_mask=torch.cat([mask_BT, torch.ones_like(prefix_BL)], dim=1),
+                    position_ids=lengths_B1 + torch.arange(prefix_BL.shape[1], device=mask_BT.device),
+                    past_key_values=copy.deepcopy(prompt_output.past_key_values),
                     use_cache=True,
                 ).last_hidden_state.to(head.weight.device)
                 next_ids_N1 = torch.tensor(sequence[1:], device=head.weight.device).repeat(len(indices))[:, None]
@@ -240,6 +247,26 @@ def sequence_log_probs(
             log_probs_NC[indices, c] = total_B.float().cpu().numpy()
         if progress is not None:
             progress(sum(len(prompts[i]) for i in indices))
+    return log_probs_NC
+
+
+def _uncached_sequence_log_probs(model, prompts, sequences, tokens_per_batch, progress) -> np.ndarray:
+    """`sequence_log_probs` by right-padded passes over prompt and sequence, one for all that differ in their last
+    token alone: what follows a token never changes it, so that padding there is harmless to any causal model."""
+    head = language_model_head(innermost(model))
+    log_probs_NC = np.empty((len(prompts), len(sequences)), dtype=np.float32)
+    for start in dict.fromkeys(tuple(sequence[:-1]) for sequence in sequences):
+        rows = [[*prompt, *start] for prompt in prompts]
+        positions = [range(len(row) - len(start) - 1, len(row)) for row in rows]
+        for indices, hidden_ND in hidden_states_at(model, rows, positions, tokens_per_batch):
+            hidden_ND = hidden_ND.to(head.weight.device)
+            for c, sequence in enumerate(sequences):
+                if tuple(sequence[:-1]) == start:
+                    next_ids_N1 = torch.tensor(sequence, device=hidden_ND.device).repeat(len(indices))[:, None]
+                    next_N = partition_log_probs(hidden_ND, head.weight, next_ids_N1, *head[1:])[:, 0]
+                    log_probs_NC[indices, c] = next_N.view(len(indices), -1).sum(dim=1).float().cpu().numpy()
+            if progress is not None:
+                progress(sum(len(rows[i]) for i in indices))
     return log_probs_NC
 
 

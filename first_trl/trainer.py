@@ -35,6 +35,7 @@ from .modeling import (
     keep_to_text,
     load_model,
     load_tokenizer,
+    settle_names,
     supervised_mask,
 )
 from .settings import TaskConfig
@@ -135,6 +136,7 @@ class FIRSTTrainer(SFTTrainer):
             device = None if launched_sharded() else args.device
             model = load_model(model, device=device, quantization_config=quantization, **options)
         else:
+            settle_names(model)
             check_head(model)
         keep_to_text(kwargs.get("peft_config"), model)
         super().__init__(

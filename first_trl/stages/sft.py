@@ -20,7 +20,7 @@ def fine_tune(recipe, continues: bool) -> None:
     """Train the teacher on the labels."""
     from trl import SFTTrainer
 
-    from first_trl.modeling import adapters_to_float32, load_tokenizer
+    from first_trl.modeling import adapters_to_float32, check_head, load_tokenizer
     from first_trl.training import label_arguments, model_arguments, tokenized_splits, train_and_save
 
     folder = new_folder(recipe.run_folder / "teacher")
@@ -34,6 +34,7 @@ def fine_tune(recipe, continues: bool) -> None:
         processing_class=tokenizer,
         **model_arguments(args, model_args),
     )
+    check_head(trainer.model, fused=True)
     if not (args.bf16 or args.fp16):
         adapters_to_float32(trainer.model)
     train_and_save(trainer, folder, continues, "sft")
