@@ -1,6 +1,7 @@
 """What a recipe may hold, for editors and readers: its JSON schema and its table of settings; and a recipe resolved.
 
 first-trl show RECIPE [--key value ...]     the recipe as it runs: `extends`, variables, overrides and defaults in
+first-trl show RECIPE --row 0               a row as the models see it, with what is learned marked
 first-trl schema > recipes/schema.json      what editors complete and check recipes with
 first-trl schema --markdown                 every setting as a table, the second half of docs/recipes.md
 """
@@ -11,7 +12,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from .recipe import Recipe, RecipeError, described, file_model, load_recipe
+from .errors import FirstTrlError
+from .recipe import Recipe, described, file_model, load_recipe
 from .settings import (
     CacheConfig,
     CalibrateConfig,
@@ -30,15 +32,50 @@ _VARIABLE = {"type": "string", "pattern": r"^\$\{.+\}$"}
 
 def show_main(argv: list[str]) -> int:
     """`first-trl show RECIPE`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="first-trl show", description="Print a recipe as it runs.")
+    parser = argparse.ArgumentParser(
+        prog="first-trl show", description="Print a recipe as it runs, or one of its rows."
+    )
     parser.add_argument("recipe", help="the experiment's YAML file; settings may follow as --key value")
+    parser.add_argument("--row", type=int, help="print this row as the models see it, with what is learned marked")
+    parser.add_argument(
+        "--split", default="train", help="the row's split: train (default), validation, transfer, or a test set"
+    )
     options, overrides = parser.parse_known_args(argv)
     try:
-        print(load_recipe(options.recipe, overrides).to_yaml(), end="")
-    except RecipeError as error:
+        recipe = load_recipe(options.recipe, overrides)
+        print(recipe.to_yaml() if options.row is None else shown_row(recipe, options.split, options.row), end="")
+    except FirstTrlError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def shown_row(recipe: Recipe, split: str, number: int) -> str:
+    """A row of a split as the teacher sees it, with what is learned marked.
+
+    Raises:
+        FirstTrlError: there is no such split or row, or the row cannot be used.
+    """
+    from .data.choices import has_answer, marked_text, with_answer
+    from .data.loading import load_split
+    from .evaluation import test_task
+    from .modeling import load_tokenizer
+
+    data, tests = recipe.datasets, recipe.datasets.test
+    splits = {name: getattr(data, name) for name in ("train", "validation", "transfer")} | tests
+    if (config := splits.get(split)) is None:
+        known = ", ".join(name for name, source in splits.items() if source is not None)
+        raise FirstTrlError(f"--split {split}: this recipe has no such split; choose among {known}")
+    rows = load_split(config, "test" if split in tests else "validation" if split == "validation" else "train")
+    if not 0 <= number < len(rows):
+        raise FirstTrlError(f"--row {number}: datasets.{split} has {len(rows)} rows; give 0 to {len(rows) - 1}")
+    row, task = rows[number], test_task(recipe.task, config.task)
+    if task.choices and split == "transfer" and not has_answer(task, row):
+        row = with_answer(row, task, task.choices[0])
+    path, revision = recipe.cache.teacher, recipe.cache.teacher_revision
+    if path is None:
+        path, revision = recipe.sft["model_name_or_path"], recipe.sft.get("model_revision")
+    return f"datasets.{split}, row {number}: {marked_text(task, load_tokenizer(path, revision), row)}\n"
 
 
 def schema_main(argv: list[str]) -> int:

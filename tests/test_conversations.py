@@ -8,12 +8,16 @@ import pytest
 from datasets import Dataset
 from trl.data_utils import maybe_convert_to_chatml
 
+from first_trl.__main__ import main
 from first_trl.constants import IGNORED
-from first_trl.data.choices import forced_positions, forced_tokens
+from first_trl.data.choices import forced_positions, forced_tokens, marked_text
 from first_trl.data.encoding import check_first_row, encode_example, encode_prompt, first_row
 from first_trl.errors import FirstTrlError
 from first_trl.settings import TaskConfig
+from tests.cache_recipe import write_recipe
 from tests.test_data import byte_level_tokenizer
+from tests.test_trainer import cache_of, trainer_for
+from tests.tiny import build_model
 
 TEMPLATES = {path.name.removesuffix(".jinja"): path.read_text() for path in files("trl.chat_templates").iterdir()}
 MARKED = sorted(name for name in TEMPLATES if name.endswith("_training"))
@@ -234,3 +238,63 @@ def test_another_chat_template_beginning_or_normaliser_is_refused_with_both_text
         check_first_row(cached, task, byte_level_tokenizer(bos=True))
     with pytest.raises(FirstTrlError, match="make it again"):
         check_first_row(None, task, byte_level_tokenizer())
+
+
+# What a row looks like
+
+
+@pytest.mark.parametrize(
+    ("template", "task", "row", "shown"),
+    [
+        ("gemma3", {}, {"messages": ONE}, "<start_of_turn>model\n⟦good⟧⟪<end_of_turn>\n⟫"),
+        ("qwen3", {"choices": ["good", "bad"]}, {"messages": ONE}, "⟪<think>\n\n</think>\n\n⟫⟦good⟧⟪<|im_end|>\n⟫"),
+        ("qwen2_5", {"supervise": "all"}, {"messages": TWO}, "assistant\n⟦good⟧⟪<|im_end|>\n⟫<|im_start|>user"),
+        (
+            None,
+            {"prompt": "{q}:", "completion": " {a}", "choices": ["good", "bad"]},
+            {"q": "a", "a": "bad"},
+            "a:⟦ bad⟧⟪</s>⟫",
+        ),
+        (
+            None,
+            {"prompt": "{q}:", "completion": " {a}", "max_length": 12},
+            {"q": "a", "a": "a good film"},
+            "a:⟦ a good",
+        ),
+    ],
+    ids=["chat", "closed chat", "all turns", "closed question", "cut"],
+)
+def test_a_row_is_shown_with_what_is_learned_and_what_is_forced_marked(template, task, row, shown):
+    tokenizer = chat_tokenizer(template) if template else byte_level_tokenizer()
+    if task.get("max_length"):
+        task["max_length"] = len(encode_example(TaskConfig(**task), tokenizer, row)["input_ids"]) - 2
+    text = marked_text(TaskConfig(**task), tokenizer, row)
+    assert shown in text
+    assert ("cut at task.max_length" in text) == ("max_length" in task)
+
+
+def test_the_command_shows_a_row_of_a_split(tmp_path, capsys):
+    path = write_recipe(tmp_path)
+    assert main(["show", str(path), "--row", "0", "--split", "validation"]) == 0
+    assert "datasets.validation, row 0: " in (text := capsys.readouterr().out) and "⟪<eos>⟫" in text
+    for arguments, message in ((["--row", "99"], "has 40 rows"), (["--row", "0", "--split", "dev"], "no such split")):
+        assert main(["show", str(path), *arguments]) == 2 and message in capsys.readouterr().err
+
+
+# Through the trainer
+
+
+@pytest.mark.parametrize("template", ["qwen3", "llama3_2", "gemma3", "qwen3_training"])
+@pytest.mark.parametrize("supervise", ["last", "all"])
+def test_a_student_equal_to_its_teacher_has_no_loss_on_conversations(template, supervise, tmp_path):
+    tokenizer = chat_tokenizer(template)
+    arguments = {"date_string": "1 Jan 2025"} if template == "llama3_2" else None
+    task = TaskConfig(supervise=supervise, chat_template_kwargs=arguments)
+    rows = list(SHAPES.values())
+    if (template, supervise) != ("qwen3", "all"):  # refused: it writes earlier turns otherwise
+        rows += [{"messages": TWO}, *[{"messages": CALLED, "tools": TOOLS}] * (template != "gemma3")]
+    examples = [encode_example(task, tokenizer, row) for row in rows]
+    model = build_model(vocab_size=len(tokenizer), max_position_embeddings=2048, attn_implementation="eager")
+    kept = [{name: example[name] for name in ("input_ids", "labels")} for example in examples]
+    trainer = trainer_for(model, cache_of(model, kept), tokenizer, tmp_path, per_device_eval_batch_size=3)
+    assert abs(trainer.evaluate()["eval_loss"]) < 1e-6

@@ -6,7 +6,7 @@ Everything here follows from `first_trl.data.encoding`, which encodes whole rows
 
 from collections.abc import Mapping
 from functools import partial
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..errors import FirstTrlError
 from ..settings import TaskConfig
 from ..templates import parse_template, render_template, text_around_field
 from .conversations import chat_arguments, chat_ids, is_conversational, message_column, split_messages
-from .encoding import check_prefix, encode_prompt, encode_row, templates_of, text_ids, with_end
+from .encoding import check_prefix, encode_example, encode_prompt, encode_row, templates_of, text_ids, with_end
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -168,6 +168,26 @@ def forced_positions(labels: np.ndarray, starts: np.ndarray, forced: Mapping[str
             result[(first + offset)[inside & ~found]] = True
         found |= inside
     return result
+
+
+def marked_text(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> str:
+    """The text that a model sees of a row: ⟦learned⟧ and, where no answer could differ, ⟪learned but never measured⟫.
+
+    Raises:
+        FirstTrlError: as `encode_example`.
+    """
+    example = encode_example(task, tokenizer, row)
+    labels = np.array(example["labels"])
+    forced = forced_positions(labels, np.array([0]), forced_tokens(task, tokenizer, row))
+    kinds = [("⟪⟫" if forced[i] else "⟦⟧") if label != IGNORED else "" for i, label in enumerate(labels)]
+    runs = [
+        (kind, [ids for _, ids in run])
+        for kind, run in groupby(zip(kinds, example["input_ids"], strict=True), lambda pair: pair[0])
+    ]
+    text = "".join(kind[:1] + tokenizer.decode(ids) + kind[1:] for kind, ids in runs)
+    learned, measured = (labels != IGNORED).sum(), (labels != IGNORED).sum() - forced.sum()
+    cut = f"; the end of its {example['cut']} is cut at task.max_length = {task.max_length}" if example["cut"] else ""
+    return f"{len(labels)} tokens, {learned} learned ⟦⟧, of which {learned - measured} are forced ⟪⟫{cut}\n\n{text}"
 
 
 def single_token_ids(task: TaskConfig, tokenizer, prompt_row: Mapping[str, Any]) -> list[int]:
