@@ -385,9 +385,6 @@ def _misfit(found: Any, hint: Any, value: Any) -> tuple[str, str]:
     limits = found.get("ctx", {})
     for bound in _BOUNDS.keys() & limits.keys():
         return "it is out of range", f"write {_BOUNDS[bound].format(f'{limits[bound]:.10g}')}"
-    if found["type"] == "value_error":
-        what, _, remedy = str(limits["error"]).partition("; ")
-        return what, remedy
     if _section_of(hint) or get_origin(hint) is dict and isinstance(value, str | int | float | list):
         return "it needs a mapping", "write its settings on the lines below, indented"
     wanted = described(hint)
@@ -404,7 +401,7 @@ def _misfit(found: Any, hint: Any, value: Any) -> tuple[str, str]:
         remedy = f"write {value[0]!r} without the brackets"
     else:
         remedy = f"write {wanted}" + (", without quotes" if isinstance(value, str) else "")
-    return f"it needs {wanted}, not {_kind_of(value)}", remedy
+    return f"it needs {wanted}", remedy
 
 
 def described(hint: Any) -> str:
@@ -419,17 +416,6 @@ def described(hint: Any) -> str:
     if origin is list:
         return "a list of texts" if args[0] is str else "a list of values"
     return _PLAIN.get(origin or hint, "a mapping")
-
-
-def _kind_of(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return "nothing" if value is None else "a boolean"
-    if isinstance(value, float):
-        return "a number with decimals" if abs(value) < float("inf") else "an infinite or undefined number"
-    if isinstance(value, list):
-        kinds = sorted({_kind_of(item) for item in value if not isinstance(item, list)})
-        return f"a list that holds {' and '.join(kinds)}" if kinds else "a list"
-    return _PLAIN[type(value)]
 
 
 def _unsafe(value: Any, path: tuple) -> Iterator[Problem]:
@@ -453,10 +439,9 @@ def _as_recipe(checked: Any, tree: dict) -> Recipe:
     """The sections of TRL's settings as dicts of what was written, in the order in which it was."""
 
     def written(section: Section, own: dict) -> dict:
-        return {key: getattr(section, key) for key in own if key in section.model_fields_set}
+        return {key: getattr(section, key) for key in own or () if key in section.model_fields_set}
 
     parts = dict(checked)
-    parts |= {name: written(parts[name], tree.get(name, {})) for name in TRAINING if isinstance(tree.get(name), dict)}
-    parts |= {name: {} for name in TRAINING if isinstance(parts[name], Section)}
+    parts |= {name: written(parts[name], tree.get(name, {})) for name in TRAINING}
     parts["arms"] = {arm: written(own, tree["arms"][arm]) for arm, own in checked.arms.items()}
     return Recipe.model_construct(**parts)

@@ -22,9 +22,9 @@ _MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 100_000, 20_000, 32
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
 _VARIABLE_NAME = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
 _SECRET_NAME = r"token|secret|pass|password|passwd|passphrase|pwd|pat|auth|dsn|api_?key|private_?key|credentials?"
-_SECRET_KEY = re.compile(rf"(^|_)({_SECRET_NAME})$", re.IGNORECASE)
+_SECRET_KEY = re.compile(rf"(?!eos_token|pad_token|bos_token)(.*_)?({_SECRET_NAME})", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(rf"(^|_)({_SECRET_NAME}|key)(_|$)|(pass|passwd|password|token|secret)$", re.IGNORECASE)
-_NOT_SECRET = {"eos_token", "pad_token", "bos_token"}
+COMMAND_LINE = (0, 0, "command line")
 
 
 class RecipeError(FirstTrlError):
@@ -54,13 +54,10 @@ class ErrorCollector:
             self.settled.add(path)
         shown = "" if value is MISSING or isinstance(value, dict) or not path else f" = {_shown(path, value)}"
         name = ".".join(map(str, path))
-        self._add(self._place(path), f"{name}{shown}: {what}" if name else what, remedy)
+        self.add_at(self._place(path), f"{name}{shown}: {what}" if name else what, remedy)
 
     def add_at(self, place: tuple[int, int, str], what: str, remedy: str) -> None:
         """Record a problem of the text itself, or of the command line."""
-        self._add(place, what, remedy)
-
-    def _add(self, place: tuple[int, int, str], what: str, remedy: str) -> None:
         text = f"{place[2]}: {what}; {remedy}{'' if remedy.endswith('?') else '.'}"
         self._found.setdefault(SECRET_VALUE.sub("(not shown)", text), place[:2])
 
@@ -78,14 +75,11 @@ class ErrorCollector:
             raise RecipeError(self.file, sorted(self._found, key=lambda text: self._found[text])) from None
 
 
-COMMAND_LINE = (0, 0, "command line")
-
-
 def is_secret(path: tuple, value: Any) -> bool:
     """Whether a key or a value looks like a credential."""
     key = next((part for part in reversed(path) if isinstance(part, str)), "")
-    named = bool(_SECRET_KEY.search(key)) and key not in _NOT_SECRET
-    return (named and value is not None) or (isinstance(value, str) and bool(SECRET_VALUE.search(value)))
+    named = value is not None and _SECRET_KEY.fullmatch(key) is not None
+    return named or (isinstance(value, str) and SECRET_VALUE.search(value) is not None)
 
 
 def _shown(path: tuple, value: Any) -> str:
@@ -105,33 +99,23 @@ def read_recipe_file(path: Path, errors: ErrorCollector, rank: int = 1) -> dict:
         RecipeError: the file cannot be read as one YAML mapping; every other problem is only recorded.
     """
     reader = _Reader(errors, rank, "" if rank == 1 else f"{path.name}, ")
-    root, text = None, _read_text(path, errors)
+    what, remedy, root = "a recipe is a mapping of sections", "start with e.g. `name: my-run`", None
+    place = reader.place(None)
     try:
-        reader.loader = yaml.SafeLoader(text)
+        if path.is_file() and path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes, more than a recipe can")
+        reader.loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         root = reader.loader.get_single_node()
     except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
+        place = reader.place(getattr(error, "problem_mark", None))
         why = " ".join(filter(None, (getattr(error, "context", ""), getattr(error, "problem", "")))) or type(error)
-        remedy = "look at the indentation, colons and quotes here"
-        errors.add_at(reader.place(mark), f"this is not YAML ({why})", remedy)
-    if root is not None and not isinstance(root, yaml.MappingNode) or (root is None and not errors._found):
-        errors.add_at(reader.place(None), "a recipe is a mapping of sections", "start with e.g. `name: my-run`")
-    if not isinstance(root, yaml.MappingNode):
-        errors.raise_if_any()
-    return reader.value(root, ())
-
-
-def _read_text(path: Path, errors: ErrorCollector) -> str:
-    try:
-        size = path.stat().st_size
-        if path.is_file() and size <= _MAX_BYTES:
-            return path.read_text(encoding="utf-8")
-        what = f"it has {size} bytes, more than a recipe can" if path.is_file() else "this is a folder, not a file"
-    except UnicodeDecodeError as error:
-        what = f"it is not UTF-8 text (byte {error.start})"
+        what, remedy = f"this is not YAML ({why})", "look at the indentation, colons and quotes here"
     except (OSError, ValueError) as error:
-        what = f"it cannot be read ({getattr(error, 'strerror', None) or error})"
-    errors.add((), MISSING, what if errors.file == str(path) else f"{path}: {what}", "give a recipe, a YAML file")
+        what, remedy = f"it cannot be read ({getattr(error, 'strerror', None) or error})", "give a recipe, a YAML file"
+        place = rank, 0, f"{reader.prefix}file"
+    if isinstance(root, yaml.MappingNode):
+        return reader.value(root, ())
+    errors.add_at(place, what, remedy)
     errors.raise_if_any()
     raise AssertionError("a problem was just added")
 
@@ -177,34 +161,29 @@ class _Reader:
     def _mapping(self, node: yaml.MappingNode, path: tuple) -> dict:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            place = self.place(key_node.start_mark)
-            what, remedy = "", "quote it"
+            place, where = self.place(key_node.start_mark), (*path, str(key_node.value))
             if key_node.tag == "tag:yaml.org,2002:merge":
-                what, remedy = "merge keys (<<) are not read", "write the keys out"
+                self.errors.add_at(place, "merge keys (<<) are not read", "write the keys out")
             elif not isinstance(key_node, yaml.ScalarNode):
-                what, remedy = "a key must be text", "quote it, or indent what follows it"
+                self.errors.add_at(place, "a key must be text", "quote it, or indent what follows it")
             elif key_node.tag != "tag:yaml.org,2002:str":
                 kind = key_node.tag.rpartition(":")[2]
-                what = f"YAML reads the key {key_node.value} as {kind}, not as text"
+                self.errors.add_at(place, f"YAML reads the key {key_node.value} as {kind}, not as text", "quote it")
             elif key_node.value in result:
-                first = self.errors.places[(*path, key_node.value)][1]
-                name = ".".join(map(str, (*path, key_node.value)))
-                what, remedy = f"{name} is written twice, first on line {first}", "remove one"
-            if what:
-                self.errors.add_at(place, what, remedy)
-                continue
-            self.errors.places[(*path, key_node.value)] = place
-            result[key_node.value] = self.value(value_node, (*path, key_node.value))
+                what = f"{'.'.join(map(str, where))} is written twice, first on line {self.errors.places[where][1]}"
+                self.errors.add_at(place, what, "remove one")
+            else:
+                self.errors.places[where] = place
+                result[key_node.value] = self.value(value_node, where)
         return result
 
     def _scalar(self, node: yaml.ScalarNode, path: tuple) -> Any:
         try:
             value = self.loader.construct_object(node)
+            if not isinstance(value, bool | int | float | str | None):
+                raise ValueError(f"as {type(value).__name__}")
         except (yaml.YAMLError, ValueError, OverflowError) as error:
-            what = f"YAML cannot read it ({getattr(error, 'problem', None) or error})"
-            return self.errors.add(path, node.value, what, "put it in quotes", settle=True)
-        if value is not None and not isinstance(value, bool | int | float | str):
-            what = f"YAML reads it as {type(value).__name__}"
+            what = f"YAML cannot read it as text or a number ({getattr(error, 'problem', None) or error})"
             return self.errors.add(path, node.value, what, "put it in quotes", settle=True)
         if not isinstance(value, str) or "${" not in value:
             return value
@@ -220,17 +199,18 @@ class _Reader:
     def _expand(self, match: re.Match, text: str, path: tuple) -> str:
         if match[1] is None:
             return "${"
-        variable = _VARIABLE_NAME.fullmatch(match[1])
-        what, remedy = "", "set it, or write ${{{0}:-default}}; a literal ${{ is written $${{"
-        if variable is None:
-            what = f"{match[0]} is not a variable"
-            remedy = "write ${{NAME}} or ${{NAME:-default}}, or $${{ for a literal ${{"
+        if (variable := _VARIABLE_NAME.fullmatch(match[1])) is None:
+            what, remedy = (
+                f"{match[0]} is not a variable",
+                "write ${NAME} or ${NAME:-default}, or $${ for a literal ${",
+            )
         elif _SECRET_VARIABLE.search(variable[1]):
             what = f"{variable[1]} looks like a secret, and recipes are published"
             remedy = "remove it and run `hf auth login`"
         elif variable[2] is None and variable[1] not in os.environ:
             what = f"the environment variable {variable[1]} is not set"
-        if what or variable is None:
-            self.errors.add(path, text, what, remedy.format(variable and variable[1]), settle=True)
-            return ""
-        return os.environ.get(variable[1]) or variable[2] or ""  # as in a shell, `:-` also replaces an empty one
+            remedy = f"set it, or write ${{{variable[1]}:-default}}; a literal ${{ is written $${{"
+        else:
+            return os.environ.get(variable[1]) or variable[2] or ""  # as in a shell, `:-` also replaces an empty one
+        self.errors.add(path, text, what, remedy, settle=True)
+        return ""

@@ -6,19 +6,18 @@ Reading a recipe file, and the rules between sections, are `first_trl.recipe`.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
     WrapValidator,
     create_model,
-    field_validator,
     model_validator,
 )
 
@@ -30,11 +29,9 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SERVER_URL = re.compile(r"https?://[^\s@?#]+")
 # Settings of the cache that say how fast it is made. Other batches round differently, as far as the teacher's dtype
 # rounds, and a server batches as it likes: neither tells two caches apart, in the manifest or in the run's record.
+SPEED_SETTINGS = ("tokens_per_batch", "server_requests")
 CONFLICTS_LATER = {"conflicts": "later"}  # validation context: types and keys alone
 NAME_REMEDY = "use letters, digits, '-' and '_', starting with a letter or digit"
-SPEED_SETTINGS = ("tokens_per_batch", "server_requests")
-
-
 MISSING = object()  # the value of a problem about something that is not there
 
 
@@ -52,6 +49,10 @@ def _number(value: Any, check: Callable[[Any], float]) -> float:
     value = float(value) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else value
     checked = check(value)
     return value if type(value) is int else checked
+
+
+def _texts(value: Any, check: Callable[[Any], list[str]]) -> list[str]:
+    return check([value] if isinstance(value, str) else value)
 
 
 class Section(BaseModel):
@@ -73,10 +74,7 @@ class Section(BaseModel):
 
 # Two conversions that people rely on every day: `1e-4`, which YAML reads as text, and a lone text for a list of texts.
 Number = Annotated[float, WrapValidator(_number)]
-Texts = Annotated[
-    list[str],
-    BeforeValidator(lambda v: [v] if isinstance(v, str) else v, json_schema_input_type=list[str] | str),
-]
+Texts = Annotated[list[str], WrapValidator(_texts, json_schema_input_type=list[str] | str)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes, which training seeds as well
 Bins = Annotated[int, Field(ge=1, le=1000)]
@@ -96,8 +94,7 @@ class TaskConfig(Section):
     append_eos: bool = Field(True, description="End every completion with the end-of-sequence token.")
     max_length: int = Field(1024, ge=2, le=10**8, description="Most tokens of prompt and completion together.")
     too_long: Literal["refuse", "drop", "cut"] = Field(
-        "refuse",
-        description="Rows that do not fit: refuse or drop them, or cut the end of their prompt's longest text.",
+        "refuse", description="Rows that do not fit: refuse them, drop them, or cut their prompt's longest text."
     )
     supervise: Literal["last", "all"] = Field(
         "last", description="Turns of a conversation that are learned: the assistant's last, or all."
@@ -177,18 +174,11 @@ class Datasets(Section):
     test: dict[str, DatasetConfig] = Field(description="Rows that are only reported: a name for each set.")
     transfer: DatasetConfig | None = Field(None, description="Rows that students are distilled on, instead of train.")
 
-    @field_validator("test", mode="before")
-    @classmethod
-    def _has_names(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "path" in value and not isinstance(value["path"], dict):
-            raise ValueError("test sets have names; put these settings under one, e.g. test: in_domain:")
-        return value
-
     def conflicts(self) -> Iterator[Problem]:
         for role in ("train", "transfer", "validation"):
+            split = getattr(self, role) or DatasetConfig(path="")
             for key in ("task", "out_of_domain", "overlap"):
-                split = getattr(self, role)
-                if split is not None and getattr(split, key) != DatasetConfig.model_fields[key].default:
+                if getattr(split, key) != DatasetConfig.model_fields[key].default:
                     yield Problem((role, key), getattr(split, key), "it is for test sets only", "remove it")
         if not self.test:
             remedy = "name at least one, e.g. `test: {in_domain: {path: json, data_files: test.jsonl}}`"
@@ -206,37 +196,22 @@ class CacheConfig(Section):
 
     top_k: int = Field(5, ge=1, le=10**6, description="Most probable tokens kept per position (the paper keeps 5).")
     support: Literal["top_k", "choices"] = Field(
-        "top_k",
-        description="Tokens kept: the top_k most probable, or those of task.choices, so that recalibration moves mass "
-        "among them.",
+        "top_k", description="Tokens kept: the top_k most probable, or task.choices, among which mass then moves."
     )
     dtype: Literal["float16", "float32"] = Field("float16", description="Type of the stored log-probabilities.")
     rows_per_shard: Count = Field(1024, description="Examples in one file: what a crash can lose.")
-    tokens_per_batch: Count = Field(
-        8192, description="Tokens of a teacher batch, padding included. Changing it does not invalidate a cache."
-    )
+    tokens_per_batch: Count = Field(8192, description="Tokens of a batch, padding included. Free to change.")
     teacher: str | None = Field(None, description="Model or adapter to cache, instead of the teacher that `sft` made.")
     teacher_revision: str | None = Field(None, description="Branch, tag or commit of that teacher on the Hub.")
     teacher_dtype: Literal["auto", "bfloat16", "float16", "float32", None] = Field(
         None, description="Type the teacher runs in. Default: sft.dtype."
     )
-    load_in_4bit: bool | None = Field(
-        None, description="Run the teacher in 4-bit NF4, or not. Default: as `sft` trained it."
-    )
+    load_in_4bit: bool | None = Field(None, description="Run the teacher in NF4, or not. Default: as trained.")
     attn_implementation: str | None = Field(None, description="Attention of the teacher, e.g. sdpa.")
     streaming: bool = Field(False, description="Read the rows as a stream: no copy of the dataset on this machine.")
-    backend: Literal["hf", "server"] = Field(
-        "hf", description="What runs the teacher: transformers, or a server such as `vllm serve`."
-    )
-    server_url: str | None = Field(
-        None, description="The server, e.g. http://127.0.0.1:8000; any that gives prompt_logprobs."
-    )
-    server_requests: int = Field(
-        16,
-        ge=1,
-        le=1024,
-        description="Requests under way to the server at one time. Changing it does not invalidate a cache.",
-    )
+    backend: Literal["hf", "server"] = Field("hf", description="What runs the teacher: transformers, or `vllm serve`.")
+    server_url: str | None = Field(None, description="Its address; any server that gives prompt_logprobs.")
+    server_requests: int = Field(16, ge=1, le=1024, description="Requests to it at one time. Free to change.")
 
     def conflicts(self) -> Iterator[Problem]:
         if self.teacher_revision is not None and self.teacher is None:
@@ -258,8 +233,7 @@ class CalibrateConfig(Section):
     """How the recalibration value is searched on the validation cache."""
 
     method: Literal[*RECALIBRATION_METHODS, "auto"] = Field(  # type: ignore[valid-type]
-        "temperature",
-        description="Family of maps to search; auto takes the one with the lowest cross-validated criterion.",
+        "temperature", description="Maps to search; auto takes the one with the lowest cross-validated criterion."
     )
     criterion: Literal[*CRITERIA] = Field("ece", description="What the search minimises.")  # type: ignore[valid-type]
     num_bins: Bins = Field(10, description="Bins of the calibration error.")
@@ -300,80 +274,68 @@ class PushConfig(Section):
 
 # Settings of TRL that the stages set themselves, or that TRL is about to remove, and settings of earlier versions of
 # first-trl: key -> (what is wrong, the remedy).
-_TASK = ("the task section decides what is trained on, in every stage alike", "remove it")
-_STAGE = ("the stage decides this", "remove it")
-_TOKENIZER = ("the tokenizer's own is used", "remove it, and save a tokenizer that has it beside the model")
-_PUSH = ("training does not upload", "remove it and fill the push section; `first-trl push` uploads")
-_METRICS = ("training computes no metrics from logits", "remove it: `first-trl evaluate` measures on the test sets")
+_SERVE = "start `vllm serve`, and write backend: server and server_url"
 RESERVED_KEYS = {
-    "trust_remote_code": ("code that comes with a model is never run", "remove it"),
-    "hub_token": ("recipes are published", "run `hf auth login` instead"),
-    "output_dir": ("the stages choose their own folders", "write output_dir and name at the top of the recipe"),
-    **dict.fromkeys(("dataset_kwargs", "dataset_text_field", "completion_only_loss", "assistant_only_loss"), _TASK),
-    "truncation_mode": ("task.max_length decides where a row ends", "remove it"),
-    **dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), _TOKENIZER),
-    **dict.fromkeys(("remove_unused_columns", "label_names", "do_train", "do_eval", "do_predict"), _STAGE),
-    "local_rank": ("accelerate sets it", "remove it and use `accelerate launch`"),
-    "resume_from_checkpoint": (
-        "stages continue from their last checkpoint by themselves",
-        "remove it; to start again, delete the stage's folder",
-    ),
-    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo", "hub_strategy"), _PUSH),
-    "hub_always_push": _PUSH,
-    **dict.fromkeys(("include_for_metrics", "batch_eval_metrics", "prediction_loss_only"), _METRICS),
-    "label_smoothing_factor": (
-        "TRL removes it in version 2.0, and it needs an extra forward pass",
-        "smooth the teacher: an arm with recalibration_method: label_smoothing",
-    ),
-    "use_liger_kernel": ("the loss here builds no logits for it to save", "remove it"),
-    "cross_fit": (
-        "it was removed: rows that the teacher never trained on measured better",
-        "remove it and write datasets.transfer",
-    ),
-    "tail_knots": ("it was removed together with vocabulary_temperature, which measured worse", "remove it"),
-    "vllm_options": (
-        "vLLM no longer runs in this process",
-        "start `vllm serve` with these options, and write backend: server and server_url",
-    ),
+    key: (what, remedy)
+    for keys, what, remedy in (
+        ("trust_remote_code", "code that comes with a model is never run", "remove it"),
+        ("hub_token", "recipes are published", "run `hf auth login` instead"),
+        ("output_dir", "the stages choose their own folders", "write output_dir and name at the top of the recipe"),
+        ("dataset_kwargs dataset_text_field", "the task section decides what is trained on", "remove it"),
+        ("completion_only_loss assistant_only_loss", "the task section decides what is trained on", "remove it"),
+        ("truncation_mode", "task.max_length decides where a row ends", "remove it"),
+        (
+            "chat_template_path eos_token pad_token",
+            "the tokenizer's own is used",
+            "save it with the model",
+        ),
+        ("remove_unused_columns label_names do_train do_eval do_predict", "the stage decides this", "remove it"),
+        ("local_rank", "accelerate sets it", "remove it and use `accelerate launch`"),
+        ("resume_from_checkpoint", "stages continue by themselves", "to start again, delete the stage's folder"),
+        (
+            "push_to_hub hub_model_id hub_revision hub_private_repo",
+            "training does not upload",
+            "fill the push section",
+        ),
+        ("hub_strategy hub_always_push", "training uploads nothing", "fill the push section"),
+        (
+            "include_for_metrics batch_eval_metrics",
+            "training builds no logits",
+            "remove it: `first-trl evaluate` measures",
+        ),
+        ("prediction_loss_only", "training builds no logits", "remove it: run `first-trl evaluate`"),
+        ("label_smoothing_factor", "TRL removes it", "smooth the teacher: recalibration_method: label_smoothing"),
+        ("use_liger_kernel", "the loss here builds no logits for it to save", "remove it"),
+        ("cross_fit", "it was removed: rows of their own measured better", "remove it and write datasets.transfer"),
+        ("tail_knots", "it was removed with vocabulary_temperature, which measured worse", "remove it"),
+        ("vllm_options", "vLLM no longer runs in this process", _SERVE),
+    )
+    for key in keys.split()
 }
 REMOVED_VALUES = {
-    "vllm": ("vLLM no longer runs in this process", "start `vllm serve`, and write backend: server and server_url"),
+    "vllm": ("vLLM no longer runs in this process", _SERVE),
     "vocabulary_temperature": ("it was removed, because it measured worse", "write temperature"),
 }
-
 # Bounds of the settings that people most often get wrong; the rest is left to TRL.
 LIMITS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"), {"ge": 0}),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), {"ge": 1}),
-    **dict.fromkeys(("gradient_accumulation_steps", "lora_r", "lora_alpha"), {"ge": 1}),
-    **dict.fromkeys(("seed", "data_seed"), {"ge": 0, "lt": 2**32}),
-    "num_train_epochs": {"gt": 0},
-    "max_length": {"ge": 2},
-    "lora_dropout": {"ge": 0, "lt": 1},
-    "ce_weight": {"ge": 0, "le": 1},
-    "mass_fraction": {"gt": 0, "le": 1},
+    key: limits
+    for keys, limits in (
+        ("learning_rate warmup_steps weight_decay max_grad_norm", {"ge": 0}),
+        ("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps", {"ge": 1}),
+        ("lora_r lora_alpha", {"ge": 1}),
+        ("seed data_seed", {"ge": 0, "lt": 2**32}),
+        ("num_train_epochs", {"gt": 0}),
+        ("max_length", {"ge": 2}),
+        ("lora_dropout", {"ge": 0, "lt": 1}),
+        ("ce_weight", {"ge": 0, "le": 1}),
+        ("mass_fraction", {"gt": 0, "le": 1}),
+    )
+    for key in keys.split()
 }
 _CHOICES = {"divergence": DIVERGENCES, "tail": TAILS, "recalibration_method": RECALIBRATION_METHODS}
 TRAINING = {"sft": "SFTConfig", "distill": "FIRSTConfig"}
-
-
-class _Lists:
-    """`list[str]` of an annotation, for a lone text too."""
-
-    def __class_getitem__(cls, item: Any) -> Any:
-        return Texts if item is str else list[item]
-
-
-class _Names(dict):
-    """The names that annotations use; those of TRL's own classes stand for anything."""
-
-    def __missing__(self, name: str) -> Any:
-        return Any
-
-
-_NAMES = {"float": Number, "list": _Lists, "int": int, "str": str, "bool": bool, "dict": dict, "Literal": Literal}
-
-
+# The names that annotations of TRL use; those of its own classes stand for anything.
+_NAMES = {"float": Number, "Texts": Texts, "Literal": Literal} | {t.__name__: t for t in (int, str, bool, dict, list)}
 # What the stages choose where the recipe is silent and TRL would choose otherwise.
 STAGE_DEFAULTS = {"report_to": "none", "save_strategy": "epoch", "save_total_limit": 2}
 
@@ -394,7 +356,9 @@ def training_model(section: str) -> type[Section]:
         choices = _CHOICES.get(name, spec.choices)
         # None in the Literal: typing gives `Literal[...] | None` in the order in which it first met these values.
         allowed = (*choices, None) if "None" in spec.annotation else choices
-        hint = Literal[*allowed] if choices else eval(spec.annotation, {"__builtins__": {}}, _Names(_NAMES))
+        names = defaultdict(lambda: Any, _NAMES)
+        written = eval(spec.annotation.replace("list[str]", "Texts"), {"__builtins__": {}}, names)
+        hint = Literal[*allowed] if choices else written
         default = STAGE_DEFAULTS.get(name, spec.default)
         fields[name] = (hint, Field(default, description=spec.help, **LIMITS.get(name, {})))
     return create_model(f"{section.capitalize()}Settings", __base__=Section, **fields)

@@ -255,10 +255,10 @@ BROKEN = [
     ("text for a number", "learning_rate: 1e-4", "learning_rate: fast", ["sft.learning_rate = 'fast'", "a number"]),
     ("list for a number", "top_k: 5", "top_k: [7]", ["cache.top_k = [7]", "write 7 without the brackets"]),
     ("fraction for a whole number", "top_k: 5", "top_k: 7.5", ["cache.top_k = 7.5", "a whole number"]),
-    ("boolean for a number", "top_k: 5", "top_k: yes", ["cache.top_k = True", "a whole number, not a boolean"]),
+    ("boolean for a number", "top_k: 5", "top_k: yes", ["cache.top_k = True", "a whole number"]),
     ("text for a boolean", "use_peft: true", "use_peft: 'true'", ["use_peft = 'true'", "true or false"]),
     ("infinite", "learning_rate: 1e-4", "learning_rate: .inf", ["sft.learning_rate = inf", "a number"]),
-    ("nothing for a number", "top_k: 5", "top_k:", ["cache.top_k = None", "not nothing", "write a whole number"]),
+    ("nothing for a number", "top_k: 5", "top_k:", ["cache.top_k = None", "write a whole number"]),
     ("yes and no as choices", "[good, bad]", "[yes, no]", ["task.choices = [True, False]", "put it in quotes"]),
     ("no as a strategy", "learning_rate: 1e-4", "eval_strategy: no", ["eval_strategy = False", "put it in quotes"]),
     ("no as a key", "cache:", "no: 1\ncache:", ["YAML reads the key no as bool", "quote it"]),
@@ -303,8 +303,6 @@ BROKEN = [
      ["datasets.test.reviews", "same rows as datasets.transfer"]),
     ("no test set", "    reviews:\n      path: json\n      data_files: data/test.jsonl\n", "",
      ["datasets.test: it is missing"]),
-    ("test set without a name", "    reviews:\n      path: json\n      data_files: data/test.jsonl",
-     "    path: json\n    data_files: data/test.jsonl", ["datasets.test: test sets have names"]),
     ("unknown split", "  train: {path", "  dev: {path: x}\n  train: {path", ["datasets.dev: unknown key"]),
     ("no validation", "  validation: {path: json, data_files: data/validation.jsonl}\n", "",
      ["datasets.validation: it is missing"]),
@@ -354,7 +352,7 @@ BROKEN = [
     ("key twice", "  top_k: 5", "  top_k: 5\n  top_k: 9", ["line 20: cache.top_k is written twice, first on line 19"]),
     ("section twice", "push:", "cache: {}\npush:", ["cache is written twice, first on line 18"]),
     ("section is a list", "cache:\n  top_k: 5", "cache: [5]", ["cache = [5]: it needs a mapping"]),
-    ("a date", "top_k: 5", "top_k: 2024-01-01", ["cache.top_k", "YAML reads it as date"]),
+    ("a date", "top_k: 5", "top_k: 2024-01-01", ["cache.top_k", "as date", "put it in quotes"]),
     ("an object", "top_k: 5", "top_k: !!python/object:os.system {}", ["cache.top_k", "holds no objects"]),
     ("a called object", "top_k: 5", "top_k: !!python/name:os.system x", ["cache.top_k", "YAML cannot read it"]),
     ("not YAML", "cache:\n", "cache\n", ["line 19: this is not YAML"]),
@@ -484,7 +482,7 @@ ALIASES = b"k0: &k0 [1,1,1,1,1,1]\n" + b"".join(
     [
         (b"", "a recipe is a mapping"),
         (b"- a\n- b\n", "a recipe is a mapping"),
-        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"\xff\xfe\x00", "utf-8"),
         (b"a: \x00", "not YAML"),
         (b"a: {" * 5000, "not YAML"),
         (b"x" * 100_001, "more than a recipe can"),
@@ -500,10 +498,16 @@ def test_a_file_that_is_no_recipe_is_refused(content, words):
         load_recipe("recipe.yaml")
 
 
+def test_a_test_set_without_a_name_is_told_so():
+    old, new = "    reviews:\n      path: json\n      data_files: data/test.jsonl", "    path: data/test.jsonl"
+    with pytest.raises(RecipeError, match="datasets.test.path = 'data/test.jsonl': it needs a mapping"):
+        load_recipe(write(old, new))
+
+
 def test_a_missing_recipe_and_a_folder_are_named():
     with pytest.raises(RecipeError, match="nowhere.yaml: .*\n.*No such file"):
         load_recipe("nowhere.yaml")
-    with pytest.raises(RecipeError, match="this is a folder"):
+    with pytest.raises(RecipeError, match="data: .*\n.*Is a directory"):
         load_recipe("data")
 
 
