@@ -76,7 +76,7 @@ def _dispatch(argv: list[str]) -> int:
         return 2
     options, rest = _parser().parse_known_args(argv)
     if command in STAGES:
-        return launch(command, rest, options.config_file)
+        return run_stage(command, rest, options.config_file)
     if command == "report":
         return _print_report(options.recipe, rest)
     if command == "demo":
@@ -139,6 +139,17 @@ def launch(stage: str, arguments: list[str], config_file: str | None, position: 
     if code in (130, 143):
         status(INTERRUPTED)
     return code
+
+
+def run_stage(stage: str, arguments: list[str], config_file: str | None) -> int:
+    """One stage by itself, after the checks that concern it."""
+    from .checks import passed
+    from .stages.command import parse_stage
+
+    recipe, options = parse_stage(stage, arguments)
+    if stage != "push" and not options.skip_checks and not passed(recipe, [stage], config_file, options.quiet):
+        return 2
+    return launch(stage, arguments, config_file)
 
 
 def run_recipe(options: argparse.Namespace, overrides: list[str]) -> int:

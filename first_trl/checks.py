@@ -8,6 +8,7 @@ instant. What a recipe file may say is checked before, by `first_trl.recipe`; wh
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -47,6 +48,7 @@ from .run import Run
 SMALLEST_VALIDATION = 100  # rows; a calibration on fewer is a guess within a wide interval
 ALMOST_ALL = 0.99  # of the answers that are one token: a position that measures nothing
 MANY_ROWS = 20_000  # rows of a split that several processes encode faster than one
+SMALL_MODEL = 50_000_000  # parameters; two random blocks of no more are made to try the head
 # Larger numbers in a config.json are no model's; transformers would make lists and layers of them for hours.
 LARGEST = {"layer": 10_000, "head": 2**16, "size": 2**24, "embd": 2**24}
 # Settings -> the modules, any of which serves them, where that is not one of their own name.
@@ -100,13 +102,13 @@ def check_recipe(
         log: where warnings of libraries go.
     """
     machine, run = machine or Machine(), Run(recipe)
-    file, key = run.path / ".records" / "checks.json", _made_from(run, stages)
-    report = _remembered(file, key) if here else None
+    file, key = run.path / ".records" / "checks.json", _made_from(run)
+    report = _remembered(file, key, stages) if here else None
     if report is None:
         with libraries_into(log or RunLog(os.devnull)):
             report = _look(recipe, stages, machine)
         if here and not report.unknown:
-            kept = {name: value for name, value in vars(report).items() if name != "costs"}
+            kept = {name: value for name, value in vars(report).items() if name != "costs"} | {"stages": list(stages)}
             with suppress(OSError):  # a folder that cannot be written to is a problem of its own
                 write_atomically(file, json.dumps({"made_from": key, **kept}, indent=1))
     if here:
@@ -117,18 +119,21 @@ def check_recipe(
     return report
 
 
-def _made_from(run: Run, stages: Sequence[str]) -> str:
+def _made_from(run: Run) -> str:
     """A digest of everything that a look follows from, but for this machine."""
     inputs = {name: {**run.inputs(name), "jobs": None} for name in run.jobs}
     run.digests.save()
     versions = [version(name) for name in ("first-trl", "transformers", "datasets", "trl", "peft")]
-    return hashlib.sha256(json.dumps([inputs, list(stages), versions], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([inputs, versions], sort_keys=True).encode()).hexdigest()
 
 
-def _remembered(file: Path, key: str) -> Report | None:
+def _remembered(file: Path, key: str, stages: Sequence[str]) -> Report | None:
+    """The report of an earlier look at these stages, or at more of them where it found no problem."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return Report(**content) if content.pop("made_from") == key else None
+        same, seen = content.pop("made_from") == key, set(content.pop("stages"))
+        report = Report(**content)
+        return report if same and (seen == set(stages) or (seen > set(stages) and not report.problems)) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, damaged or of another version
         return None
 
@@ -159,7 +164,9 @@ def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
     report.problems += _model_problems(recipe, stages, configs, tokenizer, splits)
     report.costs = costs(recipe, machine, splits, configs, len(tokenizer) if tokenizer is not None else 0)
     report.disk = sum(cost.disk or 0 for cost in report.costs)
-    report.problems += [f"{cost.name}: {cost.problem}" for cost in report.costs if cost.problem]
+    for problem in dict.fromkeys(cost.problem for cost in report.costs if cost.problem):
+        names = ", ".join(cost.name for cost in report.costs if cost.problem == problem)
+        report.problems.append(f"{names}: {problem}")
     return report
 
 
@@ -209,6 +216,7 @@ def _read_models(recipe: Recipe, stages: Sequence[str], report: Report) -> tuple
                     remedy = "save it with save_pretrained, or fetch it again"
                     raise FirstTrlError(f"{folder} has no weights (*.safetensors); {remedy}")
             tokenizers[place] = load_tokenizer(path, revision)
+            _refuse_head(config)
             configs[path] = config
         except Exception as error:  # a broken file makes transformers raise whatever its values lead to
             brief = " ".join(str(error).split())[:200] or type(error).__name__
@@ -239,6 +247,30 @@ def _refuse_size(content: Any) -> None:
             raise FirstTrlError(f"config.json: {key} = {value:,}, more than any model has ({most:,}); fetch it again")
         if key.endswith("_config") and value is not None:
             _refuse_size(value)
+
+
+def _refuse_head(config) -> None:
+    """Run the self-check of the head on two random blocks of this architecture, where they are small enough for it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from .modeling import check_head
+
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 2, min(text.vocab_size, 256), None
+    try:
+        with torch.device("meta"):
+            size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(small).parameters())
+        if size < SMALL_MODEL:
+            model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+            with torch.no_grad():  # as large as trained weights: small logits hide a cap
+                model.get_output_embeddings().weight.normal_(std=0.5)
+            check_head(model)
+    except FirstTrlError:
+        raise
+    except Exception:  # a configuration that cannot be cut down; the head is checked again when the weights are loaded
+        return
 
 
 def _model_problems(recipe: Recipe, stages, configs: dict, tokenizer, splits: dict[str, Split]) -> Iterator[str]:

@@ -151,6 +151,13 @@ def encoder_only(folder, recipe):
     )
 
 
+def encoder_as_decoder(folder, recipe):
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertLMHeadModel(BertConfig(vocab_size=27, is_decoder=True, **sizes)).save_pretrained(folder / "student")
+
+
 def without_weights(folder, recipe):
     (folder / "student" / "model.safetensors").unlink()
 
@@ -242,6 +249,7 @@ CASES = {
     "a student without weights": (without_weights, "distill.model_name_or_path", "student", "save_pretrained"),
     "a student whose config.json is cut": (broken_config, "distill.model_name_or_path", "student", "fetch"),
     "a student that is no causal language model": (encoder_only, "distill.model_name_or_path", "T5", "causal"),
+    "a student whose logits are not its head's": (encoder_as_decoder, "distill.model", "nats", "another architecture"),
     "a student made for shorter rows": (
         lambda folder, recipe: write_model(folder / "student", max_position_embeddings=12),
         "task.max_length", "12", "lower",
@@ -302,5 +310,91 @@ def test_a_sound_recipe_is_started_without_a_word(run, tmp_path):
     assert "Problems" not in printed and "Warnings" not in printed
 
 
-def test_the_table_has_what_the_first_minute_is_for():
-    assert len(CASES) >= 25
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{}", b"[]", b"null", b"\xff\xfe", b'{"model_type": "llamo"}',
+        b'{"model_type": "llama", "hidden_size": ',
+        b'{"model_type": "llama", "hidden_size": "wide"}', b'{"model_type": "llama", "num_attention_heads": 0}',
+        b'{"model_type": "llama", "num_hidden_layers": 100000000}', b'{"model_type": "llama", "hidden_size": 0}',
+    ],
+)  # fmt: skip
+def test_a_broken_config_is_one_line_at_once(content, run, tmp_path):
+    recipe = write_recipe(tmp_path)
+    (tmp_path / "student" / "config.json").write_bytes(content)
+    status, printed, started = run(recipe)
+    problems = [line for line in printed.splitlines() if line.startswith("  - distill")]
+    assert (status, started, len({line.partition(": ")[2] for line in problems})) == (2, [], 1), printed
+    assert "Traceback" not in printed
+
+
+def test_every_problem_is_found_at_once_and_rows_are_counted(run, tmp_path):
+    def change(folder, recipe):
+        rows = read_rows(folder, "train")
+        write_rows(
+            folder, "train", [{**row, "label": "fine" if i % 8 == 0 else row["label"]} for i, row in enumerate(rows)]
+        )
+        change_row("train", 3, text=LONG)(folder, recipe)
+        share_rows("validation", "test")(folder, recipe)
+        other_vocabulary(folder, recipe)
+        recipe["distill"]["report_to"] = ["dvclive"]
+
+    status, printed, _ = run(write_recipe(tmp_path, change))
+    for words in ("5 of 40 rows (0, 8, 16, ...), the first", "train: row 3", "3 of its 30", "share one", "dvclive"):
+        assert words in printed
+    assert status == 2 and printed.count("  - ") == 6  # the tracker is missed by both arms
+
+
+def test_rows_that_the_recipe_lets_go_are_counted_and_many_of_them_are_a_warning(run, tmp_path):
+    def change(folder, recipe):
+        recipe["task"]["too_long"] = "drop"
+        recipe["datasets"]["validation"]["bad_rows"] = "drop"
+        change_row("train", 3, text=LONG)(folder, recipe)
+        for number in range(8):
+            change_row("validation", number, label="fine")(folder, recipe)
+
+    status, printed, started = run(write_recipe(tmp_path, change))
+    assert (status, started) == (3, ["sft"])
+    assert "datasets.train: of 40 rows 1 dropped (too long)" in printed.partition("Warnings")[0]
+    assert "datasets.validation: of 120 rows 8 dropped" in printed.partition("Warnings")[2]
+
+
+def test_a_second_look_reads_nothing_and_a_change_of_data_models_or_settings_looks_again(run, tmp_path, monkeypatch):
+    from first_trl import checks
+
+    looks, look = [], checks._look
+    monkeypatch.setattr(checks, "_look", lambda *arguments: looks.append(1) or look(*arguments))
+    recipe = write_recipe(tmp_path)
+    run(recipe), run(recipe), run(recipe, "--stages", "cache")
+    assert len(looks) == 1
+    change_row("test", 2, text="a good film .")(tmp_path, None)
+    run(recipe)
+    other_vocabulary(tmp_path, None)
+    run(recipe)
+    run(recipe, "--task.max_length=39")
+    assert len(looks) == 4
+
+
+def test_a_stage_by_itself_checks_what_concerns_it_and_checks_can_be_skipped(run, tmp_path, monkeypatch, capsys):
+    from first_trl import __main__ as command
+
+    def change(folder, recipe):
+        change_row("test", 2, label="fine")(folder, recipe)
+
+    recipe = write_recipe(tmp_path, change)
+    started = []
+    monkeypatch.setattr(command, "launch", lambda stage, arguments, *rest: started.append((stage, arguments)) or 0)
+    assert command.main(["cache", str(recipe)]) == 0
+    assert command.main(["evaluate", str(recipe)]) == 2
+    assert "datasets.test.films: row 2" in capsys.readouterr().err
+    assert command.main(["evaluate", str(recipe), "--skip_checks"]) == 0
+    assert [stage for stage, _ in started] == ["cache", "evaluate"]
+    assert "--skip_checks" in started[-1][1]  # the stage writes it into its record
+
+
+def test_room_on_the_disk_and_packages_are_looked_at(run, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
+    _, printed, started = run(write_recipe(tmp_path))
+    assert "output_dir" in printed and "has room for 0.0 GB" in printed and started == []
