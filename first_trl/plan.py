@@ -78,7 +78,9 @@ def read_machine(config_file: str | None, accelerator: str = "h100", utilisation
     if config_file is None:
         return Machine(accelerator=accelerator, utilisation=utilisation)
     if not Path(config_file).is_file():
-        raise FirstTrlError(f"--config_file {config_file}: there is no such file; configs/ has one for every case.")
+        raise FirstTrlError(
+            f"There is no {config_file}; give --config_file an accelerate configuration, such as configs/cpu.yaml."
+        )
     from accelerate.commands.config.config_args import load_config_from_file
 
     try:

@@ -48,13 +48,14 @@ def test_names_of_the_package_load_on_first_use():
 def test_a_stage_is_one_process_or_under_accelerate_with_its_configuration(monkeypatch):
     started = []
     monkeypatch.setattr(command, "run_child", lambda arguments, environment: started.append(arguments[1:]) or 0)
-    assert command.main(["cache", "--config_file", "configs/cpu.yaml", "recipe.yaml", "--top_k", "7"]) == 0
-    assert command.main(["sft", "recipe.yaml", "--config_file=configs/cpu.yaml"]) == 0
-    assert command.main(["sft", "recipe.yaml"]) == 0
+    for stage, arguments, config_file in (
+        ("cache", ["recipe.yaml", "--top_k", "7"], "configs/cpu.yaml"),
+        ("sft", ["recipe.yaml"], None),
+    ):
+        assert command.launch(stage, arguments, config_file) == 0
     launcher = ["--config_file=configs/cpu.yaml", "--quiet", "-m"]
     assert started[0][2:] == [*launcher, "first_trl.stages.cache", "recipe.yaml", "--top_k", "7"]
-    assert started[1][2:] == [*launcher, "first_trl.stages.sft", "recipe.yaml"]
-    assert started[2] == ["-m", "first_trl.stages.sft", "recipe.yaml"]
+    assert started[1] == ["-m", "first_trl.stages.sft", "recipe.yaml"]
 
 
 @pytest.mark.parametrize(

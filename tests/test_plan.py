@@ -193,7 +193,7 @@ def test_hours_are_operations_over_peak_utilisation_and_devices():
     [
         (["--accelerator", "abacus"], "choose one of h100"),
         (["--utilisation", "30"], "above 0 and at most 1"),
-        (["--config_file", "absent.yaml"], "there is no such file"),
+        (["--config_file", "absent.yaml"], "There is no absent.yaml"),
     ],
 )
 def test_a_wrong_option_is_refused_with_its_remedy(options, message, tmp_path, capsys):
