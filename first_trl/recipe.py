@@ -23,6 +23,7 @@ from .recipe_file import COMMAND_LINE, ErrorCollector, RecipeError, is_secret, r
 from .recipe_rules import conflicts_of, recipe_conflicts, touched
 from .settings import (
     CONFLICTS_LATER,
+    DISTILL_ONLY,
     MISSING,
     NAME_REMEDY,
     REMOVED_VALUES,
@@ -116,7 +117,7 @@ class Recipe(Section):
 
         For an arm with `trainer: sft` the settings that only FIRSTConfig knows are left out.
         """
-        left_out = {"trainer"} | (first_only_keys() if self.arm_trainer(arm) == "sft" else set())
+        left_out = {"trainer", *DISTILL_ONLY} | (first_only_keys() if self.arm_trainer(arm) == "sft" else set())
         return {key: value for key, value in (self.distill | self._arm(arm)).items() if key not in left_out}
 
     def _arm(self, arm: str) -> dict:
@@ -159,9 +160,10 @@ def file_model() -> type[Recipe]:
     own: Any = {"trainer": (Literal["first", "sft"], trainer)}
     arm = create_model("Arm", __base__=training_model("distill"), **own)
     help = {name: field.description for name, field in Recipe.model_fields.items()}
+    distill = create_model("DistillSettings", __base__=training_model("distill"), **DISTILL_ONLY)
     sections: Any = {
-        section: (training_model(section), Field(default_factory=training_model(section), description=help[section]))
-        for section in TRAINING
+        section: (model, Field(default_factory=model, description=help[section]))
+        for section, model in (("sft", training_model("sft")), ("distill", distill))
     }
     sections["arms"] = (dict[str, arm], Field(default_factory=dict, description=help["arms"]))
     return create_model("RecipeFile", __base__=Recipe, **sections)
@@ -295,7 +297,7 @@ def _override_path(key: str, stage: str | None, errors: ErrorCollector) -> tuple
 # --- keys and types
 
 
-def _section_of(hint: Any) -> type[Section] | None:
+def section_of(hint: Any) -> type[Section] | None:
     """The section that a type stands for, or None."""
     members = [member for member in get_args(hint) if member is not NoneType] if get_origin(hint) is not dict else []
     hint = members[0] if len(members) == 1 else hint
@@ -307,12 +309,12 @@ def _setting_at(model: type[Section], path: tuple) -> tuple[tuple, Any, str]:
     hint: Any = model
     help = ""
     for i, part in enumerate(path):
-        if section := _section_of(hint):
+        if section := section_of(hint):
             if part not in section.model_fields:
                 return path[: i + 1], None, ""
             field = section.model_fields[part]
             hint, help = field.annotation, field.description or ""
-        elif get_origin(hint) is dict and _section_of(get_args(hint)[1]):
+        elif get_origin(hint) is dict and section_of(get_args(hint)[1]):
             hint = get_args(hint)[1]
         else:
             return path[:i], hint, help
@@ -321,7 +323,7 @@ def _setting_at(model: type[Section], path: tuple) -> tuple[tuple, Any, str]:
 
 def _known_keys() -> dict[str, set[str]]:
     """Section -> the keys it knows."""
-    sections = {name: _section_of(field.annotation) for name, field in file_model().model_fields.items()}
+    sections = {name: section_of(field.annotation) for name, field in file_model().model_fields.items()}
     known = {name: set(model.model_fields) for name, model in sections.items() if model and name != "datasets"}
     # max_length is there for packed rows only: what people mean is the task's.
     return {section: keys - {"max_length"} if section in TRAINING else keys for section, keys in known.items()}
@@ -359,7 +361,7 @@ def _validated(model: type[Section], tree: dict, path: tuple, errors: ErrorColle
         if problem["type"] == "missing":
             words = "it is missing", f"write it: {help.rstrip('.')}"
         elif problem["type"] == "extra_forbidden":
-            above = _section_of(_setting_at(model, where[:-1])[1])
+            above = section_of(_setting_at(model, where[:-1])[1])
             known = list(above.model_fields) if above else []
             words = RESERVED_KEYS.get(where[-1]) or ("unknown key", _suggest(where[-1], known))
         else:
@@ -385,7 +387,7 @@ def _misfit(found: Any, hint: Any, value: Any) -> tuple[str, str]:
     limits = found.get("ctx", {})
     for bound in _BOUNDS.keys() & limits.keys():
         return "it is out of range", f"write {_BOUNDS[bound].format(f'{limits[bound]:.10g}')}"
-    if _section_of(hint) or get_origin(hint) is dict and isinstance(value, str | int | float | list):
+    if section_of(hint) or get_origin(hint) is dict and isinstance(value, str | int | float | list):
         return "it needs a mapping", "write its settings on the lines below, indented"
     wanted = described(hint)
     if found["type"] == "literal_error" and isinstance(value, str):

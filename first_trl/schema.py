@@ -13,19 +13,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from .errors import FirstTrlError
-from .recipe import Recipe, described, file_model, load_recipe
-from .settings import (
-    CacheConfig,
-    CalibrateConfig,
-    DatasetConfig,
-    Datasets,
-    EvaluateConfig,
-    PushConfig,
-    Section,
-    TaskConfig,
-    first_only_keys,
-    training_model,
-)
+from .recipe import Recipe, described, file_model, load_recipe, section_of
+from .settings import DatasetConfig, Section, training_model
 
 _VARIABLE = {"type": "string", "pattern": r"^\$\{.+\}$"}
 
@@ -114,34 +103,27 @@ def _open_to_variables(schema: Any) -> Any:
 
 def settings_tables() -> str:
     """Every setting of a recipe as Markdown: a table for each section."""
-    loss, model, top = first_only_keys(), training_model("distill"), ("name", "output_dir", "seed", "seeds", "arms")
-    split = "Settings of one split: `train`, `validation`, `transfer`, or a name under `test`."
-    own = "Settings of the loss, beside TRL's in the next table. An arm may have all of them, and `trainer`: `first`\n"
-    own += "(knowledge matching, the default) or `sft` (trained on labels)."
-    return "\n".join(
-        (
-            _table("The top of a recipe", "", Recipe, top),
-            *(_table(f"`{cls.__name__.removesuffix('Config').lower()}`", cls.__doc__ or "", cls) for cls in _FIRST),
-            _table("`datasets`: one split", split, DatasetConfig),
-            *(_table(f"`{cls.__name__.removesuffix('Config').lower()}`", cls.__doc__ or "", cls) for cls in _LATER),
-            _table("`distill` and `arms`", own, model, [key for key in model.model_fields if key in loss]),
-            _table(
-                "`sft`, `distill` and `arms`: TRL's settings",
-                "Fields of TRL's `SFTConfig` and `ModelConfig`, with TRL's help.",
-                model,
-                [key for key in model.model_fields if key not in loss],
-            ),
-        )
-    )
+    recipe, trl = file_model(), training_model("sft")
+    tables = [_table("The top of a recipe", "", recipe, ("name", "output_dir", "seed", "seeds", "arms"))]
+    for name, field in recipe.model_fields.items():
+        section = section_of(field.annotation)
+        if section is None or name == "sft":
+            continue
+        own = [key for key in section.model_fields if key not in trl.model_fields]
+        tables.append(_table(f"`{name}`", field.description or section.__doc__ or "", section, own))
+        if name == "datasets":
+            about = "`train`, `validation`, `transfer`, or a name under `test`."
+            tables.append(_table("`datasets`: one split", about, DatasetConfig, DatasetConfig.model_fields))
+    about = "Fields of TRL's `SFTConfig` and `ModelConfig`, with TRL's help. An arm may have them, those of the loss\n"
+    about += "(but `closing`), and `trainer`: `first` (knowledge matching, the default) or `sft` (trained on labels)."
+    tables.append(_table("`sft`, `distill` and `arms`: TRL's settings", about, trl, trl.model_fields))
+    return "\n".join(tables)
 
 
-_FIRST, _LATER = (TaskConfig, Datasets), (CacheConfig, CalibrateConfig, EvaluateConfig, PushConfig)
-
-
-def _table(title: str, text: str, model: type[Section], keys: Iterable[str] = ()) -> str:
+def _table(title: str, text: str, model: type[Section], keys: Iterable[str]) -> str:
     lines = [f"### {title}", "", *(line.strip() for line in text.strip().splitlines()), ""]
     lines += ["| setting | default | |", "|---|---|---|"]
-    for key in keys or model.model_fields:
+    for key in keys:
         field = model.model_fields[key]
         unset = field.default_factory or field.default is None
         default = "required" if field.is_required() else "" if unset else f"`{json.dumps(field.default)}`"

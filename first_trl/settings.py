@@ -336,6 +336,10 @@ _CHOICES = {"divergence": DIVERGENCES, "tail": TAILS, "recalibration_method": RE
 TRAINING = {"sft": "SFTConfig", "distill": "FIRSTConfig"}
 # The names that annotations of TRL use; those of its own classes stand for anything.
 _NAMES = {"float": Number, "Texts": Texts, "Literal": Literal} | {t.__name__: t for t in (int, str, bool, dict, list)}
+# Settings of `distill` that no dataclass of TRL or ours has, and no arm: the stages read them from the recipe.
+DISTILL_ONLY: dict[str, Any] = {
+    "closing": (bool, Field(True, description="Fit one closing temperature per student on validation.")),
+}
 # What the stages choose where the recipe is silent and TRL would choose otherwise.
 STAGE_DEFAULTS = {"report_to": "none", "save_strategy": "epoch", "save_total_limit": 2}
 

@@ -101,6 +101,8 @@ def test_the_default_arms_are_the_method_and_its_controls():
     assert [recipe.arm_trainer(arm) for arm in recipe.arms] == ["sft", "first", "first"]
     assert recipe.arm_section("distilled") == recipe.distill | {"recalibration_method": "none"}
     assert recipe.arm_section("first") == recipe.distill
+    kept = load_recipe("recipe.yaml", ["--distill.closing", "false"])
+    assert kept.distill["closing"] is False and "closing" not in kept.arm_section("first")
 
 
 def test_an_arm_trained_on_labels_does_not_see_the_settings_of_the_method():
@@ -389,6 +391,8 @@ BROKEN = [
      ["distill.recalibration_value = 2", "a value alone means temperature"]),
     ("packing across documents", "divergence: jsd", "packing: true\n  packing_strategy: wrapped",
      ["distill.packing_strategy = 'wrapped'", "packing_strategy: bfd"]),
+    ("a setting of distill in an arm", "push:", "arms: {first: {closing: false}}\npush:",
+     ["arms.first.closing = False: unknown key", "distill.closing"]),
     # settings of earlier versions
     ("vocabulary_temperature", "method: temperature", "method: vocabulary_temperature",
      ["calibrate.method = 'vocabulary_temperature'", "write temperature"]),
