@@ -12,10 +12,19 @@ POSITIONS = ("answer", "all")
 
 STAGES = ("sft", "cache", "calibrate", "distill", "evaluate", "push")
 
-# Arms that the report adds to those of a recipe, so that no recipe may call an arm so.
+# What the arms of a report are, in its order. A recipe may add arms, and call none as one of the first three.
+ARMS = {
+    "teacher": "the fine-tuned teacher",
+    "teacher_recalibrated": "the teacher, its confidence recalibrated on validation",
+    "base": "the student before training",
+    "fine_tuned": "the student fine-tuned on the labels, without a teacher",
+    "distilled": "the student distilled from the teacher as it is",
+    "first": "the student distilled from the recalibrated teacher",
+}
 REPORT_ARMS = ("teacher", "teacher_recalibrated", "base")
+FOCUS = "first"  # the arm that a report is about
 DEFAULT_ARMS = {"fine_tuned": {"trainer": "sft"}, "distilled": {"recalibration_method": "none"}, "first": {}}
-POST_HOC = "_post_hoc"  # suffix of an arm's name: the same answers under the student's closing scalar
+POST_HOC = "_post_hoc"  # suffix of a student's name: as it is shipped, under its closing temperature
 
 PREDICT_FILE = "predict.json"
 

@@ -143,6 +143,11 @@ def expected_calibration_error(confidence: Any, correct: Any, num_bins: int = 10
     return float(np.nansum(bins.count * np.abs(bins.accuracy - bins.confidence)) / bins.count.sum())
 
 
+def percent(share: float) -> str:
+    """A share as people read it: `0.714` -> `71.4 %`."""
+    return f"{100 * share:.1f} %"
+
+
 def trust_score(confidence: Any, correct: Any, num_bins: int = 10) -> float:
     """Accuracy - ECE, in [-1, 1].
 
@@ -473,17 +478,15 @@ def _summary(sample: "_Sample | _MeanSample", replicates: dict[str, np.ndarray],
     return result
 
 
-def _difference(samples: Sequence[_Sample | _MeanSample], replicates: list[dict[str, np.ndarray]]) -> dict[str, dict]:
-    """The dict that `paired_difference` describes."""
-    first, second = (sample.point() for sample in samples)
+def _difference(points: dict[str, dict], replicates: dict[str, dict], arm: str, other: str) -> dict[str, dict]:
+    """The dict that `paired_difference` describes; without what is undefined or infinite in either."""
     result = {}
-    for name in first:
-        if name not in second or np.isnan(first[name] - second[name]):
-            continue  # an infinite nll and an undefined auroc have no difference
-        difference, interval = first[name] - second[name], None
-        if name in replicates[0]:
-            interval = _interval(difference, replicates[0][name] - replicates[1][name])
-        result[name] = {"difference": difference, "interval": interval}
+    for name, value in points[arm].items():
+        if name in points[other] and not np.isnan(value - points[other][name]):
+            difference, interval = value - points[other][name], None
+            if name in replicates[arm]:
+                interval = _interval(difference, replicates[arm][name] - replicates[other][name])
+            result[name] = {"difference": difference, "interval": interval}
     return result
 
 
@@ -496,15 +499,18 @@ def _sample_of(values: dict | list[dict], num_bins: int) -> _Sample | _MeanSampl
 
 
 def compare(
-    arms: Mapping[str, dict | list[dict]], reference: str, num_bins: int = 10, bootstrap: int = 1000, seed: int = 0
-) -> tuple[dict[str, dict], dict[str, dict]]:
-    """Summaries of all arms on one set, and the paired differences `reference` - arm of every other arm.
+    arms: Mapping[str, dict | list[dict]], num_bins: int = 10, bootstrap: int = 1000, seed: int = 0
+) -> tuple[dict[str, dict], dict[str, dict[str, dict]]]:
+    """Summaries of all arms on one set, and the paired difference of every arm and every other.
 
-    Args: `arms` maps a name to a dict with "confidence", "correct" and, optionally, "label_log_prob", each (n,), for
-    the same examples in the same order; or to a list of those, one per seed, of which every metric is the mean (and
-    "seeds" tells each). Every arm is measured on the same resampled examples, which removes the
-    difficulty of the examples from the differences.
-    Returns ({arm: as `summarize`}, {arm: as `paired_difference`}).
+    Args:
+        arms: {name: {"confidence", "correct" and, optionally, "label_log_prob" and "example"}}, (n,) each, for the
+            same examples in the same order; or a list of those, one per seed, of which every metric is the mean (and
+            "seeds" has each). Every arm is measured on the same resampled examples, which removes the difficulty of
+            the examples from the differences. "example" numbers the answer that a token belongs to.
+
+    Returns:
+        {arm: as `summarize`}, {arm: {other: as `paired_difference` of the two}}.
     """
     if isinstance(bootstrap, bool) or not isinstance(bootstrap, int | np.integer) or bootstrap < 0:
         raise ValueError(f"bootstrap is {bootstrap!r}; it must be a number of replicates, 0 for no intervals.")
@@ -514,10 +520,10 @@ def compare(
         raise ValueError(f"the arms have different numbers of examples, {sizes}; compare them on the same examples.")
     replicates = dict(zip(samples, _replicates(list(samples.values()), bootstrap, seed), strict=True))
     summaries = {arm: _summary(sample, replicates[arm], num_bins, seed) for arm, sample in samples.items()}
+    points = {arm: sample.point() for arm, sample in samples.items()}
     differences = {
-        arm: _difference([samples[reference], sample], [replicates[reference], replicates[arm]])
-        for arm, sample in samples.items()
-        if arm != reference
+        arm: {other: _difference(points, replicates, arm, other) for other in samples if other != arm}
+        for arm in samples
     }
     return summaries, differences
 
@@ -539,7 +545,7 @@ def summarize(
     intervals of "ece_equal_mass" keep the sample's own bin edges.
     """
     arm = {"confidence": confidence, "correct": correct, "label_log_prob": label_log_prob}
-    return compare({"arm": arm}, "arm", num_bins, bootstrap, seed)[0]["arm"]
+    return compare({"arm": arm}, num_bins, bootstrap, seed)[0]["arm"]
 
 
 def paired_difference(
@@ -550,4 +556,4 @@ def paired_difference(
     Args: as the arms of `compare`.
     Returns {metric: {"difference": float, "interval": [low, high] or None}}; an interval that contains 0 is noise.
     """
-    return compare({"first": first, "second": second}, "first", num_bins, bootstrap, seed)[1]["second"]
+    return compare({"first": first, "second": second}, num_bins, bootstrap, seed)[1]["first"]["second"]

@@ -369,8 +369,8 @@ def test_tokens_of_one_answer_are_resampled_together():
     answers = generator.uniform(0.3, 1, 300)
     confidence = np.repeat(answers, 20)  # 20 tokens an answer, all right or all wrong
     tokens = {"confidence": confidence, "correct": np.repeat(generator.random(300) < answers, 20)}
-    whole = compare({"a": tokens | {"example": np.repeat(np.arange(300), 20)}}, "a", bootstrap=200)[0]["a"]
-    naive = compare({"a": tokens}, "a", bootstrap=200)[0]["a"]
+    whole = compare({"a": tokens | {"example": np.repeat(np.arange(300), 20)}}, bootstrap=200)[0]["a"]
+    naive = compare({"a": tokens}, bootstrap=200)[0]["a"]
     assert (whole["num_examples"], whole["num_tokens"], naive["num_examples"]) == (300, 6000, 6000)
     for name in ("accuracy", "ece", "brier", "auroc", "aurc"):
         assert whole[name] == pytest.approx(naive[name])
@@ -404,7 +404,7 @@ def test_an_arm_of_several_seeds_is_measured_by_the_mean_of_its_seeds_and_their_
         correct = generator.random(400) < confidence**2
         seeds.append({"confidence": confidence, "correct": correct, "label_log_prob": -generator.random(400)})
     other = {"confidence": generator.random(400), "correct": generator.random(400) < 0.5}
-    summaries, differences = compare({"arm": seeds, "other": other}, "arm", bootstrap=200)
+    summaries, differences = compare({"arm": seeds, "other": other}, bootstrap=200)
     alone = [summarize(**seed, bootstrap=0) for seed in seeds]
     for name in ("accuracy", "ece", "trust_score", "nll", "brier", "auroc", "aurc"):
         values = [one[name] for one in alone]
@@ -414,8 +414,8 @@ def test_an_arm_of_several_seeds_is_measured_by_the_mean_of_its_seeds_and_their_
     low, high = summaries["arm"]["ci"]["ece"]
     assert low < summaries["arm"]["ece"] < high
     gap = np.mean([one["ece"] for one in alone]) - summarize(other["confidence"], other["correct"], None)["ece"]
-    assert differences["other"]["ece"]["difference"] == pytest.approx(gap)
+    assert differences["arm"]["other"]["ece"]["difference"] == pytest.approx(gap)
     assert "seeds" not in summaries["other"] and json.dumps(summaries, allow_nan=False)
-    assert compare({"arm": seeds[:1]}, "arm", bootstrap=0)[0]["arm"] == alone[0]
+    assert compare({"arm": seeds[:1]}, bootstrap=0)[0]["arm"] == alone[0]
     with pytest.raises(ValueError, match="the seeds have"):
-        compare({"arm": [seeds[0], {"confidence": [0.5], "correct": [1]}]}, "arm")
+        compare({"arm": [seeds[0], {"confidence": [0.5], "correct": [1]}]})

@@ -10,7 +10,7 @@ import pytest
 
 from first_trl.metrics import expected_calibration_error, paired_difference, reliability_bins, summarize
 from first_trl.report import figures
-from first_trl.report.verdict import ARMS, order_arms, outcome, verdict
+from first_trl.report.verdict import order_arms, outcome, verdict
 from first_trl.report.writing import measure, table_markdown, write_report
 
 
@@ -26,12 +26,14 @@ def answers(size, sharpness, seed=0, noise=0.0, ceiling=1.0):
         "label_log_prob": np.log(np.where(right, stated, 1 - stated)),
         "choice_confidence": np.sqrt(stated),
         "choice_correct": right,
+        "choice_label_log_prob": np.log(np.where(right, np.sqrt(stated), 1 - np.sqrt(stated))),
     }
 
 
-SHARPNESS = {
+SHARPNESS = {  # in the order of the report
+
     "teacher": 3, "teacher_recalibrated": 1, "base": 1.5, "fine_tuned": 4, "fine_tuned_post_hoc": 1.6, "distilled": 3,
-    "distilled_post_hoc": 1.4, "first": 1,
+    "distilled_post_hoc": 1.4, "first": 1.2, "first_post_hoc": 1,
 }  # fmt: skip
 CALIBRATION = {
     "method": "temperature",
@@ -61,7 +63,7 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     predictions = {
         arm: {"long <b>": answers(300, SHARPNESS[arm] + 0.3, 7), "reviews": answers(800, SHARPNESS[arm])}
-        for arm in reversed(ARMS)
+        for arm in reversed(SHARPNESS)
     }
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}, {"step": 2}]
     metrics = write_report(
@@ -71,7 +73,7 @@ def written(tmp_path_factory):
         {"name": "demo", "seed": 3, "recipe": {"prompt": "</pre><script>alert('x')</script>"}},
         {"long <b>"},
         bootstrap=100,
-        validation={arm: answers(500, SHARPNESS[arm], 11) for arm in ARMS},
+        validation={arm: answers(500, SHARPNESS[arm], 11) for arm in SHARPNESS},
         test_curves={"temperature": {"reviews": [{"value": 1.0, "ece": 0.1}, {"value": 2.0, "ece": 0.05}]}},
         training={"first": history, "distilled": [{"step": 1}]},
     )
@@ -81,7 +83,7 @@ def written(tmp_path_factory):
 def test_the_files_of_a_report_are_all_there_and_nothing_else(written):
     folder = written[0]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["metrics.json", "table.md", "summary.md", "index.html", "calibration.png", "training.png"]
+        ["metrics.json", "table.md", "summary.md", "index.html", "calibration.png", "training.png", "overview.png"]
         + [f"{kind}_{name}.png" for kind in ("reliability", "risk_coverage") for name in ("reviews", "long-b-")]
     )
     for path in folder.glob("*.png"):
@@ -91,15 +93,22 @@ def test_the_files_of_a_report_are_all_there_and_nothing_else(written):
 def test_metrics_json_holds_what_metrics_measures(written):
     folder, metrics, predictions = written
     assert json.loads((folder / "metrics.json").read_text()) == metrics
-    assert list(metrics["arms"]) == list(ARMS)
+    assert list(metrics["arms"]) == list(SHARPNESS)
     assert list(metrics["arms"]["first"]) == ["reviews", "long <b>"] and metrics["out_of_domain"] == ["long <b>"]
     values = predictions["first"]["reviews"]
     measured = metrics["arms"]["first"]["reviews"]
     alone = summarize(values["confidence"], values["correct"], values["label_log_prob"], bootstrap=100)
     assert {name: measured[name] for name in alone} == alone
     assert measured["mean_confidence"] == pytest.approx(values["confidence"].mean())
-    pair = paired_difference(values, predictions["distilled"]["reviews"], bootstrap=100)
-    assert metrics["differences"]["reviews"]["distilled"] == pair
+    names = ("confidence", "correct", "label_log_prob")
+    ours, theirs = (
+        {name: predictions[arm]["reviews"][f"choice_{name}"] for name in names}
+        for arm in ("first_post_hoc", "distilled")
+    )
+    pair = paired_difference(ours, theirs, bootstrap=100)
+    found = metrics["differences"]["reviews"]["first_post_hoc"]["distilled"]
+    assert metrics["view"] == "choices" and found == {name: pair[name] for name in found}
+    assert {"nll", "accuracy", "ece_debiased"} <= set(found)
     assert metrics["calibration"] == CALIBRATION
 
 
@@ -110,7 +119,7 @@ def test_the_view_restricted_to_choices_is_never_mixed_with_the_full_one(written
     assert measured["choices"]["ece"] == pytest.approx(restricted)
     assert measured["ece"] == pytest.approx(expected_calibration_error(values["confidence"], values["correct"]))
     assert abs(measured["ece"] - restricted) > 0.01
-    assert measured["choices"]["nll"] is None and measured["nll"] is not None
+    assert measured["choices"]["nll"] == pytest.approx(-values["choice_label_log_prob"].mean()) != measured["nll"]
 
 
 def test_a_threshold_is_fitted_on_validation_and_applied_to_test(written):
@@ -146,62 +155,114 @@ def test_the_table_has_a_row_per_arm_and_every_cell(written):
     sure = measured["selective"]
     assert (
         f"| `first` | {100 * measured['accuracy']:.1f} % | {100 * measured['ece']:.1f} % "
-        f"({100 * low:.1f} to {100 * high:.1f}) | {100 * measured['trust_score']:.1f} % | {measured['nll']:.3f} | "
-        f"{measured['brier']:.3f} | {measured['auroc']:.3f} | {100 * sure['accuracy']:.1f} % "
+        f"({100 * low:.1f} to {100 * high:.1f}) | {measured['nll']:.3f} | {measured['brier']:.3f} | "
+        f"{measured['aurc']:.3f} | {100 * measured['trust_score']:.1f} % | {100 * sure['accuracy']:.1f} % "
         f"({100 * sure['coverage']:.1f} %) |"
     ) in text
+    assert text.startswith("Measured: the declared choices") and text.index("restricted") < text.index(
+        "over the whole"
+    )
 
 
 def test_a_pipe_in_a_name_does_not_break_the_table():
     metrics = {"arms": {"a|b": {"x": summarize([0.5], [1], None, bootstrap=0)}}, "differences": {"x": {}},
-               "out_of_domain": []}  # fmt: skip
-    assert "| `a\\|b` | 100.0 % | 50.0 % | 50.0 % | - | 0.250 | - | - |" in table_markdown(metrics)
+               "out_of_domain": [], "view": "vocabulary"}  # fmt: skip
+    assert "| `a\\|b` | 100.0 % | 50.0 % | - | 0.250 | 0.000 | 50.0 % | - |" in table_markdown(metrics)
 
 
-def sentences(first, controls, size=2000):
-    """The verdict of a report of one set "x", as text by kind."""
-    predictions = {"first": {"x": first}} | {arm: {"x": values} for arm, values in controls.items()}
-    ordered = {arm: predictions[arm] for arm in order_arms(predictions)}
-    return verdict(measure(ordered, None, set(), 10, 200, 0))
+def sentences(arms, focus="first", **notes):
+    """The verdict of a report of one set "x"; `arms` are the predictions of each."""
+    ordered = {arm: {"x": arms[arm]} for arm in order_arms(arms)}
+    return verdict(measure(ordered, None, set(), 10, 200, 0) | notes, focus)
 
 
 def kind_of(said, control):
-    return next(s["kind"] for s in said if f"`{control}`'s;" in s["text"])
+    return next(s["kind"] for s in said if s["text"].startswith(f"Against `{control}`"))
 
 
-def test_the_summary_says_where_first_is_better_and_where_a_control_wins():
-    good, bad = answers(2000, 1), answers(2000, 4)
-    said = sentences(good, {"fine_tuned": bad})
-    assert kind_of(said, "fine_tuned") == "win" and "on 1 of 1" in said[0]["text"]
-    said = sentences(bad, {"fine_tuned": bad, "fine_tuned_post_hoc": good})
+def text_of(said, beginning=""):
+    return " ".join(s["text"] for s in said if s["text"].startswith(beginning))
+
+
+def knowing(size, share, sharpness=1.0, seed=0):
+    """Answers among four: each example's difficulty is shared by all arms, `share` of which an arm sees through."""
+    generator = np.random.default_rng(5)
+    hidden, noise = generator.random(size), np.random.default_rng(seed).normal(0, 0.05, size)
+    truth = (0.25 + 0.7 * np.clip(share - 0.5 + hidden + noise, 0, 1)).clip(0.05, 0.95)
+    right = generator.random(size) < truth
+    stated = truth ** (1 / sharpness)
+    return {
+        "confidence": stated, "correct": right, "label_log_prob": np.log(np.where(right, stated, (1 - stated) / 3)),
+    }  # fmt: skip
+
+
+def test_the_verdict_asks_first_who_knows_more_and_never_calibration_alone():
+    strong, weak = knowing(2000, 0.8), knowing(2000, 0.3, seed=1)
+    said = sentences({"first": strong, "fine_tuned": weak})
+    assert kind_of(said, "fine_tuned") == "win" and "knows more than `fine_tuned`" in text_of(said, "Is it better?")
+    said = sentences({"first": weak, "fine_tuned": knowing(2000, 0.8, 3.0), "fine_tuned_post_hoc": strong})
     assert kind_of(said, "fine_tuned_post_hoc") == "loss"
-    assert "on 0 of 1" in said[0]["text"] and "where it is not" in said[0]["text"]
-    text = " ".join(s["text"] for s in said)
-    assert "`first` does not beat `fine_tuned_post_hoc` here" in text and "is better calibrated." in text
-    assert "not `first`'s but that of `fine_tuned_post_hoc`" in text
+    assert "knows less than `fine_tuned_post_hoc`" in text_of(said, "Is it better?")
+    assert "does not beat the fine-tuned model under one temperature" in text_of(said, "Against")
+    well_calibrated = [s for s in said if "cannot be told from perfect calibration" in s["text"]]
+    assert well_calibrated and not any(s["kind"] == "win" for s in said), "a low ECE alone is no victory"
 
 
-def test_a_difference_within_noise_is_called_noise_and_not_a_win():
-    said = sentences(answers(2000, 1.05), {"fine_tuned_post_hoc": answers(2000, 1.1)})
-    assert kind_of(said, "fine_tuned_post_hoc") == "noise"
-    sentence = next(s["text"] for s in said if "`fine_tuned_post_hoc`'s;" in s["text"])
-    assert "within noise" in sentence and "does not beat" in sentence and "as far as can be told" in sentence
-    assert "on 0 of 1" in said[0]["text"]
+def test_equal_knowledge_is_noise_whatever_the_calibration_as_trained():
+    same = knowing(2000, 0.6)
+    said = sentences({"first": knowing(2000, 0.6, 2.0), "first_post_hoc": same, "fine_tuned": same})
+    assert kind_of(said, "fine_tuned") == "noise" and "as much as `fine_tuned`" in text_of(said, "Is it better?")
+    text = text_of(said, "Is it calibrated?")
+    assert "as trained and" in text and "as shipped" in text and "cannot be told from perfect" in text
+    assert "As trained, the lowest ECE is that of `fine_tuned`" in text_of(said)
 
 
-def test_calibration_bought_with_accuracy_is_called_worse():
-    said = sentences(answers(2000, 0.8, ceiling=0.8), {"fine_tuned": answers(2000, 4)})
-    sentence = next(s for s in said if "`fine_tuned`'s;" in s["text"])
-    assert sentence["kind"] == "loss" and re.search(r"accuracy \d+\.\d points lower", sentence["text"])
+def test_the_direction_of_the_error_is_explained_by_who_knows_more_and_corrected_by_the_closing_temperature():
+    teacher, student = knowing(2000, 0.3, seed=1), knowing(2000, 0.8, 0.6)
+    said = sentences(
+        {"teacher": teacher, "first": student, "first_post_hoc": knowing(2000, 0.8)}, closing={"first": 0.7}
+    )
+    text = text_of(said, "The teacher is")
+    assert "knows more than its teacher learns targets that are too soft" in text and "under-confident by" in text
+    assert "its closing temperature 0.7 corrects that" in text
+    said = sentences({"teacher": knowing(2000, 0.9), "first": knowing(2000, 0.4, 2.0)}, closing={"first": 1.5})
+    text = text_of(said, "The teacher is")
+    assert "knows less than its teacher learns targets that are too sharp" in text and "over-confident by" in text
+
+
+def test_a_teacher_that_is_no_better_than_the_fine_tuned_student_buys_nothing():
+    weak, strong = knowing(2000, 0.4), knowing(2000, 0.7, seed=1)
+    arms = {"first": knowing(2000, 0.5), "fine_tuned": strong}
+    assert "distilling from it buys nothing here" in text_of(sentences(arms | {"teacher": weak}))
+    assert "buys nothing" not in text_of(sentences(arms | {"teacher": knowing(2000, 0.95)}))
+
+
+def test_the_student_to_ship_has_the_lowest_nll_on_validation_as_shipped(tmp_path):
+    arms = {"first": knowing(400, 0.5, 3.0), "first_post_hoc": knowing(400, 0.5), "fine_tuned": knowing(400, 0.2)}
+    metrics = write_report(
+        tmp_path, {arm: {"x": values} for arm, values in arms.items()}, None, {}, bootstrap=20, validation=arms
+    )
+    assert metrics["selection"]["best"] == "first"
+    assert metrics["selection"]["nll"]["first"] == pytest.approx(-arms["first_post_hoc"]["label_log_prob"].mean())
+    assert "`first` has the lowest NLL on validation" in text_of(metrics["summary"], "What should I ship?")
+    assert metrics["verdicts"]["fine_tuned"][0]["text"].startswith("Is it calibrated? On `x` `fine_tuned`")
+
+
+def test_what_a_control_could_not_measure_is_said():
+    said = sentences({"first": knowing(60, 0.5)}, outside={"teacher_recalibrated": {"x": 3}}, omitted={"base": "why"})
+    assert "in 3 rows of `x` a choice is outside the kept tokens" in text_of(
+        said
+    ) and "`base` is left out: why" in text_of(said)
 
 
 def test_the_summary_names_missing_controls_the_teachers_gap_and_what_one_seed_cannot_tell(written):
     said = [s["text"] for s in written[1]["summary"] if s["kind"] == "warning"]
-    assert len(said) == 1 and "95.0 % right" in said[0] and "65.0 % right" in said[0]
+    (gap,) = [text for text in said if "95.0 % right" in text]
+    assert "65.0 % right" in gap and "datasets.transfer" in gap and not any("Not measured" in text for text in said)
     assert any("trained once" in s["text"] for s in written[1]["summary"])
-    said = sentences(answers(100, 1), {"fine_tuned": answers(100, 2)})
+    said = sentences({"first": answers(100, 1), "fine_tuned": answers(100, 2)})
     missing = next(s["text"] for s in said if "Not measured" in s["text"])
-    for arm in ("teacher", "teacher_recalibrated", "base", "fine_tuned_post_hoc", "distilled", "distilled_post_hoc"):
+    for arm in ("teacher", "teacher_recalibrated", "base", "distilled"):
         assert f"`{arm}`" in missing
     assert "`fine_tuned`" not in missing
 
@@ -210,7 +271,7 @@ def test_without_intervals_nothing_is_called_a_win(tmp_path):
     predictions = {"first": {"x": answers(50, 1)}, "fine_tuned": {"x": answers(50, 4)}}
     metrics = write_report(tmp_path, predictions, None, {}, bootstrap=0)
     assert not any(s["kind"] == "win" for s in metrics["summary"])
-    assert "without bootstrap intervals" in metrics["summary"][0]["text"]
+    assert "without bootstrap intervals" in text_of(metrics["summary"], "Is it better?")
 
 
 def test_outcomes_depend_on_the_direction_of_the_metric():
@@ -242,7 +303,7 @@ def test_the_page_is_self_contained_escaped_and_describes_its_pictures(written):
     assert page.links and all(link.startswith("data:") for link in page.links)
     assert "script" not in page.tags and "iframe" not in page.tags and "link" in page.tags
     assert not re.search(r"@import|url\(", html)
-    assert len(page.alts) == 2 * len(SHARPNESS) + 2 + 2 and all(len(alt) > 30 for alt in page.alts)
+    assert len(page.alts) == 2 * len(SHARPNESS) + 2 + 3 and all(len(alt) > 30 for alt in page.alts)
     assert "&lt;/pre&gt;&lt;script&gt;alert(&#39;x&#39;)" in html and "long &lt;b&gt;" in html
     assert "b" not in page.tags
     assert 'name="viewport"' in html and "@media print" in html and "<code>fine_tuned</code>" in html
@@ -255,8 +316,8 @@ def test_a_second_report_replaces_the_first_and_leaves_other_files_alone(tmp_pat
     write_report(tmp_path, one, None, {}, bootstrap=0)
     write_report(tmp_path, {"first": {"new": answers(30, 1)}}, None, {}, bootstrap=0)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "answers", "index.html", "metrics.json", "reliability_new.png", "risk_coverage_new.png", "summary.md",
-        "table.md",
+        "answers", "index.html", "metrics.json", "overview.png", "reliability_new.png", "risk_coverage_new.png",
+        "summary.md", "table.md",
     }  # fmt: skip
     assert (tmp_path / "answers" / "kept.png").exists()
 
@@ -283,7 +344,7 @@ def test_extreme_arms_are_drawn_and_written(tmp_path):
     metrics = write_report(tmp_path, predictions, None, {}, bootstrap=10)
     said = [s["text"] for s in metrics["summary"]]
     assert "no `first` arm" in said[0] and any("probability 0" in text and "`a` on `x` (1)" in text for text in said)
-    assert metrics["differences"] == {"x": {}, "y": {}}
+    assert list(metrics["differences"]["x"]) == ["a", "b"] and metrics["differences"]["y"] == {"b": {}}
     assert "| infinite |" in (tmp_path / "table.md").read_text()
 
 

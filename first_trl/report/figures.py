@@ -7,6 +7,7 @@ colour-blind readers, and every line also has its own dash; gaps are hatched, so
 
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ..constants import POST_HOC
 
 INK, MUTED, GRID = "#1f2933", "#5f6b7a", "#e3e7ec"
 ACCURACY, BARS = "#0072b2", "#c3ccd6"
@@ -38,6 +41,7 @@ LINES = (
     ("#7a5195", (0, (1, 1.2))),
     ("#8c564b", (0, (5, 1.5))),
 )
+MARKERS = "osD^vP*Xh"
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -60,11 +64,7 @@ STYLE = {
     "legend.frameon": False,
 }
 QUARTERS = (0, 0.25, 0.5, 0.75, 1)
-
-
-def percent(share: float, _: int = 0) -> str:
-    """A tick's label."""
-    return f"{100 * share:.0f} %"
+PERCENT = PercentFormatter(1, decimals=0, symbol=" %")
 
 
 def to_png(figure: Figure, dpi: int = 150) -> bytes:
@@ -147,7 +147,7 @@ def _draw_reliability(axes, panel: dict, label: bool) -> None:
     axes.annotate(numbers, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=8.5)
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.set(xticks=QUARTERS, yticks=QUARTERS)
-    axes.yaxis.set_major_formatter(percent)
+    axes.yaxis.set_major_formatter(PERCENT)
     axes.tick_params(labelbottom=False, labelleft=label)
     if label:
         axes.set_ylabel("accuracy")
@@ -163,11 +163,49 @@ def _draw_histogram(axes, panel: dict, top: float, label: bool) -> None:
     axes.vlines(panel["confidence"], 0, top, **MEAN_CONFIDENCE)
     axes.set(xlim=(0, 1), ylim=(0, top), xlabel="confidence", yticks=(0, top))
     axes.set_xticks(QUARTERS, ["0", "25", "50", "75", "100 %"])
-    axes.yaxis.set_major_formatter(percent)
+    axes.yaxis.set_major_formatter(PERCENT)
     axes.tick_params(labelleft=label, labelsize=8)
     if label:
         axes.set_ylabel("examples", fontsize=8)
         axes.yaxis.set_label_coords(-0.24, 0.5)
+
+
+def overview_figure(
+    points: dict[str, dict[str, tuple[float, float]]], titles: dict[str, str], label: Callable[[str], str]
+) -> Figure:
+    """All arms at a glance: accuracy against calibration error, one panel per set, an arrow to the arm as shipped.
+
+    Args:
+        points: {arm: {set: (ECE, accuracy)}}.
+        titles: {set: its title}.
+        label: the name of an arm for people.
+    """
+    columns = min(3, len(titles))
+    num_rows = math.ceil(len(titles) / columns)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.6 * columns + 0.4, 3.2 * num_rows + 1.1), layout="constrained")
+        panels = figure.subplots(num_rows, columns, squeeze=False).ravel()
+        arms = [arm for arm in points if not arm.endswith(POST_HOC)]
+        for axes in panels[len(titles) :]:
+            axes.remove()
+        for axes, (name, title) in zip(panels, titles.items(), strict=False):
+            for place, arm in enumerate(arms):
+                color, marker = LINES[place % len(LINES)][0], MARKERS[place % len(MARKERS)]
+                trained, ships = points[arm].get(name), points.get(arm + POST_HOC, {}).get(name)
+                if trained is None:
+                    continue
+                axes.plot(*trained, marker, color=color, markersize=7, label=label(arm), zorder=3)
+                if ships is not None and ships != trained:
+                    axes.annotate("", ships, trained, arrowprops={"arrowstyle": "->", "color": color}, zorder=2)
+                    axes.plot(*ships, marker, color=color, markersize=7, markerfacecolor="white", zorder=3)
+            axes.set_xlim(left=0)
+            axes.set(xlabel="calibration error (ECE)", ylabel="accuracy")
+            axes.xaxis.set_major_formatter(PERCENT)
+            axes.yaxis.set_major_formatter(PERCENT)
+            axes.set_title(title, fontsize=9)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    return figure
 
 
 def risk_coverage_figure(curves: dict[str, tuple[np.ndarray, np.ndarray]], title: str, emphasis: str = "") -> Figure:
@@ -186,8 +224,8 @@ def risk_coverage_figure(curves: dict[str, tuple[np.ndarray, np.ndarray]], title
             axes.plot(coverage, risk, color=color, linestyle=dash, linewidth=width, zorder=order, label=arm)
         axes.set(xlim=(0, 1), xlabel="share of the examples answered, most confident first", ylabel="error rate")
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_formatter(percent)
-        axes.yaxis.set_major_formatter(percent)
+        axes.xaxis.set_major_formatter(PERCENT)
+        axes.yaxis.set_major_formatter(PERCENT)
         axes.set_title(title)
         figure.legend(loc="outside right center", handlelength=2.8)
     return figure
@@ -207,7 +245,7 @@ def calibration_figure(families: dict[str, dict], test_curves: dict[str, dict[st
             _draw_calibration(axes, method, family, test_curves.get(method, {}))
         panels[0].set_ylim(bottom=0)
         panels[0].set_ylabel("calibration error (ECE)")
-        panels[0].yaxis.set_major_formatter(percent)
+        panels[0].yaxis.set_major_formatter(PERCENT)
         entries: dict[str, Any] = {}
         for axes in panels:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -1,29 +1,51 @@
 """What the numbers of a report say, in words: sentences computed from `metrics.json`, whoever wins.
 
-The rule is fixed before the numbers are known. An arm is better calibrated than another on a set if the 95 % interval
-of their paired difference in ECE excludes 0; otherwise the difference is called noise, however large it looks. The
-fair controls are the trained students and what is laid over them; the teacher and the untrained base are shown beside.
+The rules are fixed before the numbers are known. First, which student knows more: NLL and accuracy, each student as it
+is shipped, under its closing temperature. Then, whether it is calibrated: ECE as trained and as shipped, never alone.
+A difference is one only if the 95 % interval of the paired bootstrap excludes 0 (for ECE without its bias,
+`metrics.compare`); all else is noise, however large it looks. The model card repeats these sentences.
 """
 
-from ..cache.arrays import is_memorised
+from typing import Any
 
-FOCUS = "first"
-REFERENCES = ("teacher", "teacher_recalibrated", "base")
-ARMS = (*REFERENCES, "fine_tuned", "fine_tuned_post_hoc", "distilled", "distilled_post_hoc", FOCUS)
+from ..cache.arrays import is_memorised
+from ..constants import ARMS, FOCUS, POST_HOC, REPORT_ARMS
+from ..data.rows import describe_lost
+from ..metrics import percent
+
+VIEWS = {
+    "choices": "the declared choices: confidence is the share of the most probable one among them",
+    "vocabulary": "the first token of each answer: confidence is its probability over the whole vocabulary",
+    "tokens": "every learned token but forced ones: confidence is its probability over the whole vocabulary",
+}
 
 
 def order_arms(arms) -> list[str]:
-    """The known arms in the order of the report, then the others as they come."""
-    return [arm for arm in ARMS if arm in arms] + [arm for arm in arms if arm not in ARMS]
+    """The known arms in the order of the report, then the others as they come; each with its shipped form after it."""
+    names = list(dict.fromkeys(arm.removesuffix(POST_HOC) for arm in arms))
+    known = [arm for arm in ARMS if arm in names] + [arm for arm in names if arm not in ARMS]
+    return [arm for name in known for arm in (name, name + POST_HOC) if arm in arms]
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def trained_arms(arms) -> list[str]:
+    """The students among the arms, in the report's order, without their shipped forms."""
+    return [arm for arm in order_arms(arms) if arm not in REPORT_ARMS and not arm.endswith(POST_HOC)]
 
 
-def outcome(difference: dict, lower_is_better: bool) -> str:
-    """ "win", "loss" or "noise" of the focus against a control; "unknown" without an interval."""
-    if difference["interval"] is None:
+def shipped(arm: str, arms) -> str:
+    """The name under which an arm's answers are those that `predict` gives."""
+    return arm + POST_HOC if arm + POST_HOC in arms else arm
+
+
+def measured(metrics: dict, arm: str, name: str) -> dict | None:
+    """An arm's figures on a set, in the view that the report is about."""
+    values = metrics["arms"].get(arm, {}).get(name)
+    return values.get("choices", values) if values and metrics["view"] == "choices" else values
+
+
+def outcome(difference: dict | None, lower_is_better: bool) -> str:
+    """ "win", "loss" or "noise" of the first of a pair; "unknown" without a difference or an interval."""
+    if difference is None or difference["interval"] is None:
         return "unknown"
     low, high = difference["interval"]
     if low <= 0 <= high:
@@ -31,130 +53,196 @@ def outcome(difference: dict, lower_is_better: bool) -> str:
     return "win" if (high < 0) == lower_is_better else "loss"
 
 
-def verdict(metrics: dict) -> list[dict]:
-    """Sentences for the summary, most important first.
+def knows_more(difference: dict) -> str:
+    """ "win" if NLL or accuracy is better beyond noise and neither is worse; "loss", "mixed", "noise", "unknown"."""
+    results = {outcome(difference.get("nll"), True), outcome(difference.get("accuracy"), False)}
+    if {"win", "loss"} <= results:
+        return "mixed"
+    return next((result for result in ("win", "loss", "noise") if result in results), "unknown")
 
-    Args: `metrics` in the form of `metrics.json`, without its summary.
-    Returns [{"kind", "set", "text"}]: kind is "headline", "win", "noise", "loss", "warning" or "note"; "set" is the
-    data set that the sentence is about, or None. Names stand between backticks.
+
+def verdict(metrics: dict, focus: str = FOCUS) -> list[dict]:
+    """Sentences on one student, most important first.
+
+    Args:
+        metrics: in the form of `metrics.json`, without its verdicts.
+        focus: the student that they are about.
+
+    Returns:
+        [{"kind", "set", "text"}]: kind is "headline", "win", "noise", "loss", "warning" or "note"; "set" is the data
+        set that the sentence is about, or None. Names stand between backticks.
     """
-    arms, differences = metrics["arms"], metrics["differences"]
-    if FOCUS in arms:
-        sentences = _headline(differences)
-        for name in arms[FOCUS]:
-            sentences += _one_set(metrics, name)
+    arms = metrics["arms"]
+    if focus in arms:
+        sentences = _answers(metrics, focus)
+        for name in arms[focus]:
+            sentences += _one_set(metrics, focus, name)
     else:
-        sentences = [_say("headline", f"This run has no `{FOCUS}` arm: the table compares the others only.")]
-    return (
-        sentences
-        + _missing(arms, metrics.get("omitted", {}))
-        + _teacher_gap(metrics["calibration"])
-        + _limits(metrics)
-    )
+        sentences = [_say("headline", f"This run has no `{focus}` arm: the table compares the others only.")]
+    return sentences + _missing(metrics) + _teacher_gap(metrics["calibration"]) + _limits(metrics)
 
 
 def _say(kind: str, text: str, name: str | None = None) -> dict:
     return {"kind": kind, "set": name, "text": text}
 
 
-def _controls(arms) -> list[str]:
-    return [arm for arm in order_arms(arms) if arm not in (*REFERENCES, FOCUS)]
+def _answers(metrics: dict, focus: str) -> list[dict]:
+    """The three answers of the first screen, on the first set: is it calibrated, is it better, what to ship."""
+    name = next(iter(metrics["arms"][focus]))
+    sentences = [_say("headline", f"Is it calibrated? {_calibration(metrics, focus, name)}")]
+    own, pairs = shipped(focus, metrics["arms"]), metrics["differences"][name]
+    controls = [shipped(arm, metrics["arms"]) for arm in trained_arms(metrics["arms"]) if arm != focus]
+    results = {arm: knows_more(pairs[own][arm]) for arm in controls if arm in pairs.get(own, {})}
+    if not results:
+        text = f"No trained control was measured, so nothing can be said for `{focus}`."
+    elif set(results.values()) == {"unknown"}:
+        text = "Measured without bootstrap intervals, so no difference can be told from noise."
+    else:
+        words = {"win": "more than", "loss": "less than", "noise": "as much as", "mixed": "neither more nor less than"}
+        parts = [
+            f"{words[kind]} {_join([f'`{arm}`' for arm, result in results.items() if result == kind])}"
+            for kind in words
+            if kind in results.values()
+        ]
+        text = f"On `{name}`, by NLL and accuracy as shipped, `{focus}` knows {_join(parts)}."
+    sentences.append(_say("headline", f"Is it better? {text}"))
+    if best := metrics.get("selection", {}).get("best"):
+        figures, nll = measured(metrics, shipped(best, metrics["arms"]), name), metrics["selection"]["nll"][best]
+        text = f"What should I ship? `{best}` has the lowest NLL on validation ({nll:.3f}, as shipped)"
+        if figures:
+            nll = "infinite" if figures["nll"] is None else f"{figures['nll']:.3f}"
+            text += f"; on `{name}` it is {percent(figures['accuracy'])} right at an NLL of {nll}"
+        sentences.append(_say("headline", text + "."))
+    return sentences
 
 
-def _headline(differences: dict) -> list[dict]:
-    """On how many sets the focus is better calibrated than each control, noise counted as not better."""
-    controls = _controls({arm: None for by_arm in differences.values() for arm in by_arm})
-    if not controls:
-        return [_say("headline", f"`{FOCUS}` has no trained control in this run, so nothing can be said for it.")]
-    if all(arm["ece"]["interval"] is None for by_arm in differences.values() for arm in by_arm.values()):
-        return [_say("headline", "Measured without bootstrap intervals: no difference below can be told from noise.")]
-    parts, beaten_everywhere = [], True
-    for control in controls:
-        outcomes = [outcome(by_arm[control]["ece"], True) for by_arm in differences.values() if control in by_arm]
-        wins = outcomes.count("win")
-        beaten_everywhere &= wins == len(outcomes)
-        parts.append(f"`{control}` on {wins} of {len(outcomes)}")
-    text = f"`{FOCUS}` is better calibrated, beyond noise, than {_join(parts)} test {_plural('set', len(differences))}"
-    return [_say("headline", text + ("." if beaten_everywhere else "; where it is not, the sentences below say so."))]
-
-
-def _one_set(metrics: dict, name: str) -> list[dict]:
-    """The focus on one set: its own numbers, then each control, then who has the lowest ECE."""
-    own = metrics["arms"][FOCUS][name]
-    kind = "out of domain" if name in metrics["out_of_domain"] else "in domain"
-    text = f"On `{name}` ({kind}, {own['num_examples']:,} examples) `{FOCUS}` has an ECE of {percent(own['ece'])}"
+def _calibration(metrics: dict, focus: str, name: str) -> str:
+    """A student's ECE on a set as trained and as shipped, and whether it can be told from perfect calibration."""
+    raw, own = (measured(metrics, arm, name) for arm in (focus, shipped(focus, metrics["arms"])))
+    assert raw and own
+    text = f"On `{name}` `{focus}` has an ECE of {percent(raw['ece'])} as trained"
+    if own is not raw:
+        text += f" and {percent(own['ece'])} as shipped"
     if "ece" in own["ci"]:
         low, high = own["ci"]["ece"]
         text += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
-    text += f" at {percent(own['accuracy'])} accuracy."
-    if own["ece"] <= own["ece_noise_floor"]["p95"]:
-        text += " With this many examples, that cannot be told from perfect calibration."
+    chance = own["ece_noise_floor"]["p95"]
+    if own["ece"] <= chance:
+        return text + "; with this many examples, that cannot be told from perfect calibration."
+    return text + f"; perfect calibration would show at most {percent(chance)} by chance."
+
+
+def _one_set(metrics: dict, focus: str, name: str) -> list[dict]:
+    """A student on one set: its figures, each control, its calibration, and what explains it."""
+    arms, pairs, own = metrics["arms"], metrics["differences"][name], shipped(focus, metrics["arms"])
+    figures = measured(metrics, own, name)
+    assert figures
+    where = "out of domain" if name in metrics["out_of_domain"] else "in domain"
+    nll = "" if figures["nll"] is None else f", with an NLL of {figures['nll']:.3f}"
+    where += f", {figures['num_examples']:,} examples"
+    text = f"On `{name}` ({where}) `{focus}` is {percent(figures['accuracy'])} right{nll}."
     sentences = [_say("note", text, name)]
-    for control in _controls(metrics["differences"][name]):
-        sentences.append(_against(metrics["differences"][name][control], control, name))
-    return sentences + _lowest(metrics, name) + _selective(own, name)
+    for arm in trained_arms(arms):
+        control = shipped(arm, arms)
+        if arm != focus and control in pairs.get(own, {}):
+            sentences.append(_against(pairs[own][control], focus, control, name))
+    sentences.append(_say("note", _calibration(metrics, focus, name), name))
+    students = {arm: found["ece"] for arm in trained_arms(arms) if (found := measured(metrics, arm, name))}
+    lowest = min(students, key=lambda arm: students[arm])
+    if lowest != focus:
+        text = f"As trained, the lowest ECE is that of `{lowest}`, {percent(students[lowest])}."
+        sentences.append(_say("note", text, name))
+    return sentences + _diagnosis(metrics, focus, name) + _selective(figures, focus, name)
 
 
-def _against(difference: dict, control: str, name: str) -> dict:
-    """One sentence on the focus against one control; a loss of accuracy beyond noise makes it a loss."""
-    ece, accuracy = difference["ece"], difference["accuracy"]
-    results = outcome(ece, True), outcome(accuracy, False)
-    text = f"ECE {_compared(ece, results[0])} than `{control}`'s; accuracy {_compared(accuracy, results[1])}."
-    if results[0] != "win" and control.endswith("_post_hoc"):
-        better = "is better calibrated" if results[0] == "loss" else "is as well calibrated, as far as can be told"
-        text += (
-            f" `{FOCUS}` does not beat `{control}` here: one scalar, fitted on validation and laid over "
-            f"`{control.removesuffix('_post_hoc')}`, {better}."
-        )
-    kind = "loss" if "loss" in results else results[0]
-    return _say("note" if kind == "unknown" else kind, text, name)
+def _against(difference: dict, focus: str, control: str, name: str) -> dict:
+    """One sentence on a student against one control, both as shipped."""
+    result = knows_more(difference)
+    text = f"Against `{control}`: accuracy {_compared(difference.get('accuracy'), False, 100, ' points')}"
+    text += f"; NLL {_compared(difference.get('nll'), True, 1, '')}"
+    text += f"; ECE {_compared(difference.get('ece_debiased'), True, 100, ' points')}."
+    if result != "win" and control == f"fine_tuned{POST_HOC}":
+        text += f" `{focus}` does not beat the fine-tuned model under one temperature here."
+    return _say({"mixed": "noise", "unknown": "note"}.get(result, result), text, name)
 
 
-def _compared(difference: dict, result: str) -> str:
-    points = 100 * difference["difference"]
-    text = f"{abs(points):.1f} points {'lower' if points < 0 else 'higher'}"
+def _compared(difference: dict | None, lower_is_better: bool, scale: float, unit: str) -> str:
+    if difference is None:
+        return "cannot be compared"
+    value, digits = scale * difference["difference"], 1 if scale > 1 else 3
+    text = f"{abs(value):.{digits}f}{unit} {'lower' if value < 0 else 'higher'}"
     if difference["interval"] is None:
         return text + " (no interval, so it may be noise)"
-    low, high = (100 * bound for bound in difference["interval"])
-    return text + f" ({low:+.1f} to {high:+.1f}{', within noise' if result == 'noise' else ''})"
+    low, high = (scale * bound for bound in difference["interval"])
+    noise = ", within noise" if outcome(difference, lower_is_better) == "noise" else ""
+    return text + f" ({low:+.{digits}f} to {high:+.{digits}f}{noise})"
 
 
-def _lowest(metrics: dict, name: str) -> list[dict]:
-    """Who has the lowest ECE among the students, when it is not the focus."""
-    arms = {arm: sets[name] for arm, sets in metrics["arms"].items() if arm not in REFERENCES and name in sets}
-    lowest = min(arms, key=lambda arm: arms[arm]["ece"])
-    if lowest == FOCUS:
+def _diagnosis(metrics: dict, focus: str, name: str) -> list[dict]:
+    """What teacher and student know explains which way the student's confidence errs as trained."""
+    arms, pairs = metrics["arms"], metrics["differences"][name]
+    teacher, raw = measured(metrics, "teacher", name), measured(metrics, focus, name)
+    if not teacher or not raw or name in metrics["out_of_domain"]:
         return []
-    ece, accuracy = percent(arms[lowest]["ece"]), percent(arms[lowest]["accuracy"])
-    text = f"The lowest ECE of the students is not `{FOCUS}`'s but that of `{lowest}`: {ece} at {accuracy} accuracy."
-    result = outcome(metrics["differences"][name][lowest]["ece"], True)
-    return [_say(result if result in ("noise", "loss") else "note", text, name)]
+    text = f"The teacher is {percent(teacher['accuracy'])} right and `{focus}` {percent(raw['accuracy'])}"
+    result = outcome(pairs.get(shipped(focus, arms), {}).get("teacher", {}).get("accuracy"), False)
+    gap = raw["mean_confidence"] - raw["accuracy"]
+    errs = f"{'over' if gap > 0 else 'under'}-confident by {100 * abs(gap):.1f} points as trained"
+    if result == "win" and gap < 0:
+        text += f": a student that knows more than its teacher learns targets that are too soft for it, and is {errs}"
+    elif result == "loss" and gap > 0:
+        text += f": a student that knows less than its teacher learns targets that are too sharp for it, and is {errs}"
+    else:
+        text += f". `{focus}` is {errs}"
+    temperature = metrics.get("closing", {}).get(focus, 1.0)
+    corrects = f"; its closing temperature {temperature:.3g} corrects that" if (temperature - 1) * gap > 0 else ""
+    sentences = [_say("note", f"{text}{corrects}.", name)]
+    control = shipped("fine_tuned", arms)
+    pair, found = pairs.get("teacher", {}).get(control), measured(metrics, control, name)
+    if focus != "fine_tuned" and pair and found and outcome(pair.get("accuracy"), False) not in ("win", "unknown"):
+        text = (
+            f"The teacher, {percent(teacher['accuracy'])} right, is not better beyond noise than the student "
+            f"fine-tuned on labels, {percent(found['accuracy'])} right: distilling from it buys nothing here."
+        )
+        sentences.append(_say("warning", text, name))
+    return sentences
 
 
-def _selective(own: dict, name: str) -> list[dict]:
+def _selective(figures: dict, focus: str, name: str) -> list[dict]:
     """What answering only above the fitted threshold would do."""
-    if "selective" not in own:
+    fitted: dict[str, Any] | None = figures.get("selective")
+    if fitted is None:
         return []
-    fitted = own["selective"]
     goal = f"{100 * fitted['target_accuracy']:.0f} %"
     if fitted["threshold"] is None:
-        return [_say("note", f"No confidence of `{FOCUS}` reaches {goal} accuracy on validation.", name)]
+        return [_say("note", f"No confidence of `{focus}` reaches {goal} accuracy on validation.", name)]
     text = (
         f"Answering only at confidence {fitted['threshold']:.3f} or more, fitted on validation for {goal} accuracy, "
     )
     if fitted["accuracy"] is None:
         return [_say("note", text + "it answers nothing here.", name)]
-    answered = f"{percent(fitted['coverage'])} ({round(fitted['coverage'] * own['num_examples']):,} examples)"
-    text += f"it answers {answered} and is right {percent(fitted['accuracy'])} of the time."
-    return [_say("note", text, name)]
+    answered = f"{percent(fitted['coverage'])} of the examples"
+    return [
+        _say("note", text + f"it answers {answered} and is right {percent(fitted['accuracy'])} of the time.", name)
+    ]
 
 
-def _missing(arms: dict, omitted: dict[str, str]) -> list[dict]:
+def _missing(metrics: dict) -> list[dict]:
     """What the table lacks, and why where an arm was meant to be there."""
+    arms, omitted = metrics["arms"], metrics.get("omitted", {})
     sentences = [
         _say("warning", f"`{arm}` is left out: {reason}. Another `calibrate.method` serves every row.")
         for arm, reason in omitted.items()
     ]
+    for arm, sets in metrics.get("outside", {}).items():
+        counts = _join([f"{count:,} rows of `{name}`" for name, count in sets.items()])
+        text = (
+            f"`{arm}`: in {counts} a choice is outside the kept tokens, so the map was applied to the choices alone."
+        )
+        sentences.append(_say("warning", text))
+    for name, rows in metrics.get("lost", {}).items():
+        if line := describe_lost(name, rows):
+            sentences.append(_say("warning", f"{line}.", name if name in metrics["differences"] else None))
     missing = [f"`{arm}`" for arm in ARMS if arm not in (*arms, *omitted, FOCUS)]
     if missing:
         text = f"Not measured in this run: {_join(missing)}. A missing control leaves its question open."
@@ -186,31 +274,24 @@ def _teacher_gap(calibration: dict | None) -> list[dict]:
 
 def _limits(metrics: dict) -> list[dict]:
     """What the intervals and the table do not say."""
+    figures = {(arm, name): values for arm, sets in metrics["arms"].items() for name, values in sets.items()}
     impossible = [
         f"`{arm}` on `{name}` ({values['num_impossible_labels']:,})"
-        for arm, sets in metrics["arms"].items()
-        for name, values in sets.items()
+        for (arm, name), values in figures.items()
         if values["num_impossible_labels"]
     ]
     sentences = []
     if impossible:
         text = f"Labels given probability 0, so that the NLL is infinite: {_join(impossible)}."
         sentences.append(_say("warning", text))
-    text = "Each arm was trained once: the intervals tell the luck of the test examples, not that of the training."
-    seeds = {
-        len(v["seeds"]["ece"]["values"]) for sets in metrics["arms"].values() for v in sets.values() if "seeds" in v
-    }
-    if seeds:
+    text = "Each arm was trained once: the intervals show the luck of the test examples, not that of the training."
+    if seeds := [len(values["seeds"]["ece"]["values"]) for values in figures.values() if "seeds" in values]:
         text = (
             f"Each student was trained from {max(seeds)} seeds: its figures are their means, ± is their standard "
-            "deviation, and the intervals tell the luck of the test examples."
+            "deviation, and the intervals show the luck of the test examples."
         )
     return [*sentences, _say("note", text)]
 
 
 def _join(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else word + "s"

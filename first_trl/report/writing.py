@@ -1,16 +1,15 @@
 """The report: every arm on every test set in numbers, pictures, words and one self-contained page.
 
 It measures predictions that others made, and knows no model. `metrics.json` is written for programs, `table.md` and
-`summary.md` for a README, `index.html` for people: pictures inside it, no request to anywhere, every text escaped.
-Each file appears whole or not at all; pictures of an earlier report that have no successor are removed.
+`summary.md` for a README and the model card, `index.html` for people: pictures inside it, no request to anywhere,
+every text escaped. Each file appears whole or not at all; an earlier report's pictures without successor are removed.
 
-Views are never mixed: a set's numbers are those of the whole vocabulary, and the same answers restricted to the
-declared choices stand under "choices".
+A set's figures are those of the whole vocabulary; the same answers restricted to the declared choices stand under
+"choices". What `predict` states, the choices where there are any, is "view": the verdict and the first tables read it.
 """
 
 import base64
 import json
-import os
 import re
 from collections.abc import Set
 from pathlib import Path
@@ -20,21 +19,23 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from ..data.rows import describe_lost
-from ..metrics import compare, expected_calibration_error, reliability_bins, risk_coverage_curve
+from ..constants import ARMS, FOCUS, POST_HOC
+from ..files import write_atomically
+from ..metrics import compare, expected_calibration_error, percent, reliability_bins, risk_coverage_curve
 from ..student import DEFAULT_TARGET, fit_threshold, mean_selective, selective
-from .figures import calibration_figure, reliability_figure, risk_coverage_figure, to_png, training_figure
-from .verdict import FOCUS, order_arms, percent, verdict
+from . import figures
+from .verdict import VIEWS, measured, order_arms, shipped, trained_arms, verdict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # The risk of fewer answered examples is too noisy to draw.
 MIN_ANSWERED = 20
-COLUMNS = ("Accuracy", "ECE (95 % interval)", "Trust score", "NLL", "Brier", "AUROC", "Sure: right (answered)")
+COLUMNS = ("Accuracy", "ECE (95 % interval)", "NLL", "Brier", "AURC", "Trust score", "Sure: right (answered)")
+DIFFERENCES = ("accuracy", "nll", "brier", "aurc", "ece_debiased")
 
 
 def write_report(
     folder: str | Path,
-    predictions: dict[str, dict[str, dict[str, np.ndarray]]],
+    predictions: dict[str, dict[str, Any]],
     calibration: dict | None,
     provenance: dict,
     out_of_domain: Set[str] = frozenset(),
@@ -42,29 +43,27 @@ def write_report(
     bootstrap: int = 1000,
     seed: int = 0,
     *,
-    validation: dict[str, dict[str, np.ndarray]] | None = None,
+    validation: dict[str, Any] | None = None,
     target_accuracy: float = DEFAULT_TARGET,
     test_curves: dict[str, dict[str, list[dict]]] | None = None,
     training: dict[str, list[dict]] | None = None,
-    omitted: dict[str, str] | None = None,
-    lost: dict[str, dict] | None = None,
+    **notes: dict,
 ) -> dict:
     """Measure, draw and write; returns what `metrics.json` holds.
 
     Args:
         folder: the report's folder; its other files and folders are left alone.
-        predictions: {arm: {test set: {"confidence", "correct", "label_log_prob"}}}, (n,) each, the same examples
-            in the same order in every arm; optionally also "choice_confidence" and "choice_correct". A list of those
-            for an arm that was trained from several seeds: its figures are means, "seeds" has each and their spread.
-        calibration: the content of `calibration.json`, or None.
+        predictions: {arm: {test set: as `evaluation.predictions`}}, the same examples in the same order in every arm;
+            a list of those for an arm that was trained from several seeds.
+        calibration: the content of the teacher's `calibration.json`, or None.
         provenance: where it comes from, shown on the page only: plain data.
         out_of_domain: names of the test sets that the students were not trained for.
         num_bins, bootstrap, seed: as in `metrics.compare`.
-        validation: {arm: as one test set's}, from which the confidence threshold for `target_accuracy` is fitted.
+        validation: {arm: as one test set's}, for the thresholds of `target_accuracy` and the choice of a student.
         test_curves: {method: {test set: [{"value", "ece"}, ...]}}, the teacher's error against the value on test sets.
         training: {arm: the trainer's `log_history`}, from which the losses are drawn.
-        omitted: {arm that should be among the predictions: why it could not be measured}.
-        lost: {set: its rows that were dropped or cut, as `first_trl.data.rows.UsableRows.lost`}.
+        **notes: "omitted" and "outside", as `evaluation.Collected`; "closing", {student: temperature}; "lost", {set: its
+            rows that were dropped or cut, as `data.rows.UsableRows.lost`}.
 
     Raises:
         ValueError: no predictions, arms with different numbers of examples, or what `metrics` refuses.
@@ -72,17 +71,13 @@ def write_report(
     if not any(predictions.values()):
         raise ValueError("there are no predictions to report on; evaluate at least one arm on one test set.")
     predictions = {arm: predictions[arm] for arm in order_arms(predictions)}
-    metrics = measure(predictions, calibration, out_of_domain, num_bins, bootstrap, seed)
+    metrics = measure(predictions, calibration, out_of_domain, num_bins, bootstrap, seed) | notes
     for arm, values in (validation or {}).items():
         add_selective(metrics["arms"][arm], values, predictions[arm], target_accuracy)
-    metrics["omitted"] = omitted or {}
-    metrics["lost"] = lost or {}
-    known = {name for sets in metrics["arms"].values() for name in sets}
-    metrics["summary"] = verdict(metrics) + [
-        {"kind": "warning", "set": name if name in known else None, "text": f"{line}."}
-        for name, rows in metrics["lost"].items()
-        if (line := describe_lost(name, rows))
-    ]
+    metrics["selection"] = _selection(metrics, validation or {})
+    students = trained_arms(metrics["arms"])
+    metrics["summary"] = verdict(metrics)
+    metrics["verdicts"] = {arm: verdict(metrics, arm) for arm in students}  # a model card repeats its student's
     pictures = draw(metrics, predictions, calibration, num_bins, test_curves or {}, training or {})
     files = {f"{name}.png": png for name, png in pictures["files"].items()}
     files["metrics.json"] = json.dumps(metrics, indent=1, allow_nan=False).encode()
@@ -90,54 +85,55 @@ def write_report(
     files["summary.md"] = summary_markdown(metrics["summary"]).encode()
     files["index.html"] = page(metrics, pictures, provenance).encode()
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        _replace(folder / name, content)
+        write_atomically(folder / name, content)
     for old in folder.glob("*.png"):
         if old.name not in files:
             old.unlink()
     return metrics
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+# Figures
 
 
 def measure(
     predictions: dict, calibration: dict | None, out_of_domain: Set[str], num_bins: int, bootstrap: int, seed: int
 ) -> dict:
-    """The body of `metrics.json`: per arm and set as `metrics.summarize`, and the focus minus every other arm."""
+    """The body of `metrics.json`: per arm and set as `metrics.summarize`, and the paired differences of the view."""
     names = list(dict.fromkeys(name for sets in predictions.values() for name in sets))
     names.sort(key=lambda name: name in out_of_domain)  # stable: in domain first
+    every = [one for sets in predictions.values() for values in sets.values() for one in by_seed(values)]
+    view = "tokens" if any("example" in one for one in every) else "vocabulary"
+    view = "choices" if all("choice_confidence" in one for one in every) else view
     arms: dict[str, dict] = {arm: {} for arm in predictions}
+    references = ["teacher", *(shipped(arm, predictions) for arm in trained_arms(predictions))]
     differences: dict[str, dict] = {}
     for name in names:
         answered = {arm: sets[name] for arm, sets in predictions.items() if name in sets}
-        reference = FOCUS if FOCUS in answered else next(iter(answered))
-        summaries, differences[name] = compare(answered, reference, num_bins, bootstrap, seed)
-        restricted = {
-            arm: [
-                {"confidence": one["choice_confidence"], "correct": one["choice_correct"]} for one in by_seed(values)
-            ]
-            for arm, values in answered.items()
-            if _view(by_seed(values)[0], "choice_")
+        found = {}
+        for prefix in ("", "choice_"):
+            seen = {arm: [_view(one, prefix) for one in by_seed(values)] for arm, values in answered.items()}
+            seen = {arm: values for arm, values in seen.items() if all(values)}
+            found[prefix] = compare(seen, num_bins, bootstrap, seed) if seen else ({}, {})
+            for arm, summary in found[prefix][0].items():
+                confidence = np.concatenate([np.asarray(one["confidence"], dtype=float) for one in seen[arm]])
+                summary["mean_confidence"] = float(confidence.mean())
+                if prefix:
+                    arms[arm][name]["choices"] = summary
+                else:
+                    arms[arm][name] = summary
+        pairs = found["choice_" if view == "choices" else ""][1]
+        differences[name] = {
+            arm: {
+                other: {metric: pair[metric] for metric in DIFFERENCES if metric in pair}
+                for other, pair in pairs[arm].items()
+            }
+            for arm in references
+            if arm in pairs
         }
-        choices = compare(restricted, next(iter(restricted)), num_bins, bootstrap, seed)[0] if restricted else {}
-        for arm, summary in summaries.items():
-            summary["mean_confidence"] = float(_pooled(answered[arm])[0].astype(np.float64).mean())
-            if arm in choices:
-                summary["choices"] = choices[arm]
-            arms[arm][name] = summary
-        if reference != FOCUS:
-            differences[name] = {}
     return {
         "schema_version": SCHEMA_VERSION,
+        "view": view,
         "arms": arms,
         "differences": differences,
         "out_of_domain": [name for name in names if name in out_of_domain],
@@ -147,6 +143,20 @@ def measure(
     }
 
 
+def by_seed(predictions: dict | list[dict]) -> list[dict]:
+    """What the students of an arm predict, one dict for each seed."""
+    return [predictions] if isinstance(predictions, dict) else predictions
+
+
+def _view(predictions: dict, prefix: str) -> dict | None:
+    """What `metrics.compare` reads, over the whole vocabulary or with "choice_" among the choices; None without."""
+    if f"{prefix}confidence" not in predictions:
+        return None
+    names = ("confidence", "correct", "label_log_prob")
+    found = {name: predictions[prefix + name] for name in names if prefix + name in predictions}
+    return found | ({"example": predictions["example"]} if "example" in predictions else {})
+
+
 def add_selective(sets: dict[str, dict], validation, predictions: dict, target_accuracy: float) -> None:
     """Add "selective" to an arm's sets, and to their view restricted to the choices.
 
@@ -154,41 +164,40 @@ def add_selective(sets: dict[str, dict], validation, predictions: dict, target_a
     of a test set that it answers, "accuracy" that of the answered (None if nothing is answered). Of several seeds,
     each has a threshold of its own; the figures are their means, and "seeds" has each.
     """
-    for view in ("", "choice_"):
-        fitted_on: list[Any] = [_view(one, view) for one in by_seed(validation)]
+    for prefix in ("", "choice_"):
+        fitted_on: list[Any] = [_view(one, prefix) for one in by_seed(validation)]
         if not all(fitted_on):
             continue
-        thresholds = [fit_threshold(values, correct, target_accuracy) for values, correct in fitted_on]
+        thresholds = [fit_threshold(one["confidence"], one["correct"], target_accuracy) for one in fitted_on]
         for name, summary in sets.items():
-            seen: list[Any] = [_view(one, view) for one in by_seed(predictions[name])]
+            seen: list[Any] = [_view(one, prefix) for one in by_seed(predictions[name])]
             done = [
-                {"threshold": threshold, **selective(values, correct, threshold)}
-                for threshold, (values, correct) in zip(thresholds, seen, strict=True)
+                {"threshold": threshold, **selective(one["confidence"], one["correct"], threshold)}
+                for threshold, one in zip(thresholds, seen, strict=True)
             ]
             result = {"target_accuracy": target_accuracy, **mean_selective(done)}
-            (summary["choices"] if view else summary)["selective"] = result
+            (summary["choices"] if prefix else summary)["selective"] = result
 
 
-def by_seed(predictions: dict | list[dict]) -> list[dict]:
-    """What the students of an arm predict, one dict for each seed."""
-    return [predictions] if isinstance(predictions, dict) else predictions
+def _selection(metrics: dict, validation: dict) -> dict:
+    """{"nll": {student: NLL on validation as shipped}, "best": the student with the lowest, or None}."""
+    name = "choice_label_log_prob" if metrics["view"] == "choices" else "label_log_prob"
+    nll = {}
+    for arm in trained_arms(validation):
+        values = [np.asarray(one.get(name, [np.nan])) for one in by_seed(validation[shipped(arm, validation)])]
+        mean = float(np.mean([-one.mean() for one in values]))
+        if np.isfinite(mean):
+            nll[arm] = mean
+    return {"nll": nll, "best": min(nll, key=lambda arm: nll[arm]) if nll else None}
 
 
-def _view(predictions: dict, view: str) -> tuple | None:
-    """(confidence, correct) over the whole vocabulary, or with "choice_" among the choices; None without choices."""
-    if f"{view}confidence" not in predictions:
-        return None
-    return predictions[f"{view}confidence"], predictions[f"{view}correct"]
-
-
-def _pooled(predictions: dict | list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """(confidence, correct) of all seeds, one after the other: what a diagram of several draws."""
-    seeds = by_seed(predictions)
-    return tuple(np.concatenate([np.asarray(one[name]) for one in seeds]) for name in ("confidence", "correct"))
+# Pictures
 
 
 def _label(arm: str) -> str:
-    return arm.replace("_", " ").replace("/seed-", ", seed ")
+    return arm.removesuffix(POST_HOC).replace("_", " ").replace("/seed-", ", seed ") + (
+        ", as shipped" if arm.endswith(POST_HOC) else ""
+    )
 
 
 def _file_name(name: str) -> str:
@@ -204,39 +213,49 @@ def draw(
     metrics: dict, predictions: dict, calibration: dict | None, num_bins: int, test_curves: dict, training: dict
 ) -> dict:
     """All pictures as PNG: "files" {name: png} for the folder, "panels" {set: {arm: png}} for the page's layout."""
-    files, panels = {}, {}
-    for name in metrics["differences"]:
-        answered = {arm: sets[name] for arm, sets in predictions.items() if name in sets}
+    prefix = "choice_" if metrics["view"] == "choices" else ""
+    points = {
+        arm: {name: (found["ece"], found["accuracy"]) for name in sets if (found := measured(metrics, arm, name))}
+        for arm, sets in metrics["arms"].items()
+    }
+    titles = {name: _set_title(metrics, name) for name in metrics["differences"]}
+    files = {"overview": figures.to_png(figures.overview_figure(points, titles, _label))}
+    panels: dict[str, dict] = {}
+    for name, title in titles.items():
         diagrams, curves = {}, {}
-        for arm, values in answered.items():
-            measured, pooled = metrics["arms"][arm][name], _pooled(values)
-            several = len(by_seed(values)) > 1
+        for arm, sets in predictions.items():
+            if name not in sets:
+                continue
+            seeds: list[Any] = [_view(one, prefix) for one in by_seed(sets[name])]
+            pooled = [np.concatenate([np.asarray(one[key]) for one in seeds]) for key in ("confidence", "correct")]
+            found: Any = measured(metrics, arm, name)
             diagrams[arm] = {
                 "title": _label(arm),
                 "bins": reliability_bins(*pooled, num_bins),
-                "ece": expected_calibration_error(*pooled, num_bins) if several else measured["ece"],
-                "accuracy": measured["accuracy"],
-                "confidence": measured["mean_confidence"],
+                "ece": expected_calibration_error(*pooled, num_bins) if len(seeds) > 1 else found["ece"],
+                "accuracy": found["accuracy"],
+                "confidence": found["mean_confidence"],
             }
             curve = risk_coverage_curve(*pooled)
-            drawn = curve.coverage * measured["num_examples"] >= min(MIN_ANSWERED, measured["num_examples"])
-            curves[_label(arm)] = curve.coverage[drawn], curve.risk[drawn]
-        title = _set_title(metrics, name)
-        if any(len(by_seed(values)) > 1 for values in answered.values()):
+            drawn = curve.coverage * len(pooled[0]) >= min(MIN_ANSWERED, len(pooled[0]))
+            if not arm.endswith(POST_HOC):  # one temperature hardly reorders: its curve lies on that of the arm
+                curves[_label(arm)] = curve.coverage[drawn], curve.risk[drawn]
+        if any(isinstance(sets.get(name), list) for sets in predictions.values()):
             title += ", seeds pooled"
-        files[f"reliability_{_file_name(name)}"] = to_png(reliability_figure(list(diagrams.values()), title))
-        files[f"risk_coverage_{_file_name(name)}"] = to_png(risk_coverage_figure(curves, title, _label(FOCUS)))
-        panels[name] = {arm: to_png(reliability_figure([diagram], legend=False)) for arm, diagram in diagrams.items()}
-    families = {
-        method: family
-        for method, family in (calibration or {}).get("families", {}).items()
-        if family["value"] is not None
-    }
+        drawn_figure = figures.reliability_figure(list(diagrams.values()), title)
+        files[f"reliability_{_file_name(name)}"] = figures.to_png(drawn_figure)
+        drawn_figure = figures.risk_coverage_figure(curves, title, _label(FOCUS))
+        files[f"risk_coverage_{_file_name(name)}"] = figures.to_png(drawn_figure)
+        panels[name] = {
+            arm: figures.to_png(figures.reliability_figure([one], legend=False)) for arm, one in diagrams.items()
+        }
+    families = (calibration or {}).get("families", {})
+    families = {method: family for method, family in families.items() if family["value"] is not None}
     if families:
-        files["calibration"] = to_png(calibration_figure(families, test_curves))
+        files["calibration"] = figures.to_png(figures.calibration_figure(families, test_curves))
     losses = {_label(arm): lines for arm, history in training.items() if any((lines := _losses(history)).values())}
     if losses:
-        files["training"] = to_png(training_figure(losses))
+        files["training"] = figures.to_png(figures.training_figure(losses))
     return {"files": files, "panels": panels}
 
 
@@ -248,25 +267,30 @@ def _losses(history: list[dict]) -> dict[str, list[tuple[float, float]]]:
     }
 
 
+# Tables and pages
+
+
 def rows(metrics: dict, name: str, view: str | None = None) -> list[dict]:
-    """A set's table as text: one dict per arm with "arm" and "cells" in the order of `COLUMNS`."""
+    """A set's table as text: one dict per arm with "arm" and "cells" in the order of `COLUMNS`.
+
+    Args:
+        view: "choices", or None for the whole vocabulary.
+    """
     result = []
     for arm, sets in metrics["arms"].items():
         values = sets.get(name) if view is None else sets.get(name, {}).get(view)
         if values is None:
             continue
-        ece = f"{100 * values['ece']:.1f} %"
+        accuracy, ece, spread = percent(values["accuracy"]), percent(values["ece"]), values.get("seeds")
         if "ece" in values["ci"]:
             low, high = values["ci"]["ece"]
             ece += f" ({100 * low:.1f} to {100 * high:.1f})"
-        accuracy, spread = percent(values["accuracy"]), values.get("seeds")
         if spread is not None:
             accuracy += f" ± {100 * spread['accuracy']['spread']:.1f}"
             ece += f" ± {100 * spread['ece']['spread']:.1f}"
         nll = "infinite" if values["num_impossible_labels"] else _number(values["nll"])
-        cells = [accuracy, ece, f"{100 * values['trust_score']:.1f} %", nll]
-        cells += [_number(values["brier"]), _number(values["auroc"]), _sure(values.get("selective"))]
-        result.append({"arm": arm, "cells": cells})
+        cells = [accuracy, ece, nll, _number(values["brier"]), _number(values["aurc"])]
+        result.append({"arm": arm, "cells": [*cells, percent(values["trust_score"]), _sure(values.get("selective"))]})
     return result
 
 
@@ -285,15 +309,15 @@ def _number(value: float | None) -> str:
 
 
 def table_markdown(metrics: dict) -> str:
-    """`table.md`: one table per test set, and one more where answers were also restricted to the choices."""
-    parts = []
-    for name in metrics["differences"]:
-        for view, suffix in ((None, ""), ("choices", ", restricted to the choices")):
-            lines = rows(metrics, name, view)
-            if lines:
+    """`table.md`: what is measured, then for each test set a table of the report's view, and one of the other."""
+    parts = [f"Measured: {VIEWS[metrics['view']]}.\n"]
+    order = ("choices", None) if metrics["view"] == "choices" else (None, "choices")
+    for view in order:
+        suffix = ", restricted to the choices" if view else ", over the whole vocabulary"
+        for name in metrics["differences"]:
+            if lines := rows(metrics, name, view):
                 parts.append(f"### {_set_title(metrics, name)}{suffix}\n")
-                header = ["Arm", *COLUMNS]
-                parts += [_markdown_row(header), "| --- |" + " ---: |" * len(COLUMNS)]
+                parts += [_markdown_row(["Arm", *COLUMNS]), "| --- |" + " ---: |" * len(COLUMNS)]
                 parts += [_markdown_row([f"`{line['arm']}`", *line["cells"]]) for line in lines]
                 parts.append("")
     return "\n".join(parts)
@@ -304,7 +328,7 @@ def _markdown_row(cells: list[str]) -> str:
 
 
 def summary_markdown(sentences: list[dict]) -> str:
-    """`summary.md`: the headline, one list per test set, and what holds for all of them."""
+    """`summary.md`: the three answers, one list per test set, and what holds for all of them."""
     lines = [sentence["text"] + "\n" for sentence in sentences if sentence["kind"] == "headline"]
     marks = {"win": "**better:** ", "loss": "**worse:** ", "noise": "**noise:** ", "warning": "**warning:** "}
     for name in dict.fromkeys(sentence["set"] for sentence in sentences if sentence["set"] is not None):
@@ -340,31 +364,36 @@ def page(metrics: dict, pictures: dict, provenance: dict) -> str:
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     environment.filters["size"] = _size
     environment.filters["percent"] = percent
+    view = "choices" if metrics["view"] == "choices" else None
+    sets = [
+        {
+            "name": name,
+            "file": _file_name(name),
+            "title": _set_title(metrics, name),
+            "rows": rows(metrics, name, view),
+            "vocabulary": rows(metrics, name) if view else [],
+            "measured": {arm: found for arm in metrics["arms"] if (found := measured(metrics, arm, name))},
+            "sentences": [sentence for sentence in metrics["summary"] if sentence["set"] == name],
+        }
+        for name in metrics["differences"]
+    ]
     return environment.get_template("report.html").render(
         metrics=metrics,
+        view=VIEWS[metrics["view"]],
         pictures=pictures["files"],
         panels=pictures["panels"],
-        sets=[
-            {
-                "name": name,
-                "file": _file_name(name),
-                "title": _set_title(metrics, name),
-                "rows": rows(metrics, name),
-                "choices": rows(metrics, name, "choices"),
-                "sentences": [sentence for sentence in metrics["summary"] if sentence["set"] == name],
-            }
-            for name in metrics["differences"]
-        ],
+        sets=sets,
         headline=[s["text"] for s in metrics["summary"] if s["kind"] == "headline"],
         general=[s for s in metrics["summary"] if s["set"] is None and s["kind"] != "headline"],
         columns=COLUMNS,
         target=DEFAULT_TARGET,
-        focus=FOCUS,
+        best=shipped(metrics["selection"]["best"] or FOCUS, metrics["arms"]),
+        arms=ARMS,
         label=_label,
         plain={key: value for key, value in provenance.items() if not isinstance(value, dict | list)},
-        nested={key: _pretty(value) for key, value in provenance.items() if isinstance(value, dict | list)},
+        nested={
+            key: json.dumps(value, indent=2, ensure_ascii=False, default=str)
+            for key, value in provenance.items()
+            if isinstance(value, dict | list)
+        },
     )
-
-
-def _pretty(value: dict | list) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)

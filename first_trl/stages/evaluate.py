@@ -44,7 +44,8 @@ def report(recipe, arms: list[str], lost: dict[str, dict]) -> None:
 
     folder, tests = recipe.run_folder / "report", list(recipe.datasets.test)
     calibration = json.loads((recipe.run_folder / "calibration.json").read_text(encoding="utf-8"))
-    found = collect(folder / "answers", arms, closing_temperatures(recipe), tests, calibration)
+    closing = closing_temperatures(recipe)
+    found = collect(folder / "answers", arms, closing, tests, calibration)
     for name, (method, value) in found.fitted.items():
         status(f"evaluate: {name} is measured with {method} {value:.3g}, fitted on validation")
     for name, reason in found.omitted.items():
@@ -63,7 +64,9 @@ def report(recipe, arms: list[str], lost: dict[str, dict]) -> None:
         validation=validation,
         test_curves=teacher_curves(folder / "answers", tests, calibration),
         omitted=found.omitted,
+        outside=found.outside,
         lost=lost,
+        closing=closing,
         training={arm: training_log(recipe, arm) for arm in recipe.students},
     )
 
