@@ -196,7 +196,8 @@ def closing_of(answers: dict[str, np.ndarray], place: str, seed: int = 0) -> dic
     """`closing_calibration` of a student's answers to validation."""
     predictions(answers, place)  # refuses what is not a number
     is_label_NC = answers["choice_ids"] == answers["label_id"][:, None]
-    return closing_calibration(answers["choice_log_probs"], is_label_NC, seed=seed)
+    ids = None if _are_whole(answers) else answers["choice_ids"][0].tolist()
+    return closing_calibration(answers["choice_log_probs"], is_label_NC, seed=seed) | {"choice_token_ids": ids}
 
 
 def read_answers(path: str | Path) -> dict[str, np.ndarray]:

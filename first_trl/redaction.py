@@ -7,6 +7,7 @@ cut out of its lines. Escaping for Markdown is not here.
 
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,13 @@ def without_local_paths(value: Any, keys: frozenset[str] | None = None, key: str
         return [without_local_paths(item, keys, key) for item in value]
     looked_at = isinstance(value, str) and (keys is None or key in keys)
     return path_name(value) if looked_at and is_local_path(value) else value
+
+
+def visible(text: str) -> str:
+    """A text whose control characters, and those that reorder what stands beside them, are written as codes."""
+    return "".join(
+        one if one in "\n\t" or unicodedata.category(one) not in ("Cc", "Cf") else f"\\u{ord(one):04x}" for one in text
+    )
 
 
 def redacted(text: str) -> str:

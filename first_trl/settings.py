@@ -260,7 +260,12 @@ class PushConfig(Section):
     """Where an adapter goes on the Hub."""
 
     hub_model_id: str | None = Field(None, description="Repository, e.g. my-name/my-student.")
-    arm: str = Field("first", description="The arm whose student is pushed.")
+    arm: str = Field(
+        "first", description="The arm whose student is pushed; best: the one with the lowest NLL on validation."
+    )
+    license: str | None = Field(
+        None, description="Licence of the student, e.g. apache-2.0. Default: that of its base model's card."
+    )
     private: bool = Field(False, description="Create the repository as private.")
     revision: str | None = Field(None, description="Branch to push to.")
     create_pr: bool = Field(False, description="Open a pull request instead of pushing.")

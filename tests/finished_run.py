@@ -24,6 +24,19 @@ CALIBRATION = {
         "temperature": {"value": 1.7, "interval": [1.5, 1.9], "ece_before": 0.12, "ece_after": 0.02, "curve": []},
     },
 }
+TABLE = "| Arm | ECE |\n| --- | ---: |\n| `teacher` | 12.0 % |\n| `first` | 4.2 % |\n| `first_post_hoc` | 2.2 % |\n"
+CLOSING = {
+    "temperature": 1.3,
+    "fitted": 1.3,
+    "interval": [1.1, 1.6],
+    "why": "the interval does not contain 1",
+    "num_examples": 200,
+    "choice_token_ids": [11, 12],
+}
+SENTENCES = [
+    {"kind": "headline", "set": None, "text": "Is it better? `first` knows more."},
+    {"kind": "loss", "set": "reviews", "text": "Against `fine_tuned_post_hoc`: accuracy 1.0 points higher."},
+]
 MANIFEST = {
     "manifest_sha256": "c0ffee" * 10 + "abcd",
     "tokenizer_sha256": "d00d" * 16,
@@ -87,7 +100,7 @@ def make_run(folder, base, base_name=None, **sections):
         },
         "sft": {"model_name_or_path": base_name},
         "distill": {"model_name_or_path": base_name, "use_peft": True, "lora_r": 4},
-        "push": {"hub_model_id": "me/tiny-student"},
+        "push": {"hub_model_id": "me/tiny-student", "license": "mit"},
         **sections,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
@@ -102,8 +115,10 @@ def make_run(folder, base, base_name=None, **sections):
     from first_trl.student import describe_student
 
     validation = {"choice_confidence": [0.5, 0.7, 0.9, 0.95] * 50, "choice_correct": [False, True, True, True] * 50}
-    described = describe_student("first", recipe.task, recipe.arm_section("first"), validation)
+    described = describe_student("first", recipe.task, recipe.arm_section("first"), validation, 1.3)
     (student / "predict.json").write_text(json.dumps(described))
+    ids = build_tokenizer().convert_tokens_to_ids(["good", "bad"])
+    (student / "calibration.json").write_text(json.dumps(CLOSING | {"choice_token_ids": ids}))
     (student / "checkpoint-3").mkdir()
     for unwanted in ("checkpoint-3/optimizer.pt", "training_args.bin", "trainer_state.json", "rng_state.pth"):
         (student / unwanted).write_bytes(b"not to be published")
@@ -114,7 +129,11 @@ def make_run(folder, base, base_name=None, **sections):
     arms = {
         arm: {test: measured(*numbers) for test in ("reviews", "questions")} for arm, numbers in ARM_NUMBERS.items()
     }
-    metrics = {"arms": arms, "calibration": CALIBRATION, "provenance": {"recipe": recipe.to_dict()}}
+    metrics = {"view": "vocabulary", "arms": arms, "calibration": CALIBRATION, "verdicts": {"first": SENTENCES}}
+    metrics |= {"provenance": {"recipe": recipe.to_dict()}, "selection": {"best": "first"}}
+    (run / "report" / "table.md").write_text(
+        "| Arm | ECE |\n| --- | --- |\n| `teacher` | 12 % |\n| `first` | 4.2 % |\n"
+    )
     (run / "report" / "metrics.json").write_text(json.dumps(metrics))
     (run / "calibration.json").write_text(json.dumps(CALIBRATION))
     (run / "cache" / "train" / "manifest.json").write_text(json.dumps(MANIFEST))

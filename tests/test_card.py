@@ -10,10 +10,17 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from first_trl.hub.card import CardFacts, build_card, prepare_upload_folder
-from first_trl.hub.card_text import escape_markdown, usage_code
+from first_trl.errors import FirstTrlError
+from first_trl.hub.card import (
+    CardFacts,
+    build_card,
+    check_license,
+    escape_markdown,
+    prepare_upload_folder,
+    usage_code,
+)
 from first_trl.redaction import refuse_leaks, without_local_paths
-from tests.finished_run import CALIBRATION, MANIFEST, PROMPT, make_base, make_run, measured
+from tests.finished_run import CALIBRATION, CLOSING, MANIFEST, PROMPT, SENTENCES, TABLE, make_base, make_run, measured
 
 
 def facts(**changes):
@@ -23,12 +30,11 @@ def facts(**changes):
         base_model="Qwen/Qwen3-0.6B",
         base_is_local=False,
         is_adapter=True,
-        metrics={
-            "teacher": {"boolq": measured(0.81, 0.12)},
-            "fine_tuned_post_hoc": {"boolq": measured(0.78, 0.031)},
-            "distilled": {"boolq": measured(0.78, 0.09)},
-            "first": {"boolq": measured(0.79, 0.042)},
-        },
+        figures={"boolq": measured(0.79, 0.042)},
+        table=TABLE,
+        sentences=SENTENCES,
+        license="apache-2.0",
+        closing=CLOSING,
         test_sets={
             "boolq": {
                 "hub_id": "google/boolq",
@@ -60,25 +66,23 @@ def test_the_metadata_is_what_the_hub_reads():
     assert {m["type"]: m["value"] for m in result["metrics"]} == {"accuracy": 0.79, "ece": 0.042, "trust_score": 0.748}
 
 
-def test_the_table_shows_every_arm_with_its_interval_and_the_pushed_one_in_bold():
+def test_the_card_repeats_the_reports_table_and_verdict_with_the_pushed_arm_in_bold():
     card = build_card(facts())
-    rows = [line for line in card.splitlines() if line.startswith("| ")][1:]
-    assert [row.split(" | ")[0] for row in rows] == [
-        "| teacher",
-        "| fine\\_tuned\\_post\\_hoc",
-        "| distilled",
-        "| **first**",
-    ]
-    assert "79.0 % (78.0 to 80.0) | 4.2 % (3.2 to 5.2) | 74.8 % | 0.510 | 0.700 |" in rows[3]
-    assert "boolq (out of domain), 1600 examples" in card
+    assert "| **`first`** | 4.2 % |" in card and "| `first_post_hoc` | 2.2 % |" in card and "| `teacher` |" in card
+    assert "- Against `fine_tuned_post_hoc`: accuracy 1.0 points higher." in card
+    assert "closing temperature is 1.3" in card and "95 % interval 1.1 to 1.6" in card
+    assert "closing temperature" not in build_card(facts(closing=None)).partition("## Recalibration")[2]
 
 
-def test_a_control_that_is_better_calibrated_is_named_in_words():
-    card = build_card(facts())
-    assert r"Better calibrated than first here: fine\_tuned\_post\_hoc (3.1 %)" in card
-    assert "no better calibrated: distilled (9.0 %)" in card
-    alone = {"first": {"boolq": measured(0.79, 0.042)}}
-    assert "etter calibrated" not in build_card(facts(metrics=alone)).partition("## Recalibration")[0]
+def test_the_licence_is_in_the_metadata_or_asked_for_and_derivatives_of_llama_are_called_so():
+    assert ModelCard(build_card(facts())).data.license == "apache-2.0"
+    with pytest.raises(FirstTrlError, match="push.license is missing.*Qwen/Qwen3-0.6B"):
+        check_license(facts(license=None))
+    llama = facts(license="llama3.2", title="csqa-first", repo_id="me/csqa-first")
+    with pytest.raises(FirstTrlError, match="me/Llama-csqa-first"):
+        check_license(llama)
+    check_license(facts(license="llama3.2", title="Llama-csqa-first"))
+    assert "Built with Llama." in build_card(llama) and "Built with Llama" not in build_card(facts())
 
 
 def test_recalibration_provenance_recipe_and_citation_are_told():
@@ -104,7 +108,9 @@ def test_the_usage_is_python_that_loads_the_base_as_it_was_measured(quantized):
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": None, "bnb_4bit_compute_dtype": "bfloat16"}
     code = usage_code(facts(quantization=settings if quantized else None))
     compile(code, "usage", "exec")
-    assert len(code.partition("\n\n")[2].splitlines()) == (6 if quantized else 5)
+    assert len(code.partition("\n\n")[2].splitlines()) == (8 if quantized else 7)
+    assert "temperature, choices = 1.3, [11, 12]" in code and "/ temperature" in code
+    assert "temperature" not in usage_code(facts(closing=None))
     assert ('bnb_4bit_compute_dtype="bfloat16"' in code.replace("'", '"')) == quantized
     assert '"Review: ... Sentiment :"' in code and '"me/tiny-student"' in code
 
@@ -127,7 +133,8 @@ def test_hostile_names_and_templates_stay_text():
             base_model=HOSTILE,
             base_is_local=True,
             test_sets=sets,
-            metrics={"first": {HOSTILE: measured(0.5, 0.1)}, HOSTILE: {HOSTILE: measured(0.5, 0.1)}},
+            figures={HOSTILE: measured(0.5, 0.1)},
+            sentences=[{"kind": "win", "set": "x", "text": f"{HOSTILE} `{HOSTILE}`"}],
             prompt_example=HOSTILE,
             recipe={"task": {"prompt": HOSTILE, "choices": [HOSTILE, "b"]}},
         )
@@ -138,7 +145,7 @@ def test_hostile_names_and_templates_stay_text():
     assert "<script" not in prose and not re.search(r"(?<!\\)\]\((?!https://|reliability)", prose)
     assert "\n# e" not in prose and "**d**" not in prose
     tables = [line for line in prose.splitlines() if line.startswith("| ")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {8}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {3}
 
 
 @settings(max_examples=200, deadline=None)

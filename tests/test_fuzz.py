@@ -300,7 +300,7 @@ PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\1\0\0\0\1\0"
 def test_no_name_or_answer_becomes_markup_of_the_report(cases):
     predictions = {"armname": {"setname": answers(40, 1.0)}, "first": {"setname": answers(40, 1.0)}}
     metrics = measure(predictions, CALIBRATION, set(), 10, 0, 0)
-    metrics["summary"] = verdict(metrics)
+    metrics["summary"], metrics["selection"] = verdict(metrics), {"best": "first"}
     content = json.dumps(metrics)
     files = defaultdict(lambda: PNG)
 
@@ -334,7 +334,8 @@ def test_no_name_or_template_becomes_markup_of_the_card(cases):
                 base_model=name,
                 base_is_local=True,
                 test_sets=sets,
-                metrics={"first": {name: measured(0.5, 0.1)}, "x" + name: {name: measured(0.5, 0.1)}},
+                figures={name: measured(0.5, 0.1)},
+                sentences=[{"kind": "win", "set": "x", "text": f"{name} `x`"}],
                 prompt_example=name,
                 recipe={"task": {"prompt": name, "choices": [name, "b"]}},
             )

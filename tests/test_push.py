@@ -70,14 +70,14 @@ COMMIT, BATCH, UPLOAD, CREATE = r"/commit/main$", r"/objects/batch$", r"^/lfs/",
 FAULTS = {
     "expired token": (("POST", CREATE, 401, 1, "Invalid credentials in Authorization header"), "run `hf auth login`"),
     "no right to the namespace": (("POST", CREATE, 403, 1, "You don't have the rights"), "write access to 'me'"),
-    "no right to commit": (("POST", COMMIT, 403, 1, "Forbidden"), "403, saying 'Forbidden'"),
+    "no right to commit": (("POST", COMMIT, 403, 1, "Forbidden"), "(403, saying 'Forbidden')"),
     "somebody else committed": (
         ("POST", COMMIT, 409, 1, "The repository has been updated"),
         "changed by someone else",
     ),
-    "out of order at creation": (("POST", CREATE, 503, 1, ""), "out of order or busy (503)"),
-    "out of order at the commit": (("POST", COMMIT, 500, 1, "Internal Error"), "out of order or busy (500"),
-    "out of order for long": (("POST", BATCH, 502, 99, ""), "out of order or busy (502"),
+    "out of order at creation": (("POST", CREATE, 503, 1, ""), "out of order or busy"),
+    "out of order at the commit": (("POST", COMMIT, 500, 1, "Internal Error"), "(500"),
+    "out of order for long": (("POST", BATCH, 502, 99, ""), "(502"),
     "upload refused": (("PUT", UPLOAD, 403, 1, "Signature expired"), "403"),
     "connection cut at creation": (("POST", CREATE, None, 1), "the connection failed"),
     "connection cut in an upload, again and again": (("PUT", UPLOAD, None, 99), "the connection failed"),
@@ -123,7 +123,7 @@ def test_without_a_token_offline_or_with_a_bad_name_the_message_says_so(hub, fol
     with pytest.raises(PushError, match="write owner/name"):
         push_folder(folder, "me/not/a/name")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(PushError, match=r"write access to 'stranger' .* push.create_pr"):
+    with pytest.raises(PushError, match=r"write access to 'stranger'.* push.create_pr"):
         push_folder(folder, "stranger/model")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     from huggingface_hub import set_client_factory
@@ -192,7 +192,11 @@ def test_a_pushed_student_downloaded_with_peft_alone_gives_the_same_answers_and_
             row = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1].softmax(-1)
         assert tokenizer.decode(row.argmax()) == answer
         assert abs(float(row.max()) - confidence) < 1e-6
-    assert printed == f"{answers[-1][1]} {answers[-1][0]:.1%}"
+    with torch.no_grad():
+        logits = model(**tokenizer(PROMPTS[-1], return_tensors="pt")).logits[0, -1]
+    choices = tokenizer.convert_tokens_to_ids(["good", "bad"])
+    shares = (logits[choices] / 1.3).softmax(-1)  # as shipped: among the choices, under the closing temperature
+    assert printed == f"{['good', 'bad'][shares.argmax()]} {float(shares.max()):.1%}"
 
 
 def test_the_push_stage_rehearses_without_a_network_and_then_pushes(hub, tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def write_report(
         validation: {arm: as one test set's}, for the thresholds of `target_accuracy` and the choice of a student.
         test_curves: {method: {test set: [{"value", "ece"}, ...]}}, the teacher's error against the value on test sets.
         training: {arm: the trainer's `log_history`}, from which the losses are drawn.
-        **notes: "omitted" and "outside", as `evaluation.Collected`; "closing", {student: temperature}; "lost", {set: its
+        **notes: "omitted", "outside", as `evaluation.Collected`; "closing", {student: temperature}; "lost", {set: its
             rows that were dropped or cut, as `data.rows.UsableRows.lost`}.
 
     Raises:
