@@ -141,7 +141,7 @@ def _name_rules(recipe: "Recipe", broken: set[tuple]) -> Iterator[Problem]:
         if "seed" in section:
             what = "the recipe has seeds for every student"
             yield Problem((*path, "seed"), section["seed"], what, "remove one of them")
-    if recipe.push.model_fields_set and recipe.arms and recipe.push.arm not in recipe.arms:
+    if recipe.push.model_fields_set and recipe.arms and recipe.push.arm not in (*recipe.arms, "best"):
         remedy = f"choose one of {', '.join(recipe.arms)}"
         yield Problem(("push", "arm"), recipe.push.arm, "there is no such arm", remedy)
 

@@ -112,7 +112,9 @@ def measure(
         answered = {arm: sets[name] for arm, sets in predictions.items() if name in sets}
         found = {}
         for prefix in ("", "choice_"):
-            seen = {arm: [_view(one, prefix) for one in by_seed(values)] for arm, values in answered.items()}
+            seen: dict[str, list[Any]] = {
+                arm: [_view(one, prefix) for one in by_seed(values)] for arm, values in answered.items()
+            }
             seen = {arm: values for arm, values in seen.items() if all(values)}
             found[prefix] = compare(seen, num_bins, bootstrap, seed) if seen else ({}, {})
             for arm, summary in found[prefix][0].items():
@@ -227,17 +229,19 @@ def draw(
             if name not in sets:
                 continue
             seeds: list[Any] = [_view(one, prefix) for one in by_seed(sets[name])]
-            pooled = [np.concatenate([np.asarray(one[key]) for one in seeds]) for key in ("confidence", "correct")]
-            found: Any = measured(metrics, arm, name)
+            confidence, correct = (
+                np.concatenate([np.asarray(one[key]) for one in seeds]) for key in ("confidence", "correct")
+            )
+            values: Any = measured(metrics, arm, name)
             diagrams[arm] = {
                 "title": _label(arm),
-                "bins": reliability_bins(*pooled, num_bins),
-                "ece": expected_calibration_error(*pooled, num_bins) if len(seeds) > 1 else found["ece"],
-                "accuracy": found["accuracy"],
-                "confidence": found["mean_confidence"],
+                "bins": reliability_bins(confidence, correct, num_bins),
+                "ece": expected_calibration_error(confidence, correct, num_bins) if len(seeds) > 1 else values["ece"],
+                "accuracy": values["accuracy"],
+                "confidence": values["mean_confidence"],
             }
-            curve = risk_coverage_curve(*pooled)
-            drawn = curve.coverage * len(pooled[0]) >= min(MIN_ANSWERED, len(pooled[0]))
+            curve = risk_coverage_curve(confidence, correct)
+            drawn = curve.coverage * len(correct) >= min(MIN_ANSWERED, len(correct))
             if not arm.endswith(POST_HOC):  # one temperature hardly reorders: its curve lies on that of the arm
                 curves[_label(arm)] = curve.coverage[drawn], curve.risk[drawn]
         if any(isinstance(sets.get(name), list) for sets in predictions.values()):
