@@ -236,11 +236,9 @@ def escape_markdown(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """A sentence of the report, whose names stand between backticks."""
-    parts = text.split("`")
-    return "".join(
-        f"`{visible(part)}`" if place % 2 else escape_markdown(f"|{part}|")[2:-2] for place, part in enumerate(parts)
-    )
+    """A sentence of the report: names between backticks as code, everything else escaped."""
+    parts = re.split(r"(`[\w./-]+`)", text)
+    return "".join(part if place % 2 else escape_markdown(f"x{part}x")[1:-1] for place, part in enumerate(parts))
 
 
 def _fence(code: str) -> str:
