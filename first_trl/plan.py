@@ -1,10 +1,9 @@
-"""What a recipe costs, by formula: rows, tokens, steps, bytes of its cache, memory of each device, FLOPs and hours.
+"""What a recipe costs, by formula: rows, tokens, steps, bytes on disk, memory of each device, FLOPs and hours.
 
 The rows are counted by `first_trl.checks`, the models are built without storage, and the rest is arithmetic, within
-30 % of a real run. No weights are read. What is wrong with a recipe is the question of `first_trl.checks`, not of
-this module.
+30 % of a real run. No weights are read. What is wrong with a recipe is found by `first_trl.checks`.
 
-Shapes: B rows of T tokens in one step of one device, D hidden, L layers, I intermediate, V vocabulary, N parameters.
+Shapes: B rows of T tokens in one step of one device, D hidden, L layers, I intermediate, V vocabulary.
 """
 
 import math
@@ -28,38 +27,37 @@ ACCELERATORS: dict[str, tuple[str, float | None, float, float]] = {
     "t4": ("NVIDIA T4", None, 8.1, 16),
     "mi300x": ("AMD Instinct MI300X", 1307, 163, 192),
 }
-UTILISATION = 0.3  # of the peak: what well-fed training of small batches reaches, not what a data sheet promises
+UTILISATION = 0.3  # of the peak: what well-fed training of small batches reaches
 # Numbers of optimizer state for each trained parameter, by a part of the optimizer's name; AdamW's two otherwise.
-_STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "adagrad": 1, "rmsprop": 1}
-# Bytes in a cache after compression, measured: of a row its key and lists, of a token the share of its id's bits, of a
-# kept token its log-probability and its id, of a position its tail.
-_ROW_BYTES, _ID_SHARE, _TAIL_BYTES, _CLOSED_ID_BYTES, _SHARD_BYTES = 42, 0.75, 2.9, 0.4, 4000
-_TILE_BYTES = 2**25  # of the logits that `first_trl.head` has at one time
-_LOG_PROB_BYTES = {"float16": 1.6, "float32": 3.4}
+STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "adagrad": 1, "rmsprop": 1}
+TILE_BYTES = 2**25  # of the logits that `first_trl.head` holds at one time
+# Bytes in a cache after compression, measured: of a row, a shard, a position's tail, a kept log-probability, and a
+# kept id where the answers are closed; of any other id, the share of its bits.
+ROW, SHARD, TAIL, LOG_PROB, CLOSED_ID, ID_SHARE = 42, 4000, 2.9, {"float16": 1.6, "float32": 3.4}, 0.4, 0.75
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`processes` devices of one kind, each with one process; see [`read_machine`]."""
+    """`processes` devices of one kind, each with one process; `kind` is accelerate's distributed_type."""
 
     processes: int = 1
-    kind: str = "NO"  # accelerate's distributed_type
+    kind: str = "NO"
     zero_stage: int = 0
     accelerator: str = "h100"
     utilisation: float = UTILISATION
 
     @property
     def shards(self) -> int:
-        """Over how many devices the weights are shared out."""
+        """Over how many devices the weights are sharded."""
         return self.processes if self.kind == "FSDP" or self.zero_stage == 3 else 1
 
     @property
     def gradient_shards(self) -> int:
-        """Over how many devices gradients and optimizer are shared out."""
+        """Over how many devices gradients and optimizer are sharded."""
         return self.processes if self.kind == "FSDP" or self.zero_stage >= 2 else 1
 
     def hours(self, flops: float, dtype: str | None) -> float | None:
-        """Hours of the clock on all devices together; None where the accelerator has no such type."""
+        """Hours on all devices together; None where the accelerator has no such type."""
         _, bfloat16, float32, _ = ACCELERATORS[self.accelerator]
         tflops = bfloat16 if dtype in ("bfloat16", "float16", "auto") else float32
         return None if tflops is None else flops / (tflops * 1e12 * self.utilisation * self.processes) / 3600
@@ -75,52 +73,36 @@ def read_machine(config_file: str | None, accelerator: str = "h100", utilisation
         raise FirstTrlError(f"--accelerator {accelerator!r} is not known; choose one of {', '.join(ACCELERATORS)}.")
     if not 0 < utilisation <= 1:
         raise FirstTrlError(f"--utilisation is {utilisation}; it is a share of the peak, above 0 and at most 1.")
+    chosen: dict[str, Any] = {"accelerator": accelerator, "utilisation": utilisation}
     if config_file is None:
-        return Machine(accelerator=accelerator, utilisation=utilisation)
+        return Machine(**chosen)
     if not Path(config_file).is_file():
-        raise FirstTrlError(
-            f"There is no {config_file}; give --config_file an accelerate configuration, such as configs/cpu.yaml."
-        )
+        raise FirstTrlError(f"There is no {config_file}; give an accelerate configuration, such as configs/cpu.yaml.")
     from accelerate.commands.config.config_args import load_config_from_file
 
     try:
         config = load_config_from_file(config_file)
     except (ValueError, TypeError, KeyError) as error:
         raise FirstTrlError(f"--config_file {config_file} is no accelerate configuration: {error}") from error
-    return Machine(
-        processes=config.num_processes or 1,
-        kind=str(getattr(config.distributed_type, "value", config.distributed_type)),
-        zero_stage=int((getattr(config, "deepspeed_config", None) or {}).get("zero_stage", 0)),
-        accelerator=accelerator,
-        utilisation=utilisation,
-    )
+    kind = str(getattr(config.distributed_type, "value", config.distributed_type))
+    stage = int((getattr(config, "deepspeed_config", None) or {}).get("zero_stage", 0))
+    return Machine(config.num_processes or 1, kind, stage, **chosen)
 
 
 @dataclass
 class Split:
-    """What a split holds: the counts of its encoded rows, and the 101 percentiles of their lengths in tokens."""
+    """Counts of a split's encoded rows; `tokens` is None where no tokenizer could be read."""
 
     rows: int = 0
-    tokens: int | None = None  # None where no tokenizer could be read
+    tokens: int | None = None
     supervised: int = 0
-    lengths: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # in tokens, the 0th to the 100th
 
     def padded(self, batch: int) -> float:
-        """Tokens of a row with its share of padding, in batches drawn at random: their longest row, on average."""
+        """The longest of `batch` rows drawn at random, on average: a row's tokens with its share of padding."""
         at = 100 * batch / (batch + 1)
         low = self.lengths[math.floor(at)]
         return low + (at % 1) * (self.lengths[math.ceil(at)] - low)
-
-
-class Memory(NamedTuple):
-    """Bytes on each device at the moment of most."""
-
-    weights: int = 0
-    adapter: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    activations: int = 0
-    head: int = 0
 
 
 @dataclass
@@ -135,18 +117,18 @@ class Cost:
     disk: int | None = None  # bytes that it leaves behind: shards, or a student with its last checkpoint
     flops: float | None = None  # of the whole job
     hours: float | None = None
-    memory: Memory | None = None
+    memory: dict[str, int] = field(default_factory=dict)  # bytes on each device at the moment of most
     problem: str | None = None  # why it cannot run as its section says
 
 
 class Size(NamedTuple):
-    """A model without storage: numbers of parameters, and bytes of its weights at rest."""
+    """Numbers of parameters (`active`: of the blocks, that one token passes through), and bytes of the weights."""
 
-    active: int  # parameters of the blocks that one token passes through
+    active: int
     trained: int
     frozen_bytes: int
     trained_bytes: int
-    outside_bytes: int  # of embeddings and head, which a sharded run makes whole to compute
+    outside_bytes: int  # of embeddings and head, which a sharded run gathers to compute
 
 
 def build_on_meta(config, dtype: str | None = None, peft_config=None):
@@ -173,8 +155,7 @@ def size_of(model, bits: int = 16, nested: bool = False, trained_dtype: str | No
     """Parameters and bytes of a model.
 
     Args:
-        bits: 4 or 8 where the matrices of the blocks are quantised; anything else leaves them as they are.
-        nested: whether the scales of 4-bit weights are quantised too.
+        bits: 4 or 8 where the matrices of the blocks are quantised; `nested`: their scales too.
         trained_dtype: of what is trained, where that is not as built.
     """
     import torch
@@ -219,22 +200,10 @@ def block_elements(config, dropout: bool = False) -> int:
     return 5 * hidden + 3 * queries + 2 * keys + gated * middle + copies
 
 
-def head_bytes(config, positions: float, itemsize: int, backward: bool) -> int:
-    """What the head holds beside the weights: hidden states, their gradients in float32, and a tile of logits."""
-    hidden = positions * config.get_text_config().hidden_size
-    return round(hidden * (itemsize + (8 if backward else 0)) + _TILE_BYTES)
-
-
 def head_flops(config, positions: float, backward: bool) -> float:
     """2NVD to read the head once, and as much again for the gradient of the hidden states."""
     text = config.get_text_config()
     return 2 * positions * text.vocab_size * text.hidden_size * (2 if backward else 1)
-
-
-def optimizer_bytes(optim: str, size: Size) -> int:
-    """Bytes of the optimizer's state: AdamW's two moments unless the name says otherwise."""
-    states = next((count for name, count in _STATES.items() if name in optim), 2)
-    return states * (size.trained if "8bit" in optim else size.trained_bytes)
 
 
 def training_steps(args, rows: int, processes: int) -> int:
@@ -245,21 +214,8 @@ def training_steps(args, rows: int, processes: int) -> int:
     return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
 
 
-def cache_bytes(recipe: Recipe, splits: list[Split], vocab_size: int) -> int:
-    """Bytes of the shards of a cache."""
-    settings, total = recipe.cache, 0.0
-    top_k = len(recipe.task.choices or ()) if settings.support == "choices" else settings.top_k
-    id_bytes = _ID_SHARE * math.log2(vocab_size) / 8
-    for split in splits:
-        closed = recipe.task.choices is not None and split.supervised <= 2 * split.rows  # the answer, perhaps its end
-        kept = top_k * (_LOG_PROB_BYTES[settings.dtype] + (_CLOSED_ID_BYTES if closed else id_bytes))
-        total += split.rows * _ROW_BYTES + (split.tokens or 0) * id_bytes + split.supervised * (_TAIL_BYTES + kept)
-        total += _SHARD_BYTES * math.ceil(split.rows / settings.rows_per_shard)
-    return round(total)
-
-
 def costs(recipe: Recipe, machine: Machine, splits: dict[str, Split], configs: dict[str, Any], vocab_size: int):
-    """The cost of every job of a recipe, in order.
+    """The [`Cost`] of every job of a recipe, in order.
 
     Args:
         splits: `train`, `transfer`, `validation` and `test.NAME`, those that could be loaded.
@@ -268,30 +224,42 @@ def costs(recipe: Recipe, machine: Machine, splits: dict[str, Split], configs: d
     """
     found = []
     for job in jobs(recipe).values():
-        read = [splits[name] for place in job.data if (name := place.removeprefix("datasets.")) in splits]
-        if job.stage == "distill" and recipe.arm_trainer(job.name.removeprefix("distill.")) == "first":
-            read = [splits[name] for name in ("transfer", "train") if name in splits][:1]
-        elif job.stage in ("sft", "distill"):
-            read = [splits["train"]] if "train" in splits else []
-        tokens = [split.tokens for split in read if split.tokens is not None]
-        whole = bool(read) and len(tokens) == len(read)
+        names = [place.removeprefix("datasets.") for place in job.data]
+        if job.stage in ("sft", "distill"):
+            on_labels = job.stage == "sft" or recipe.arm_trainer(job.name.removeprefix("distill.")) == "sft"
+            names = ["train" if on_labels or recipe.datasets.transfer is None else "transfer"]
+        read = [splits[name] for name in names if name in splits]
         cost = Cost(job.name, sum(split.rows for split in read) or None)
-        if whole:
-            cost.tokens, cost.supervised = sum(tokens), sum(split.supervised for split in read)
-        found.append(cost)
+        known = bool(read) and all(split.tokens is not None for split in read)
+        if known:
+            cost.tokens = sum(split.tokens or 0 for split in read)
+            cost.supervised = sum(split.supervised for split in read)
         try:
             if job.stage in ("sft", "distill"):
-                _train(recipe, cost, read, machine, configs)
-            elif job.stage in ("cache", "evaluate") and whole and all(split.lengths for split in read):
+                _train(recipe, cost, on_labels, read[0] if read else Split(), machine, configs)
+            elif job.stage in ("cache", "evaluate") and known and all(split.lengths for split in read):
                 _score(recipe, cost, read, machine, configs)
-            if job.stage == "cache" and whole and vocab_size:
-                cost.disk = cache_bytes(recipe, read, vocab_size)
         except (ValueError, TypeError) as error:  # of TRL's or PEFT's arguments, or of an adapter that does not fit
             cost.problem = " ".join(str(error).split())
+        if job.stage == "cache" and known:
+            cost.disk = _cache_bytes(recipe, read, vocab_size)
+        found.append(cost)
     return found
 
 
-def _train(recipe: Recipe, cost: Cost, read: list[Split], machine: Machine, configs: dict[str, Any]) -> None:
+def _cache_bytes(recipe: Recipe, read: list[Split], vocab_size: int) -> int:
+    settings, total = recipe.cache, 0.0
+    top_k = len(recipe.task.choices or ()) if settings.support == "choices" else settings.top_k
+    bytes_of_id = ID_SHARE * math.log2(vocab_size) / 8
+    for split in read:
+        closed = recipe.task.choices is not None and split.supervised <= 2 * split.rows  # the answer, perhaps its end
+        kept = top_k * (LOG_PROB[settings.dtype] + (CLOSED_ID if closed else bytes_of_id))
+        total += split.rows * ROW + (split.tokens or 0) * bytes_of_id + split.supervised * (TAIL + kept)
+        total += SHARD * math.ceil(split.rows / settings.rows_per_shard)
+    return round(total)
+
+
+def _train(recipe: Recipe, cost: Cost, on_labels: bool, split: Split, machine: Machine, configs: dict) -> None:
     """Fill in the steps, disk, memory, FLOPs and hours of a training, as far as rows and configuration are known."""
     from trl import SFTConfig, get_peft_config
 
@@ -299,71 +267,72 @@ def _train(recipe: Recipe, cost: Cost, read: list[Split], machine: Machine, conf
     from .training import training_arguments
 
     section = recipe.sft if cost.name == "sft" else recipe.arm_section(cost.name.removeprefix("distill."))
-    on_labels = cost.name == "sft" or recipe.arm_trainer(cost.name.removeprefix("distill.")) == "sft"
     given = {key: value for key, value in section.items() if not key.startswith("recalibration_")} | {"use_cpu": True}
     args, model_args = training_arguments(given, SFTConfig if on_labels else FIRSTConfig, Path(cost.name), 0)
-    config, split = configs.get(section["model_name_or_path"]), read[0] if read else Split()
-    packed = args.max_length if args.packing else None
-    if not split.rows or (packed and not split.tokens):
-        return
+    config, packed = configs.get(section["model_name_or_path"]), args.max_length if args.packing else None
     rows = math.ceil((split.tokens or 0) / packed) if packed else split.rows
-    cost.steps = training_steps(args, rows, machine.processes)
-    if config is None or not split.lengths:
+    if rows:
+        cost.steps = training_steps(args, rows, machine.processes)
+    if config is None or not split.lengths or not cost.steps:
         return
+    adapter, batch = model_args.use_peft, args.per_device_train_batch_size
     dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else model_args.dtype
     itemsize = 2 if dtype in ("bfloat16", "float16", "auto") else 4
     bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 16
     # TRL holds the adapter of a quantised base in bfloat16, and PEFT any other in float32
-    adapter = ("bfloat16" if bits < 16 and itemsize == 2 else "float32") if model_args.use_peft else None
+    trained_dtype = ("bfloat16" if bits < 16 and itemsize == 2 else "float32") if adapter else None
     model = build_on_meta(config, model_args.dtype, get_peft_config(model_args))
-    size = size_of(model, bits, model_args.use_bnb_nested_quant, adapter)
-    text, batch = config.get_text_config(), args.per_device_train_batch_size
-    block = block_elements(config, dropout=bool(model_args.use_peft and model_args.lora_dropout))
-    layers = text.num_hidden_layers
-    kept = layers * text.hidden_size + block if args.gradient_checkpointing else layers * block
-    weights = size.frozen_bytes + (0 if model_args.use_peft else size.trained_bytes)
-    whole = size.outside_bytes + 2 * weights // layers if machine.shards > 1 else 0  # of a sharded model, to compute
-    states = optimizer_bytes(str(args.optim.value), size)
-    cost.memory = Memory(
-        weights=weights // machine.shards + whole,
-        adapter=size.trained_bytes // machine.shards if model_args.use_peft else 0,
-        gradients=size.trained_bytes // machine.gradient_shards,
-        optimizer=states // machine.gradient_shards,
-        activations=round(batch * (packed or split.lengths[-1]) * kept * itemsize),
-        head=head_bytes(config, batch * split.supervised / rows, itemsize, backward=True),
-    )
+    size = size_of(model, bits, model_args.use_bnb_nested_quant, trained_dtype)
+    hidden, layers = config.get_text_config().hidden_size, config.get_text_config().num_hidden_layers
+    block = block_elements(config, dropout=bool(adapter and model_args.lora_dropout))
+    kept = layers * hidden + block if args.gradient_checkpointing else layers * block
+    weights = size.frozen_bytes + (0 if adapter else size.trained_bytes)
+    gathered = size.outside_bytes + 2 * weights // layers if machine.shards > 1 else 0
+    moments = next((count for name, count in STATES.items() if name in args.optim.value), 2)
+    states = moments * (size.trained if "8bit" in args.optim.value else size.trained_bytes)
+    positions = batch * split.supervised / rows
+    cost.memory = {
+        "weights": weights // machine.shards + gathered,
+        "adapter": size.trained_bytes // machine.shards if adapter else 0,
+        "gradients": size.trained_bytes // machine.gradient_shards,
+        "optimizer": states // machine.gradient_shards,
+        "activations": round(batch * (packed or split.lengths[-1]) * kept * itemsize),
+        "head": round(positions * hidden * (itemsize + 8)) + TILE_BYTES,
+    }
     checkpoints = 0 if args.save_strategy == "no" else args.save_total_limit or 1
     cost.disk = size.trained_bytes + checkpoints * (size.trained_bytes + states)
-    seen = batch * args.gradient_accumulation_steps * machine.processes * cost.steps
+    batches = args.gradient_accumulation_steps * machine.processes * cost.steps
     # 2 operations forward, 2 for the gradient of what flows back, 2 for that of trained weights, 2 to compute again
-    operations = (4 if model_args.use_peft else 6) + (2 if args.gradient_checkpointing else 0)
-    cost.flops = seen * (packed or split.padded(batch)) * operations * size.active
-    cost.flops += head_flops(config, seen * split.supervised / rows, backward=True)
+    operations = (4 if adapter else 6) + (2 if args.gradient_checkpointing else 0)
+    tokens = batches * batch * (packed or split.padded(batch))
+    cost.flops = tokens * operations * size.active + head_flops(config, batches * positions, backward=True)
     cost.hours = machine.hours(cost.flops, dtype)
 
 
-def _score(recipe: Recipe, cost: Cost, read: list[Split], machine: Machine, configs: dict[str, Any]) -> None:
+def _score(recipe: Recipe, cost: Cost, read: list[Split], machine: Machine, configs: dict) -> None:
     """The teacher over the cached splits, or every model over validation and the test sets."""
     from .training import teacher_section
 
-    section = teacher_section(recipe)
+    section, caching = teacher_section(recipe), cost.name == "cache"
     models = [(recipe.cache.teacher or recipe.sft["model_name_or_path"], section, 1)]
-    if cost.name == "evaluate" and "model_name_or_path" in recipe.distill:
+    if not caching and "model_name_or_path" in recipe.distill:
         models.append((recipe.distill["model_name_or_path"], recipe.distill, len(recipe.students) + 1))  # and the base
-    if recipe.cache.backend == "server" and cost.name == "cache" or any(path not in configs for path, *_ in models):
+    if (caching and recipe.cache.backend == "server") or any(path not in configs for path, *_ in models):
         return
-    settings = recipe.cache if cost.name == "cache" else recipe.evaluate
     longest, tokens, rows = max(split.lengths[-1] for split in read), cost.tokens or 0, cost.rows or 1
-    in_batch = max(longest, min(settings.tokens_per_batch, tokens))
-    positions = (cost.supervised or 0) if cost.name == "cache" else rows
-    cost.flops = 0
+    in_batch = max(longest, min((recipe.cache if caching else recipe.evaluate).tokens_per_batch, tokens))
+    positions, cost.flops = (cost.supervised or 0) if caching else rows, 0.0
     for path, how, times in models:
         config, model = configs[path], build_on_meta(configs[path], how.get("dtype") or "float32")
         size = size_of(model.requires_grad_(False), 4 if how.get("load_in_4bit") else 16)
-        # one block at a time: its input, its output, and the middle of its MLP
-        held = in_batch * model.dtype.itemsize * (block_elements(config) // 2 + config.get_text_config().hidden_size)
-        head = head_bytes(config, positions / rows * in_batch / longest, model.dtype.itemsize, backward=False)
-        cost.memory = max(cost.memory or Memory(), Memory(size.frozen_bytes, activations=held, head=head), key=sum)
+        hidden, itemsize = config.get_text_config().hidden_size, model.dtype.itemsize
+        memory = {
+            "weights": size.frozen_bytes,
+            # one block at a time: its input, its output, and the middle of its MLP
+            "activations": in_batch * itemsize * (block_elements(config) // 2 + hidden),
+            "head": round(positions / rows * in_batch / longest * hidden * itemsize) + TILE_BYTES,
+        }
+        cost.memory = max(cost.memory, memory, key=lambda held: sum(held.values()))
         cost.flops += times * (2 * tokens * size.active + head_flops(config, positions, backward=False))
     cost.hours = machine.hours(cost.flops, section.get("dtype"))
 
@@ -376,64 +345,59 @@ def machine_limits(recipe: Recipe, machine: Machine, found: list[Cost]) -> Itera
         if bfloat16 is None and (section.get("bf16") or section.get("dtype") == "bfloat16"):
             yield f"{name}: {title} has no bfloat16; write float16 or choose another"
     for cost in found:
-        if cost.memory is not None and sum(cost.memory) > memory * 1e9:
+        if (needed := sum(cost.memory.values())) > memory * 1e9:
             yield (
-                f"{cost.name}: needs {sum(cost.memory) / 1e9:.0f} GB on each device, more than {title} has; lower "
+                f"{cost.name}: needs {needed / 1e9:.0f} GB on each device, more than {title} has; lower "
                 "per_device_train_batch_size or tokens_per_batch, write gradient_checkpointing: true or load_in_4bit: "
-                "true, or share the weights out (configs/fsdp2.yaml)"
+                "true, or shard the weights (configs/fsdp2.yaml)"
             )
 
 
 def describe(found: list[Cost], machine: Machine) -> list[str]:
     """The costs as lines of text: a table of the jobs, and one of their memory."""
     title, bfloat16, float32, _ = ACCELERATORS[machine.accelerator]
+    counts = [["", "rows", "tokens", "supervised", "steps", "on disk", "FLOPs", "hours"]]
+    parts = ["weights", "adapter", "gradients", "optimizer", "activations", "head"]
+    memory = [["", *parts, "in all"]]
+    for cost in found:
+        hours = (
+            "-" if cost.hours is None else f"{cost.hours:.1f}" if cost.hours > 0.1 else f"{3600 * cost.hours:.1f} s"
+        )
+        flops = "-" if cost.flops is None else f"{cost.flops:.2g}"
+        numbers = ("-" if n is None else f"{n:,}" for n in (cost.rows, cost.tokens, cost.supervised, cost.steps))
+        counts.append([cost.name, *numbers, _bytes(cost.disk), flops, hours])
+        if cost.memory:
+            held = [*(cost.memory.get(part, 0) for part in parts), sum(cost.memory.values())]
+            memory.append([cost.name, *map(_bytes, held)])
     half = "no bfloat16" if bfloat16 is None else f"{bfloat16:g} TFLOPS bfloat16"
-    rows = [
-        (c.name, *map(_count, (c.rows, c.tokens, c.supervised, c.steps)), _bytes(c.disk), _flops(c.flops), _hours(c))
-        for c in found
-    ]
-    lines = _table(("", "rows", "tokens", "supervised", "steps", "on disk", "FLOPs", "hours"), rows)
-    lines += [
+    lines = [
+        *_table(counts),
         "",
         "Rows, tokens and supervised positions are a split's, once. FLOPs are the whole job's, padding included.",
         f"Hours: {machine.processes} x {title}, at {100 * machine.utilisation:.0f} % of the published peak (an "
         f"assumption; {half}, {float32:g} float32).",
         "",
     ]
-    rows = [(c.name, *map(_bytes, (*c.memory, sum(c.memory)))) for c in found if c.memory]
-    if not rows:
+    if len(memory) == 1:
         return [*lines, "Memory: not known without the models' configurations and the rows."]
-    lines.append(
-        f"Memory of each device at its peak ({machine.kind}, {machine.processes} processes), within 30 %; "
-        "libraries and the driver take up to 1 GB more."
-    )
-    return lines + _table(("", *Memory._fields, "in all"), rows)
-
-
-def _table(head: tuple, rows: list[tuple]) -> list[str]:
-    first, *others = (max(map(len, column)) for column in zip(head, *rows, strict=True))
     return [
-        "  ".join([f"{row[0]:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], others, strict=True))])
-        for row in (head, *rows)
+        *lines,
+        f"Memory of each device at its peak ({machine.kind}, {machine.processes} processes), within 30 %; libraries "
+        "and the driver take up to 1 GB more.",
+        *_table(memory),
     ]
 
 
-def _count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
-
-
-def _flops(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}"
+def _table(rows: list[list[str]]) -> list[str]:
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
+        for row in rows
+    ]
 
 
 def _bytes(value: int | None) -> str:
     if value is None:
         return "-"
-    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if value >= s), ("kB", 1e3))
+    unit, size = next(((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6)) if value >= size), ("kB", 1e3))
     return f"{value / size:.1f} {unit}"
-
-
-def _hours(cost: Cost) -> str:
-    if cost.hours is None:
-        return "-"
-    return f"{cost.hours:.1f}" if cost.hours >= 0.1 else f"{3600 * cost.hours:.1f} s"
