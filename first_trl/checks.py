@@ -2,9 +2,9 @@
 
     first-trl plan RECIPE [--config_file configs/fsdp2.yaml] [--accelerator h100] [--utilisation 0.3] [--key value ...]
 
-One pass over the rows, the tokenizers and configurations of the models, and a look at this machine. No weights are
-read. What follows from the recipe, the rows and the models alone is kept in the run folder, so that a second look is
-instant. What a recipe file may say is checked before, by `first_trl.recipe`; what the jobs cost is `first_trl.plan`.
+One pass over the rows, the tokenizers and configurations of the models, and a look at this machine; no weights are
+read. What follows from recipe, rows and models is kept in the run folder, so that a second look is instant. What a
+recipe file may say is checked before, by `first_trl.recipe`; what the jobs cost is `first_trl.plan`.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -31,22 +30,11 @@ from .errors import FirstTrlError
 from .failures import explain
 from .files import write_atomically
 from .log import RunLog, libraries_into, recording, screen, show, status
-from .plan import (
-    ACCELERATORS,
-    UTILISATION,
-    Cost,
-    Machine,
-    Split,
-    costs,
-    describe,
-    machine_limits,
-    read_machine,
-)
+from .plan import ACCELERATORS, UTILISATION, Cost, Machine, Split, costs, describe, machine_limits, read_machine
 from .recipe import Recipe, load_recipe
-from .run import Run
+from .run import Run, positions_of
 
 SMALLEST_VALIDATION = 100  # rows; a calibration on fewer is a guess within a wide interval
-ALMOST_ALL = 0.99  # of the answers that are one token: a position that measures nothing
 MANY_ROWS = 20_000  # rows of a split that several processes encode faster than one
 SMALL_MODEL = 50_000_000  # parameters; two random blocks of no more are made to try the head
 # Larger numbers in a config.json are no model's; transformers would make lists and layers of them for hours.
@@ -58,7 +46,6 @@ PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "flash_attention_2": ("flash_attn", "kernels"),
 }
-TITLES = {"lost": "Rows dropped or cut", "unknown": "Could not be looked up", "warnings": "Warnings"}
 
 
 @dataclass
@@ -75,22 +62,16 @@ class Report:
 
     def lines(self) -> list[str]:
         """Everything that was found, each kind under its title."""
-        found = {title: getattr(self, name) for name, title in {**TITLES, "problems": "Problems"}.items()}
-        return [
-            line
-            for title, entries in found.items()
-            if entries
-            for line in (f"{title}:", *(f"  - {entry}" for entry in dict.fromkeys(entries)))
-        ]
+        titles = {"lost": "Rows dropped or cut", "unknown": "Could not be looked up", "warnings": "Warnings"}
+        lines = []
+        for name, title in {**titles, "problems": "Problems"}.items():
+            if entries := dict.fromkeys(getattr(self, name)):
+                lines += [f"{title}:", *(f"  - {entry}" for entry in entries)]
+        return lines
 
 
 def check_recipe(
-    recipe: Recipe,
-    stages: Sequence[str] = STAGES,
-    machine: Machine | None = None,
-    *,
-    here: bool = True,
-    log: RunLog | None = None,
+    recipe: Recipe, stages: Sequence[str] = STAGES, machine: Machine | None = None, *, here: bool = True
 ) -> Report:
     """Look for everything that would stop these stages later.
 
@@ -99,23 +80,24 @@ def check_recipe(
         machine: the devices that they run on; one process by default.
         here: whether they run on this machine, whose packages, folders and accelerator are then looked at too. The
             report of an earlier look is then enough, and has no costs.
-        log: where warnings of libraries go.
     """
     machine, run = machine or Machine(), Run(recipe)
     file, key = run.path / ".records" / "checks.json", _made_from(run)
     report = _remembered(file, key, stages) if here else None
     if report is None:
-        with libraries_into(log or RunLog(os.devnull)):
+        with libraries_into(RunLog(os.devnull)):
             report = _look(recipe, stages, machine)
         if here and not report.unknown:
-            kept = {name: value for name, value in vars(report).items() if name != "costs"} | {"stages": list(stages)}
+            content = {**vars(report), "costs": [], "made_from": key, "stages": list(stages)}
             with suppress(OSError):  # a folder that cannot be written to is a problem of its own
-                write_atomically(file, json.dumps({"made_from": key, **kept}, indent=1))
+                write_atomically(file, json.dumps(content, indent=1))
     if here:
         report.problems, report.unknown = [*report.unknown, *report.problems], []
         report.problems += [*_folder_problems(recipe.run_folder, report.disk)]
-        for name, section in _training_sections(recipe, stages).items():
-            report.problems += [*_section_problems(name, section, machine, report.rows)]
+        sections = {"sft": recipe.sft} if "sft" in stages and recipe.cache.teacher is None else {}
+        sections |= {f"arms.{arm}": recipe.arm_section(arm) for arm in recipe.arms if "distill" in stages}
+        for place, section in sections.items():
+            report.problems += [*_section_problems(place, section, machine, report.rows)]
     return report
 
 
@@ -151,7 +133,8 @@ def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
         name = place.removeprefix("datasets.")
         splits[name] = Split()
         try:
-            rows = load_split(config, name if name in ("train", "validation") else "test")
+            role = "train" if name in ("train", "transfer") else name.partition(".")[0]
+            rows = load_split(config, role)
             splits[name].rows = report.rows[name] = len(rows)
             if tokenizers:
                 encoded[name] = _check_split(report, recipe, place, config, task, rows, tokenizers, splits[name])
@@ -185,12 +168,6 @@ def _models(recipe: Recipe, stages: Sequence[str]) -> dict[str, tuple[str, str |
             place = "distill"
         found.setdefault(f"{place}.model_name_or_path", model)
     return found
-
-
-def _training_sections(recipe: Recipe, stages: Sequence[str]) -> dict[str, dict]:
-    """Place in the recipe -> settings of every training that these stages run."""
-    sections = {"sft": recipe.sft} if "sft" in stages and recipe.cache.teacher is None else {}
-    return sections | {f"arms.{arm}": recipe.arm_section(arm) for arm in recipe.arms if "distill" in stages}
 
 
 def _read_models(recipe: Recipe, stages: Sequence[str], report: Report) -> tuple[dict, dict]:
@@ -347,11 +324,7 @@ def _check_split(
 
 
 def _kept_ids(recipe: Recipe, place: str, task, tokenizer, first_row: dict) -> list[int]:
-    """The tokens that a cache with `support: choices` keeps, else none.
-
-    Raises:
-        FirstTrlError: the choices cannot be told apart or kept, or rows without answers have none to choose from.
-    """
+    """The tokens that a cache with `support: choices` keeps, else none; refuses choices that cannot be compared."""
     from .data.choices import choice_token_ids, has_answer, single_token_ids, unlabelled_encoder
 
     if task.choices:
@@ -369,35 +342,27 @@ def _other_tokens(place: str, task, row: dict, tokenizers: dict[str, Any]) -> It
     from .data.encoding import check_first_row, first_row
 
     (whose, teacher), *others = tokenizers.items()
+    seen = None
+    with suppress(FirstTrlError):  # reported with the other rows
+        seen = first_row(task, teacher, row)
     for other, tokenizer in others:
+        what = f"{other}: {tokenizer.name_or_path}"
         if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(teacher):
-            yield (
-                f"{other}: {tokenizer.name_or_path}: its tokenizer gives texts other ids than that of {whose} "
-                f"({teacher.name_or_path}); take models that share one"
-            )
-            continue
-        try:
-            seen = first_row(task, teacher, row)
-        except FirstTrlError:
-            continue  # reported with the other rows
-        try:
-            check_first_row(seen, task, tokenizer)
-        except FirstTrlError as error:
-            yield f"{other}: {tokenizer.name_or_path}: {place}: {error}"
+            yield f"{what}: its tokenizer gives texts other ids than that of {whose}; take models that share one"
+        elif seen is not None:
+            try:
+                check_first_row(seen, task, tokenizer)
+            except FirstTrlError as error:
+                yield f"{what}: {place}: {error}"
 
 
 def _answer_problems(
     recipe: Recipe, place: str, task, rows, tokenizer, kept: list[int], row_M, token_M
 ) -> Iterator[str]:
-    """Answers that cannot be cached, or that say nothing to a calibration.
-
-    Args:
-        kept: from `_kept_ids`.
-        row_M, token_M: the learned tokens of the split, and the row of each.
-    """
+    """Answers that cannot be cached, or say nothing to a calibration, by the learned tokens and the row of each."""
     import numpy as np
 
-    from .data.choices import encode_answer_row, forced_tokens
+    from .data.choices import encode_answer_row, forced_tokens, refuse_forced
 
     number_R, start_R, count_R = np.unique(row_M, return_index=True, return_counts=True)
     wrong = number_R[(count_R != 1) | ~np.isin(token_M[start_R], kept)].tolist() if kept else []
@@ -406,16 +371,12 @@ def _answer_problems(
             encode_answer_row(rows[wrong[0]], wrong[0], task, tokenizer, kept)  # says what is wrong
     except FirstTrlError as error:
         yield from _grouped(place, len(rows), dict.fromkeys(wrong, str(error).partition(": ")[2]))
-    if place == "datasets.validation" and recipe.calibrate.positions == "answer":
+    if place == "datasets.validation" and positions_of(recipe) == "answer":
         at_R = start_R + np.minimum(forced_tokens(task, tokenizer, rows[0])["answer"], count_R - 1)
-        tokens, counts = np.unique(token_M[at_R], return_counts=True)
-        if counts.max() >= ALMOST_ALL * len(number_R) and len(number_R) >= 20:
-            yield (
-                f"calibrate.positions: answer: {counts.max():,} of {len(number_R):,} answers of {place} begin with "
-                f"{tokenizer.decode([int(tokens[counts.argmax()])])!r}, so that nothing is measured there; where a "
-                "chat template thinks write task.chat_template_kwargs: {enable_thinking: false}, or else "
-                "calibrate.positions: all"
-            )
+        try:
+            refuse_forced(task, tokenizer, token_M[at_R])
+        except FirstTrlError as error:
+            yield str(error)
 
 
 def _grouped(place: str, rows: int, wrong: dict[int, str]) -> Iterator[str]:
@@ -449,8 +410,6 @@ def _overlaps(recipe: Recipe, encoded: dict[str, Any]) -> Iterator[str]:
 
 def _section_problems(place: str, section: dict, machine: Machine, rows: dict[str, int]) -> Iterator[str]:
     """What a training asks of this machine and of the number of its processes."""
-    from .training import missing_quant_storage
-
     trackers = section.get("report_to") or []
     wanted = {f"report_to: {name}": name for name in ([trackers] if isinstance(trackers, str) else trackers)}
     if str(section.get("attn_implementation")).startswith("flash_attention_2"):
@@ -461,23 +420,24 @@ def _section_problems(place: str, section: dict, machine: Machine, rows: dict[st
         modules = PACKAGES.get(name, (name,))
         if name not in ("none", "all") and not any(map(find_spec, modules)):
             yield f"{place}.{setting}: {modules[0]} is not installed; run `pip install {modules[0]}`, or remove it"
-    if machine.shards > 1 and (problem := missing_quant_storage(section)):
-        yield f"{place}.bnb_4bit_quant_storage: {problem}"
-    half = next((key for key in ("bf16", "fp16") if section.get(key)), None)
-    if half and not section.get("use_cpu") and not _has_accelerator():
-        yield f"{place}.{half}: true, and this machine has no accelerator; write {half}: false, or use_cpu: true"
-    batch, known = section.get("per_device_train_batch_size", 8) * machine.processes, min(rows.values(), default=0)
-    if section.get("dataloader_drop_last") and 0 < rows.get("train", known) < batch:
+    if machine.shards > 1:
+        from .training import missing_quant_storage
+
+        if problem := missing_quant_storage(section):
+            yield f"{place}.bnb_4bit_quant_storage: {problem}"
+    half = next((key for key in ("bf16", "fp16") if section.get(key) and not section.get("use_cpu")), None)
+    if half:
+        import torch
+
+        if not torch.accelerator.is_available():
+            yield f"{place}.{half}: true, and this machine has no accelerator; write {half}: false, or use_cpu: true"
+    batch = section.get("per_device_train_batch_size", 8) * machine.processes
+    fewest = min((count for name, count in rows.items() if name in ("train", "transfer")), default=batch)
+    if section.get("dataloader_drop_last") and fewest < batch:
         yield (
-            f"{place}.dataloader_drop_last: true, and {rows.get('train', known)} rows are not one batch of {batch} "
+            f"{place}.dataloader_drop_last: true, and {fewest} rows are not one batch of {batch} "
             f"(per_device_train_batch_size x {machine.processes} processes); lower it, or write false"
         )
-
-
-def _has_accelerator() -> bool:
-    import torch
-
-    return torch.accelerator.is_available()
 
 
 def _folder_problems(folder: Path, needed: int = 0) -> Iterator[str]:
@@ -506,24 +466,21 @@ def _folder_problems(folder: Path, needed: int = 0) -> Iterator[str]:
 
 
 def passed(recipe: Recipe, stages: Sequence[str], config_file: str | None = None, quiet: bool = False) -> bool:
-    """Whether these stages may start here; whatever was found is printed, every problem at once, and logged."""
-    started = time.monotonic()
-    try:
-        machine = read_machine(config_file)
-        if problems := list(_folder_problems(recipe.run_folder)):  # there is no place for a log
-            raise FirstTrlError("\n".join(["Problems:", *(f"  - {problem}" for problem in problems)]))
-    except FirstTrlError as error:
-        print(error, file=sys.stderr)
-        return False
-    with recording(recipe.run_folder / "log.txt", quiet=quiet) as log:
-        report = check_recipe(recipe, stages, machine, log=log)
+    """Whether these stages may start here; whatever was found is printed, every problem at once, and logged.
+
+    Raises:
+        FirstTrlError: the run folder cannot be written to, or there is no such accelerate configuration.
+    """
+    started, machine = time.monotonic(), read_machine(config_file)
+    if problems := list(_folder_problems(recipe.run_folder)):  # there is no place for a log
+        raise FirstTrlError("\n".join(Report(problems).lines()))
+    with recording(recipe.run_folder / "log.txt", quiet=quiet):
+        report = check_recipe(recipe, stages, machine)
         for line in report.lines():
             show(line)
-        count = f"{len(report.problems)} problem{'s' * (len(report.problems) > 1)}; nothing was started"
-        status(
-            f"checked {sum(report.rows.values()):,} rows, the models and this machine in "
-            f"{time.monotonic() - started:.0f} s: {count if report.problems else 'no problems'}"
-        )
+        count, taken = len(report.problems), time.monotonic() - started
+        found = f"{count} problem{'s' * (count > 1)}; nothing was started" if count else "no problems"
+        status(f"checked {sum(report.rows.values()):,} rows, the models and this machine in {taken:.0f} s: {found}")
     return not report.problems
 
 

@@ -146,6 +146,11 @@ def needs_calibration(recipe: Recipe, arm: str) -> bool:
     return method != "none" and value is None
 
 
+def positions_of(recipe) -> str:
+    """Where the teacher is measured: at the answer of a closed question, at every token of free text."""
+    return recipe.calibrate.positions or ("answer" if recipe.task.choices else "all")
+
+
 def calibration_methods(recipe: Recipe) -> list[str]:
     """The families that `calibrate` fits: the recipe's own, and those that an arm asks for."""
     wanted = control_methods(recipe)

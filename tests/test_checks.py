@@ -132,6 +132,12 @@ def conversations(teacher=CHAT, student=CHAT, **task):
     return change
 
 
+def forced_answers(folder, recipe):
+    thinks = CHAT.replace("m['content']", "m['content'] if m['role'] == 'user' else 'think'")
+    conversations(thinks, thinks)(folder, recipe)
+    recipe["calibrate"]["positions"] = "answer"
+
+
 def mixture_of_experts(folder, recipe):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -204,10 +210,7 @@ CASES = {
     "a template that prints the date": (
         conversations(*[DATED] * 2), "chat_template_kwargs", "", "date_string",
     ),
-    "answers that begin alike": (
-        conversations(*[CHAT.replace("m['content']", "m['content'] if m['role'] == 'user' else 'think'")] * 2),
-        "calibrate.positions", "120 of 120", "enable_thinking: false",
-    ),
+    "answers that begin alike": (forced_answers, "calibrate.positions", "120 of 120", "enable_thinking: false"),
     "a mixture of experts as student": (mixture_of_experts, "router_aux_loss_coef", "0.001", "0.0"),
     "a label of train that is no choice": (change_row("train", 3, label="fine"), "train: row 3", "fine", "add"),
     "a label of validation that is no choice": (

@@ -116,6 +116,24 @@ def forced_tokens(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> dict[s
     return {"opening": opening, "closing": closing, "answer": len(opening) if task.choices else 0}
 
 
+def refuse_forced(task: TaskConfig, tokenizer, target_ids: np.ndarray) -> None:
+    """Refuse to calibrate where one token is nearly always right: that measures a template, not a teacher.
+
+    Raises:
+        FirstTrlError: one token fills 99 % of the targets; with declared choices, whose shares may be so, all of them.
+    """
+    ids, counts = np.unique(target_ids, return_counts=True)
+    if len(target_ids) < 20 or counts.max() < (1 if task.choices else 0.99) * len(target_ids):
+        return
+    remedy = "set task.chat_template_kwargs: {enable_thinking: false} where the chat template thinks"
+    if task.choices:
+        remedy = "give datasets.validation rows with other answers"
+    raise FirstTrlError(
+        f"calibrate.positions: answer measures nothing: {counts.max():,} of {len(target_ids):,} targets of validation "
+        f"are {tokenizer.decode([int(ids[counts.argmax()])])!r}; {remedy}, or calibrate.positions: all"
+    )
+
+
 def _is_known(tokenizer, word: str) -> bool:
     return tokenizer.unk_token_id not in text_ids(tokenizer, word)
 

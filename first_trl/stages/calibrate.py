@@ -12,6 +12,7 @@ from first_trl.run import (
     cached_roles,
     calibration_candidates,
     calibration_methods,
+    positions_of,
     require,
     run_job,
     status,
@@ -72,11 +73,6 @@ def calibrate(recipe) -> None:
     write_atomically(recipe.run_folder / "calibration.json", json.dumps(calibration, indent=1))
 
 
-def positions_of(recipe) -> str:
-    """Where the teacher is measured: at the answer of a closed question, at every token of free text."""
-    return recipe.calibrate.positions or ("answer" if recipe.task.choices else "all")
-
-
 def read_caches(recipe) -> tuple:
     """(rows of validation, the most smoothing that every row allows, the teacher on each cache).
 
@@ -89,6 +85,8 @@ def read_caches(recipe) -> tuple:
     from first_trl.cache.arrays import calibration_rows, is_memorised, row_blocks, summary
     from first_trl.cache.identity import open_recipe_cache
     from first_trl.calibration import largest_smoothing
+    from first_trl.data.choices import refuse_forced
+    from first_trl.modeling import load_tokenizer
     from first_trl.training import teacher_section
 
     teacher, max_smoothing, positions = {}, 1.0, positions_of(recipe)
@@ -98,7 +96,9 @@ def read_caches(recipe) -> tuple:
         forced = cache.manifest.get("forced")
         if role == "validation":
             rows = calibration_rows(cache.dataset, positions, forced)
-            refuse_forced(recipe, rows.label_ids)
+            if positions == "answer":
+                tokenizer = load_tokenizer(teacher_path(recipe), recipe.cache.teacher_revision)
+                refuse_forced(recipe.task, tokenizer, rows.label_ids)
             teacher["validation"] = summary([rows])
             continue
         labelled = cache.manifest.get("labels") != "teacher"
@@ -119,34 +119,6 @@ def read_caches(recipe) -> tuple:
                 "validation is true for them; give datasets.transfer other rows, which need no labels"
             )
     return rows, max_smoothing, teacher
-
-
-def refuse_forced(recipe, label_ids) -> None:
-    """Refuse to fit a value where one token is nearly always right: that measures a template, not a teacher.
-
-    Raises:
-        FirstTrlError: one token fills 99 % of the targets; with declared choices, whose shares may be so, all of them.
-    """
-    import numpy as np
-
-    from first_trl.errors import FirstTrlError
-    from first_trl.modeling import load_tokenizer
-
-    ids, counts = np.unique(label_ids, return_counts=True)
-    most = (1 if recipe.task.choices else 0.99) * len(label_ids)
-    if positions_of(recipe) != "answer" or len(label_ids) < 20 or counts.max() < most:
-        return
-    token = load_tokenizer(teacher_path(recipe), recipe.cache.teacher_revision).decode([int(ids[counts.argmax()])])
-    remedy = (
-        "give datasets.validation rows with other answers, or calibrate.positions: all"
-        if recipe.task.choices
-        else "set task.chat_template_kwargs: {enable_thinking: false} where the chat template thinks, or "
-        "calibrate.positions: all"
-    )
-    raise FirstTrlError(
-        f"calibrate.positions: {positions_of(recipe)} measures nothing: {counts.max():,} of {len(label_ids):,} "
-        f"validation targets are the token {token!r}; {remedy}."
-    )
 
 
 def search_line(result) -> str:
