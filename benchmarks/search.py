@@ -1,7 +1,10 @@
 """Time of the search for a recalibration on 100,000 cached positions, beside its limits: 2 s, with bootstrap 20 s.
 
     python benchmarks/search.py                       # some minutes on one core
-    python benchmarks/search.py --positions 10000
+    python benchmarks/search.py --positions 10000 --large 800000
+
+The bootstrap is linear in the positions: `--large` sizes (0.8 and 8 million), in examples of 20 tokens whose resamples
+draw whole examples, are searched once each; the limit for 8 million is 120 s.
 
 Seconds are of processor time on one thread, which other programs on the machine do not lengthen. Each search is run
 three times and the least is told, for a program cannot be faster than it is. `auto` is the choice among families, five
@@ -11,9 +14,12 @@ folds of each. Written to benchmarks/results/search.md.
 import argparse
 import importlib.metadata
 import platform
+import resource
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from first_trl.calibration import choose_family, recalibrate, search
@@ -22,6 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "search.md"
 KEPT, BOOTSTRAP = 5, 200
 LIMIT, LIMIT_WITH_BOOTSTRAP = 2.0, 20.0  # seconds, for 100,000 positions
 PLANTED = 2.0
+EXAMPLE_TOKENS = 20
 METHODS = ("temperature", "probability", "label_smoothing")
 PACKAGES = ("first-trl", "torch", "numpy")
 
@@ -30,10 +37,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--positions", type=int, default=100_000)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--large", type=int, nargs="*", default=[800_000, 8_000_000])
     options = parser.parse_args()
     torch.set_num_threads(1)
     log_probs, target = rows(options.positions)
     lines = [*heading(options.positions), *table(log_probs, target, options.runs)]
+    if options.large:
+        lines += large_table(options.large)
     text = "\n".join(lines) + "\n"
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(text, encoding="utf-8")
@@ -79,6 +89,27 @@ def table(log_probs, target, runs: int) -> list[str]:
             )
     seconds, choice = least(runs, lambda: choose_family(log_probs, target, ["temperature", "probability"]))
     return [*lines, f"| `auto` | ece | {seconds:.2f} s | - | - | - | chooses `{choice.method}` |"]
+
+
+def large_table(sizes: list[int]) -> list[str]:
+    """Temperature by ECE, with bootstrap by example, of many positions."""
+    lines = [
+        "",
+        "| positions | examples | with bootstrap | peak memory | value (95 % interval) |",
+        "|---|---|---:|---:|---|",
+    ]
+    for size in sizes:
+        log_probs, target = rows(size)
+        examples = np.arange(size) // EXAMPLE_TOKENS
+        settings = {"bootstrap": BOOTSTRAP, "examples": examples}
+        seconds, found = least(1, partial(search, log_probs, target, **settings))
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        low, high = found.interval
+        lines.append(
+            f"| {size:,} | {size // EXAMPLE_TOKENS:,} | {seconds:.0f} s | {memory:.1f} GB | {found.value:.3f} "
+            f"({low:.3f} to {high:.3f}) |"
+        )
+    return lines
 
 
 def least(runs: int, work):

@@ -259,17 +259,14 @@ def search(
     """The value of `method` that makes the confidence of cached rows true on a validation split.
 
     A position's prediction is the most probable of its K columns after recalibration, its confidence that
-    probability. Two-stage grid; ties go to the value nearest to the identity.
-
-    The ECE is a noisy criterion: it is piecewise smooth, its minimum wanders as positions change bins, and a single
-    scalar that balances two wrong bins can reach it by luck. Read the interval. The NLL is smooth and finds a planted
-    temperature more exactly, but trusts a few very wrong rows more. Method "probability" gives the tail probability 0:
-    there the criterion "nll" is taken over the positions whose label is in S, while the reported NLL stays infinite.
+    probability. Two-stage grid; ties go to the value nearest to the identity. The ECE is piecewise smooth and noisy,
+    and a scalar that balances two wrong bins can reach its minimum by luck: read the interval. The NLL finds a planted
+    temperature more exactly, but trusts a few very wrong rows more. "probability" gives the tail probability 0: there
+    the criterion "nll" is taken over the positions whose label is in S, while the reported NLL stays infinite.
 
     Args:
         log_probs (`torch.Tensor`): (N, K+1) rows as cached, nats, the tail last.
-        target (`torch.Tensor`): (N,) int64, the column that holds the true label (0 the teacher's first token, K the
-            tail).
+        target (`torch.Tensor`): (N,) int64, the column of the true label (0 the teacher's first token, K the tail).
         criterion (`str`, *optional*, defaults to `"ece"`): `"ece"` (the paper's) or `"nll"`.
         bootstrap (`int`, *optional*, defaults to 0): resamples for the 95 % interval of the value; 0 for none.
         max_smoothing (`float`, *optional*, defaults to 1.0): the most that label smoothing may take, where other rows
@@ -284,32 +281,12 @@ def search(
     for name, found, known in (("recalibration method", method, METHODS), ("criterion", criterion, CRITERIA)):
         if found not in known:
             raise ValueError(f"{name} is {found!r}; choose one of {', '.join(known)}.")
-    groups_N = _groups(len(target_N), examples, seed) if bootstrap else np.zeros(len(target_N), dtype=np.int64)
-    positions = _Positions(log_probs_NK1, target_N, groups_N, criterion, num_bins)
+    group_N = _groups(len(target_N), examples, seed) if bootstrap else np.zeros(len(target_N), dtype=np.int64)
+    positions = _Positions(log_probs_NK1, target_N, group_N, criterion, num_bins)
     before = positions.measure("none", None)
-    curve: dict[float | None, _Measured] = {None: before}
-    best, value, at_edge, interval = before, None, False, None
+    value, interval, at_edge, measured = None, None, False, {None: before}
     if method != "none":
-        if criterion == "nll" and not positions.judged(method).any():
-            raise ValueError("every label lies outside the kept tokens, so criterion 'nll' cannot choose; use 'ece'.")
-        grid = _grid(method, log_probs_NK1, max_smoothing)
-        measured: dict[int, _Measured] = {}
-
-        def at(i: int) -> _Measured:
-            if i not in measured:
-                measured[i] = positions.measure(method, grid.value(i))
-            return measured[i]
-
-        (chosen,) = grid.search(lambda i: np.array([at(i).score]))
-        best, value = at(chosen), grid.value(chosen)
-        curve = {grid.value(i): measured[i] for i in sorted(measured)}
-        # The end that changes nothing, as no smoothing does, is no edge
-        at_edge = chosen in (grid.low, grid.high) and not (method == "label_smoothing" and chosen == grid.low)
-        if bootstrap:
-            counts_RG = _resamples(groups_N, bootstrap, seed)
-            scores = cache(lambda i: np.abs(counts_RG @ at(i).sums_GC).sum(axis=1) / len(target_N))
-            values = [grid.value(i) for i in grid.search(scores)]
-            interval = [float(bound) for bound in np.percentile(values, [2.5, 97.5])]
+        value, interval, at_edge, measured = _fit(positions, method, max_smoothing, bootstrap, seed)
     return SearchResult(
         method=method,
         criterion=criterion,
@@ -320,11 +297,36 @@ def search(
         interval=interval,
         at_edge=at_edge,
         ece_before=before.ece,
-        ece_after=best.ece,
+        ece_after=measured[value].ece,
         nll_before=before.nll,
-        nll_after=best.nll,
-        curve=[{"value": at_value, "ece": point.ece, "nll": point.nll} for at_value, point in curve.items()],
+        nll_after=measured[value].nll,
+        curve=[{"value": at_value, "ece": point.ece, "nll": point.nll} for at_value, point in measured.items()],
     )
+
+
+def _fit(positions: _Positions, method: str, max_smoothing: float, bootstrap: int, seed: int) -> tuple:
+    """(value, its interval, whether it is the last of its range, {value: measured} by ascending value)."""
+    if positions.criterion == "nll" and not positions.judged(method).any():
+        raise ValueError("every label lies outside the kept tokens, so criterion 'nll' cannot choose; use 'ece'.")
+    grid, measured = _grid(method, positions.log_probs_NK1, max_smoothing), {}
+
+    def at(i: int) -> _Measured:
+        if i not in measured:
+            measured[i] = positions.measure(method, grid.value(i))
+        return measured[i]
+
+    (chosen,) = grid.search(lambda i: np.array([at(i).score]))
+    curve = {grid.value(i): measured[i] for i in sorted(measured)}
+    # The end that changes nothing, as no smoothing does, is no edge
+    at_edge = chosen in (grid.low, grid.high) and not (method == "label_smoothing" and chosen == grid.low)
+    interval = None
+    if bootstrap:
+        size, generator = int(positions.group_N.max()) + 1, np.random.default_rng(seed)
+        draws = [np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(bootstrap)]
+        counts_RG = np.stack(draws).astype(np.float64)
+        scores = cache(lambda i: np.abs(counts_RG @ at(i).sums_GC).sum(axis=1) / len(positions.target_N))
+        interval = np.percentile([grid.value(i) for i in grid.search(scores)], [2.5, 97.5]).tolist()
+    return grid.value(chosen), interval, at_edge, curve
 
 
 def _groups(size: int, examples: np.ndarray | None, seed: int) -> np.ndarray:
@@ -334,14 +336,6 @@ def _groups(size: int, examples: np.ndarray | None, seed: int) -> np.ndarray:
     if num_units <= MOST_GROUPS:
         return unit_N
     return (np.random.default_rng(seed).permutation(num_units) % MOST_GROUPS)[unit_N]
-
-
-def _resamples(group_N: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """(R, G) how often each resample draws each group."""
-    size, generator = int(group_N.max()) + 1, np.random.default_rng(seed)
-    return np.stack([np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(count)]).astype(
-        np.float64
-    )
 
 
 def error_curve(
