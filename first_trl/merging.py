@@ -2,6 +2,7 @@
 
     first-trl merge RECIPE [--arm first]                  measured on the recipe's test sets
     first-trl merge ADAPTER --data questions.jsonl        measured on labelled rows of your own
+    first-trl merge ... --calibrated                      its logits divided by the student's closing temperature
 
 The 4-bit base is dequantised, not replaced by its full-precision original: the adapter was trained against the rounded
 weights. What is written is a whole model of the student's dtype that needs neither PEFT nor bitsandbytes. Confidences
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from .constants import PREDICT_FILE
+from .errors import FirstTrlError
 from .failures import explain
 from .log import status
 
+LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "final_norm")
 MEASURED = ("accuracy", "ece", "trust_score", "nll")
 
 
@@ -29,7 +32,7 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     try:
         job = _recipe_job(options) if options.source.endswith((".yaml", ".yml")) else _folder_job(options)
-        print(table(merge(**job)))
+        print(table(merge(**job, calibrated=options.calibrated)))
     except Exception as error:
         known = explain(error, "merge")
         if known is None:
@@ -49,6 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="RECIPE|ADAPTER", help="a recipe, or the folder of a student")
     parser.add_argument("--arm", help="which student of the recipe (default: push.arm)")
     parser.add_argument("--data", help="labelled rows to measure on; needed for an ADAPTER")
+    parser.add_argument(
+        "--calibrated",
+        action="store_true",
+        help="divide every logit by the closing temperature, for vLLM and others that know nothing of it",
+    )
     parser.add_argument("--output", help="folder to write; it must not be there yet (default: beside the student)")
     return parser
 
@@ -94,7 +102,13 @@ def _rows(path: str):
 
 
 def merge(
-    student: Path, loading: dict, tests: dict[str, tuple], output: Path, top_k: int = 5, tokens_per_batch: int = 8192
+    student: Path,
+    loading: dict,
+    tests: dict[str, tuple],
+    output: Path,
+    top_k: int = 5,
+    tokens_per_batch: int = 8192,
+    calibrated: bool = False,
 ) -> dict[str, dict]:
     """Merge an adapter, write the model, and measure it beside the adapter; returns what `merge.json` holds.
 
@@ -103,9 +117,10 @@ def merge(
         loading: the settings of `trl.ModelConfig` that its base is loaded with.
         tests: {name: (DatasetConfig, TaskConfig)} to measure on.
         output: folder to write, whole or not at all.
+        calibrated: divide the logits by the student's closing temperature, so that its softmax is what `predict` says.
 
     Raises:
-        ValueError: `output` is there already, or `student` is no adapter.
+        ValueError: `output` is there already, `student` is no adapter, or its logits cannot be divided.
     """
     from .data.loading import load_split
     from .modeling import load_model, load_tokenizer
@@ -122,11 +137,17 @@ def merge(
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".merge-") as temporary:
         folder = Path(temporary) / "model"
-        merged_model(student, arguments).save_pretrained(folder)
+        content = (
+            json.loads((student / PREDICT_FILE).read_text(encoding="utf-8"))
+            if (student / PREDICT_FILE).is_file()
+            else {}
+        )
+        temperature = content.get("temperature", 1.0) if calibrated else 1.0
+        merged_model(student, arguments, temperature).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if (student / PREDICT_FILE).is_file():
-            content = json.loads((student / PREDICT_FILE).read_text(encoding="utf-8"))
+        if content:
             content["loading"] = {"dtype": arguments["dtype"]}
+            content["temperature"] = 1.0 if calibrated else content.get("temperature", 1.0)
             (folder / PREDICT_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
         after = _answers(load_model(str(folder), dtype=arguments["dtype"]), tokenizer, sets, **sizes)
         result = {name: compared(before[name], after[name]) for name in sets}
@@ -136,7 +157,7 @@ def merge(
     return result
 
 
-def merged_model(student: Path, arguments: dict):
+def merged_model(student: Path, arguments: dict, temperature: float = 1.0):
     """The adapter's base, dequantised, with the adapter added to its weights, in the dtype of the arguments."""
     import torch
     from peft import PeftConfig, PeftModel
@@ -148,7 +169,42 @@ def merged_model(student: Path, arguments: dict):
         base = base.dequantize()
     dtype = base.dtype if arguments["dtype"] == "auto" else getattr(torch, arguments["dtype"])
     # Added in float32 and rounded once, so that nothing of the adapter is lost to a narrow type on the way.
-    return PeftModel.from_pretrained(base.float(), str(student)).merge_and_unload(safe_merge=True).to(dtype)
+    merged = PeftModel.from_pretrained(base.float(), str(student)).merge_and_unload(safe_merge=True)
+    if temperature != 1:
+        divide_logits(merged, temperature)
+    return merged.to(dtype)
+
+
+def divide_logits(model, temperature: float) -> None:
+    """Divide every logit of a model by `temperature`, by scaling its last norm: exact, or refused.
+
+    The head is linear in what the last norm gives: (w x) / T = (w / T) x, or ((1 + w) / T - 1 + 1) x where the norm
+    multiplies by 1 + w, as Gemma's. Which of the two it is, 8 tokens tell.
+
+    Raises:
+        FirstTrlError: the head has a bias or caps its logits, or no last norm is found that does it.
+    """
+    import torch
+
+    from .modeling import language_model_head
+
+    head, backbone = language_model_head(model), model.base_model
+    norm = next((getattr(backbone, name) for name in LAST_NORMS if hasattr(backbone, name)), None)
+    if head.bias is None and head.softcap is None and norm is not None:
+        ids = torch.arange(8)[None] % head.weight.shape[0]
+        own = {name: parameter.detach().clone() for name, parameter in norm.named_parameters()}
+        with torch.no_grad():
+            wanted = model(input_ids=ids).logits / temperature
+            for shift in (0.0, 1.0):
+                for name, parameter in norm.named_parameters():
+                    offset = shift if name == "weight" else 0.0
+                    parameter.copy_((own[name] + offset) / temperature - offset)
+                if torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-5, rtol=1e-5):
+                    return
+    raise FirstTrlError(
+        f"--calibrated cannot divide the logits of {type(model).__name__} by {temperature:.3g}: its head has a "
+        "bias or caps them, or its last norm is unknown; merge without it, and divide by predict.json's temperature."
+    )
 
 
 def _answers(model, tokenizer, sets: dict, **sizes) -> dict[str, dict]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from first_trl.merging import compared, main, merge, table
+from first_trl.merging import compared, divide_logits, main, merge, table
 from tests.finished_run import make_run
 from tests.tiny import WORDS, build_model, build_tokenizer
 
@@ -61,6 +61,56 @@ def rounded_base(folder, four_bit):
             if type(module).__name__ == "Linear4bit":
                 base.get_submodule(name).weight.data = dequantize_4bit(module.weight.data, module.weight.quant_state)
     return base
+
+
+def test_a_calibrated_student_says_without_us_what_predict_says(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from first_trl.prediction import Predictor
+
+    run, _, recipe = finished(tmp_path)
+    output = tmp_path / "calibrated"
+    data = str(tmp_path / "rows.jsonl")
+    assert main([str(recipe), "--data", data, "--calibrated", "--output", str(output)]) == 0
+    before, after = Predictor(run / "students" / "first"), Predictor(output)
+    assert (before.student.temperature, after.student.temperature) == (1.3, 1.0)
+    for ours, theirs in zip(before.predict(ROWS, 0.8), after.predict(ROWS, 0.8), strict=True):
+        assert theirs == ours | {"confidence": pytest.approx(ours["confidence"], abs=1e-5)}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    choices = tokenizer.convert_tokens_to_ids(["good", "bad"])
+    with torch.no_grad():
+        logits = model(**tokenizer(f"Review: {ROWS[0]['text']} Sentiment :", return_tensors="pt")).logits[0, -1]
+    assert float(logits[choices].softmax(-1).max()) == pytest.approx(
+        after.predict(ROWS[:1], 0.8)[0]["confidence"], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma", "GPT2", "Gemma2", "Phi"])
+def test_logits_are_divided_exactly_or_the_model_is_refused(family):
+    import torch
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if family == "GPT2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2}
+    elif family != "Phi":
+        sizes |= {"num_key_value_heads": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(vocab_size=60, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = model.float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        ids = torch.randint(60, (2, 9))
+        before = model(input_ids=ids).logits
+        if family in ("Gemma2", "Phi"):  # a cap, a bias
+            with pytest.raises(ValueError, match="cannot divide the logits"):
+                divide_logits(model, 1.7)
+            return
+        divide_logits(model, 1.7)
+        assert torch.allclose(model(input_ids=ids).logits, before / 1.7, atol=1e-5)
 
 
 def test_a_folder_that_is_there_is_never_overwritten(tmp_path, capsys):
