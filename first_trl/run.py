@@ -114,13 +114,15 @@ def _student_job(recipe: Recipe, student: str, task: dict) -> Job:
         "trainer": recipe.arm_trainer(student),
         "recalibration": recalibration_of(recipe, student),
         "seed": recipe.seed_of(student),
+        "task": task,
+        "closing": [recipe.distill.get("closing", True), recipe.evaluate.seed],
     }
     rows, needs = {}, ("calibrate",) if needs_calibration(recipe, student) else ()
     if on_labels:
-        settings["task"] = task
-        rows = {"datasets.train": recipe.datasets.train, "datasets.validation": recipe.datasets.validation}
+        rows = {"datasets.train": recipe.datasets.train}
     else:
         needs = ("cache", *needs)
+    rows["datasets.validation"] = recipe.datasets.validation  # for its closing temperature and thresholds
     models = {"distill.model_name_or_path": section["model_name_or_path"]}
     return Job(f"distill.{student}", settings, rows, models, needs, (f"students/{student}",))
 
