@@ -9,6 +9,9 @@ Then the C choices stand where the K tokens stand elsewhere, known by their numb
 the prediction is the most probable choice, its confidence the probability that the model writes exactly that, not
 normalised over the choices. An undeclared answer is never predicted; its probability lowers the confidence.
 
+Free text, where a task declares no choices, is measured by its tokens: each learned one that no template forces. A
+resample draws answers, whose tokens are not independent, as wholes.
+
 Two recalibrations are applied to answers that were already given. `teacher_recalibrated` is the teacher under the
 value in `calibration.json` (fitted again where answers have several tokens, since that value is for single ones).
 `<arm>_post_hoc` is a student under its closing temperature, as `predict` states its confidence: one scalar, fitted on
@@ -29,16 +32,17 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from .calibration import choose_family, error_curve, recalibrate, search
-from .constants import POST_HOC, PREDICT_FILE
-from .data.choices import choice_token_ids
+from .constants import IGNORED, POST_HOC, PREDICT_FILE
+from .data.choices import choice_token_ids, forced_positions, forced_tokens
 from .data.encoding import encode_example
 from .data.rows import load_rows
 from .errors import FirstTrlError
 from .files import replace_atomically, write_atomically
+from .head import selected_logits, top_k_log_probs
 from .log import status
-from .modeling import load_model, load_tokenizer
+from .modeling import innermost, language_model_head, load_model, load_tokenizer
 from .recipe import arm_of
-from .scoring import answer_scores, sequence_log_probs
+from .scoring import answer_scores, hidden_states_at, sequence_log_probs
 from .settings import TaskConfig
 from .student import CLOSING_FILE, choice_shares, closing_calibration, describe_student
 from .training import load_arguments
@@ -59,12 +63,14 @@ def answer_set(
     tokens_per_batch: int,
     support: str = "top_k",
     first_row: dict | None = None,
+    start: int = 0,
 ) -> Dataset:
     """A model's answers to a labelled set: one row per example, in order, with the columns named above.
 
     With `support` "choices" the K tokens are those of the choices, as in such a cache, and `tail_max_log_prob` is the
     likeliest token of the tail. Choices of several tokens have `answer_tokens` (N,), the length of the label.
-    `first_row` is that of the whole set, whose prompt the choices are tokenised after (default: of this part of it).
+    Without choices there is one row per learned token that no template forces, and `example` (N,) numbers the answer
+    that it is of, from `start`. `first_row` is that of the whole set, whose prompt the choices are tokenised after.
 
     Raises:
         ValueError: as `encode_example` and `choice_token_ids`; or a choice of several tokens stands against `support`
@@ -72,7 +78,13 @@ def answer_set(
     """
     examples = [encode_example(task, tokenizer, row) for row in dataset]
     prompts = [example["input_ids"][: example["num_prompt_tokens"]] for example in examples]
-    answers = choice_token_ids(task, tokenizer, first_row or dataset[0]) if task.choices else []
+    first_row = first_row or dataset[0]
+    if not task.choices:
+        forced = forced_tokens(task, tokenizer, first_row)
+        return _token_answers(
+            model, examples, forced, tokens_per_batch, start, min(top_k, len(tokenizer) - 1), len(tokenizer)
+        )
+    answers = choice_token_ids(task, tokenizer, first_row)
     if any(len(ids) > 1 for ids in answers):
         if support == "choices":
             raise FirstTrlError(
@@ -81,7 +93,7 @@ def answer_set(
             )
         return _whole_answers(model, examples, prompts, answers, tokens_per_batch)
     label_ids = [example["input_ids"][example["num_prompt_tokens"]] for example in examples]
-    choices = [ids[0] for ids in answers] if task.choices else None
+    choices = [ids[0] for ids in answers]
     scores = answer_scores(
         model,
         prompts,
@@ -93,9 +105,41 @@ def answer_set(
         vocab_limit=len(tokenizer),
     )
     columns = {name: list(values) for name, values in scores.items()} | {"label_id": label_ids}
-    if choices is not None:
-        columns["choice_ids"] = [choices] * len(prompts)
-    return Dataset.from_dict(columns)
+    return Dataset.from_dict(columns | {"choice_ids": [choices] * len(prompts)})
+
+
+@torch.inference_mode()
+def _token_answers(
+    model, examples, forced: dict, tokens_per_batch: int, start: int, top_k: int, vocab_limit: int
+) -> Dataset:
+    """The columns of `answer_set` for free text: of every learned token, but those that the template forces."""
+    positions = []
+    for example in examples:
+        labels = np.asarray(example["labels"])
+        learned = (labels != IGNORED) & ~forced_positions(labels, np.zeros(1, dtype=np.int64), forced)
+        positions.append(np.flatnonzero(learned[1:]))
+    kept, head = [i for i, places in enumerate(positions) if len(places)], language_model_head(innermost(model))
+    rows, places = [examples[i]["input_ids"] for i in kept], [positions[i] for i in kept]
+    found: dict[str, list] = {}
+    for indices, hidden_ND in hidden_states_at(model, rows, places, tokens_per_batch):
+        labels_N = np.concatenate([np.asarray(rows[i])[places[i] + 1] for i in indices])
+        ids_NK, log_probs_NK1 = top_k_log_probs(hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit)
+        wanted_N2 = torch.stack([ids_NK[:, 0], torch.as_tensor(labels_N, device=ids_NK.device)], dim=1)
+        logits_N2 = selected_logits(hidden_ND, head.weight, wanted_N2, *head[1:])
+        is_label_NK = ids_NK.cpu().numpy() == labels_N[:, None]
+        block = {
+            "token_ids": ids_NK.cpu().numpy(),
+            "log_probs": log_probs_NK1.float().cpu().numpy(),
+            "target": np.where(is_label_NK.any(1), is_label_NK.argmax(1), is_label_NK.shape[1]),
+            "label_id": labels_N,
+            "label_log_prob": (logits_N2[:, 1] - logits_N2[:, 0] + log_probs_NK1[:, 0]).float().cpu().numpy(),
+            "example": np.concatenate([np.full(len(places[i]), start + kept[i]) for i in indices]),
+        }
+        for name, values in block.items():
+            found.setdefault(name, []).append(values)
+    columns = {name: np.concatenate(values) for name, values in found.items()}
+    order = np.argsort(columns["example"], kind="stable")  # batches go by length, a report by rows
+    return Dataset.from_dict({name: list(values[order]) for name, values in columns.items()})
 
 
 def _whole_answers(model, examples, prompts, answers: list[list[int]], tokens_per_batch: int) -> Dataset:
@@ -142,14 +186,19 @@ def answer_sets(path: str | Path, section: dict, sets: dict[str, tuple], folder:
     state = PartialState()
     model = load_model(path, device=state.device, **load_arguments(section))
     tokenizer = load_tokenizer(path, section.get("model_revision", "main"))
-    settings = {"top_k": recipe.cache.top_k, "support": recipe.cache.support}
+    settings: dict = {"top_k": recipe.cache.top_k, "support": recipe.cache.support}
+    settings["tokens_per_batch"] = recipe.evaluate.tokens_per_batch
     folder.mkdir(parents=True, exist_ok=True)
     for name, ((dataset, *_), task) in sets.items():
         size, count = len(dataset), state.num_processes
         mine = range(size * state.process_index // count, size * (state.process_index + 1) // count)
         part = folder / f".{name}.{state.process_index}.parquet"
         if mine:
-            sizes = {"tokens_per_batch": recipe.evaluate.tokens_per_batch, "first_row": dataset[0]}
+            sizes = {
+                "tokens_per_batch": recipe.evaluate.tokens_per_batch,
+                "first_row": dataset[0],
+                "start": mine.start,
+            }
             answers = answer_set(model, dataset.select(mine), task, tokenizer, **settings, **sizes)
             pq.write_table(answers.data.table, part)
         state.wait_for_everyone()
@@ -202,8 +251,13 @@ def closing_of(answers: dict[str, np.ndarray], place: str, seed: int = 0) -> dic
 
 def read_answers(path: str | Path) -> dict[str, np.ndarray]:
     """An answers file as arrays: `log_probs` (N, K+1), `token_ids` (N, K), `target` (N,), and the others, (N, ...)."""
-    table = pq.read_table(path)
-    return {name: np.array(table[name].to_pylist()) for name in table.column_names}
+    table, arrays = pq.read_table(path), {}
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        values = (column.flatten() if is_list else column).to_numpy(zero_copy_only=False)
+        arrays[name] = values.reshape(table.num_rows, -1) if is_list else values
+    return arrays
 
 
 # What answers say
@@ -238,6 +292,8 @@ def predictions(answers: dict[str, np.ndarray], place: str = "these answers") ->
         result["choice_correct"] = is_label[np.arange(len(chosen)), chosen]
         with np.errstate(divide="ignore"):
             result["choice_label_log_prob"] = np.log((shares * is_label).sum(axis=1))
+    if "example" in answers:
+        result["example"] = answers["example"]
     for name, values in result.items():
         if np.isnan(values).any():
             raise FirstTrlError(

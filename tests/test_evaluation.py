@@ -83,6 +83,29 @@ def test_a_test_set_can_have_templates_of_its_own():
     assert (other.prompt, other.completion, other.choices) == ("{question}", " {label}", ["A", "B"])
 
 
+def test_free_text_is_measured_by_every_learned_token_but_the_end_and_resampled_by_answer(make_model, tokenizer):
+    import torch
+
+    rows = Dataset.from_dict(
+        {"text": ["the film", "a dull plot", "so"], "answer": ["is great fun", "bad", "slow and sad"]}
+    )
+    task = TaskConfig(prompt="Review : {text} Sentiment :", completion=" {answer}")
+    model = make_model(vocab_size=len(tokenizer)).eval()
+    answers = answer_set(model, rows, task, tokenizer, top_k=5, tokens_per_batch=16, start=7)
+    found = {name: np.array(answers[name][:]) for name in answers.column_names}
+    written = [tokenizer(answer).input_ids for answer in rows["answer"]]
+    assert found["label_id"].tolist() == sum(written, []), "no end of sequence"
+    assert found["example"].tolist() == [7] * 3 + [8] + [9] * 3
+    ids = tokenizer("Review : the film Sentiment : is great fun").input_ids
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids])).logits[0, -4:-1].log_softmax(-1).numpy()
+    np.testing.assert_allclose(found["label_log_prob"][:3], log_probs[range(3), ids[-3:]], atol=1e-4)
+    said = predictions(found)
+    np.testing.assert_allclose(said["confidence"][:3], np.exp(log_probs.max(-1)), atol=1e-4)
+    assert said["correct"][:3].tolist() == (log_probs.argmax(-1) == ids[-3:]).tolist() and "choice_correct" not in said
+    assert said["example"].tolist() == found["example"].tolist()
+
+
 # Answers that a map or float32 cannot hold
 
 
