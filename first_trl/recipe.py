@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
@@ -365,8 +365,8 @@ def _validated(model: type[Section], tree: dict, path: tuple, errors: ErrorColle
             known = list(above.model_fields) if above else []
             words = RESERVED_KEYS.get(where[-1]) or ("unknown key", _suggest(where[-1], known))
         else:
-            words = _misfit(problem, hint, value)
-        errors.add((*path, *where), value, *words)
+            words = _misfit(problem, value)
+        errors.add((*path, *where), value, *words, settle=True)
         if problem["type"] != "extra_forbidden":
             broken.add((*path, *where))
         pruned.pop(where[-1], None)
@@ -378,46 +378,24 @@ def _validated(model: type[Section], tree: dict, path: tuple, errors: ErrorColle
         return None, broken
 
 
-_PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
-_BOUNDS = {"ge": "{} or more", "gt": "more than {}", "le": "{} or less", "lt": "less than {}"}
-
-
-def _misfit(found: Any, hint: Any, value: Any) -> tuple[str, str]:
-    """(what is wrong, the remedy), in our words, of what pydantic refuses."""
-    limits = found.get("ctx", {})
-    for bound in _BOUNDS.keys() & limits.keys():
-        return "it is out of range", f"write {_BOUNDS[bound].format(f'{limits[bound]:.10g}')}"
-    if section_of(hint) or get_origin(hint) is dict and isinstance(value, str | int | float | list):
+def _misfit(found: Any, value: Any) -> tuple[str, str]:
+    """(what is wrong, the remedy) of a value that pydantic refuses."""
+    items, wanted = value if isinstance(value, list) else [value], found["msg"].removeprefix("Input should be ")
+    what, remedy = "it does not fit", f"write {wanted if wanted.startswith('a ') else f'a value {wanted}'}"
+    if "model_type" in found["type"]:
         return "it needs a mapping", "write its settings on the lines below, indented"
-    wanted = described(hint)
-    if found["type"] == "literal_error" and isinstance(value, str):
-        close = difflib.get_close_matches(value, wanted.removeprefix("one of ").split(", "), n=1)
-        guess = f"did you mean {close[0]}? Choose " if close else "choose "
-        return REMOVED_VALUES.get(value) or ("it is not a value of this setting", guess + wanted)
-    items = value if isinstance(value, list) else [value]
-    if re.search("text|one of", wanted) and any(isinstance(item, bool | int | float) for item in items):
+    if re.search("string|literal", found["type"]) and any(isinstance(item, bool) for item in items):
+        remedy = "YAML reads an unquoted yes, no, on, off, true or false as a boolean: put it in quotes"
+    elif "string" in found["type"] and any(isinstance(item, int | float) for item in items):
         remedy = "put it in quotes"
-        if any(isinstance(item, bool) for item in items):
-            remedy = f"YAML reads an unquoted yes, no, on, off, true or false as a boolean: {remedy}"
-    elif isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list | dict):
+    elif found["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", wanted)
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        guess = f"did you mean {close[0]}? Choose " if close else "choose "
+        return REMOVED_VALUES.get(str(value)) or (what, f"{guess}one of {', '.join(choices)}")
+    elif isinstance(value, list) and len(value) == 1 and not isinstance(found["loc"][-1], int):
         remedy = f"write {value[0]!r} without the brackets"
-    else:
-        remedy = f"write {wanted}" + (", without quotes" if isinstance(value, str) else "")
-    return f"it needs {wanted}", remedy
-
-
-def described(hint: Any) -> str:
-    """What a setting accepts, in words."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return described(args[0])
-    if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in args if choice is not None)
-    if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(described(member) for member in args if member is not NoneType))
-    if origin is list:
-        return "a list of texts" if args[0] is str else "a list of values"
-    return _PLAIN.get(origin or hint, "a mapping")
+    return what, remedy
 
 
 def _unsafe(value: Any, path: tuple) -> Iterator[Problem]:

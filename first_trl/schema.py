@@ -10,10 +10,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from .errors import FirstTrlError
-from .recipe import Recipe, described, file_model, load_recipe, section_of
+from .recipe import Recipe, file_model, load_recipe, section_of
 from .settings import DatasetConfig, Section, training_model
 
 _VARIABLE = {"type": "string", "pattern": r"^\$\{.+\}$"}
@@ -127,8 +127,8 @@ def _table(title: str, text: str, model: type[Section], keys: Iterable[str]) -> 
         field = model.model_fields[key]
         unset = field.default_factory or field.default is None
         default = "required" if field.is_required() else "" if unset else f"`{json.dumps(field.default)}`"
-        wanted = described(field.annotation)
-        choices = f" {wanted.capitalize()}." if wanted.startswith("one of") and len(wanted) < 100 else ""
+        values = [str(v) for v in get_args(field.annotation) if v] if get_origin(field.annotation) is Literal else []
+        choices = f" One of {', '.join(values)}." if 0 < len(values) < 12 else ""
         text = (field.description or "").replace("|", "\\|") + choices
         lines.append(f"| `{key}` | {default} | {text} |")
     return "\n".join([*lines, ""])

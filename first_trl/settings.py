@@ -11,15 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    WrapValidator,
-    create_model,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, WrapValidator, create_model, model_validator
 
 from .constants import CRITERIA, DIVERGENCES, FOLDER_NAME, HUB_ID, POSITIONS, RECALIBRATION_METHODS, TAILS
 from .templates import Piece, parse_template
