@@ -194,12 +194,8 @@ def answer_sets(path: str | Path, section: dict, sets: dict[str, tuple], folder:
         mine = range(size * state.process_index // count, size * (state.process_index + 1) // count)
         part = folder / f".{name}.{state.process_index}.parquet"
         if mine:
-            sizes = {
-                "tokens_per_batch": recipe.evaluate.tokens_per_batch,
-                "first_row": dataset[0],
-                "start": mine.start,
-            }
-            answers = answer_set(model, dataset.select(mine), task, tokenizer, **settings, **sizes)
+            settings |= {"first_row": dataset[0], "start": mine.start}
+            answers = answer_set(model, dataset.select(mine), task, tokenizer, **settings)
             pq.write_table(answers.data.table, part)
         state.wait_for_everyone()
         if state.is_main_process:
