@@ -4,11 +4,14 @@ Everything that SFTConfig knows keeps its meaning. The fields below are the meth
 paper's sections 3.2 and 3.3; the K+1 partition: `first_trl.losses`).
 """
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from trl import SFTConfig
 
 from .constants import DIVERGENCES, TAILS
+from .errors import FirstTrlError
 from .loss_rules import loss_conflicts
 
 
@@ -26,6 +29,7 @@ class FIRSTConfig(SFTConfig):
         recalibration_method: how the teacher's rows are recalibrated before the loss sees them. Default: `temperature`
             where a value is given, otherwise `none`, which is plain distillation.
         recalibration_value: the value found by `first_trl.calibration.search`; required by every method but `none`.
+        calibration: the `calibration.json` that `first-trl calibrate` wrote, for both of these.
         max_length: tokens in a packed row; only used with `packing`. The cache is already truncated.
 
     Raises:
@@ -54,6 +58,10 @@ class FIRSTConfig(SFTConfig):
     recalibration_value: float | None = field(
         default=None, metadata={"help": "Value of the recalibration, as found on the validation cache."}
     )
+    calibration: str | None = field(
+        default=None, metadata={"help": "The calibration.json of a run, for the method and the value found there."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log the finite losses alone."})
     max_length: int | None = field(
         default=None,
         metadata={"help": "Tokens in a packed row, with packing only; defaults to the cache's own max_length."},
@@ -71,6 +79,8 @@ class FIRSTConfig(SFTConfig):
             raise ValueError(f"ce_weight is {self.ce_weight}; it must lie in [0, 1].")
         if not 0 < self.mass_fraction <= 1:
             raise ValueError(f"mass_fraction is {self.mass_fraction}; it must lie in (0, 1], 1.0 being exact.")
+        if self.calibration is not None:
+            self._read_calibration()
         if self.recalibration_method is None:
             self.recalibration_method = "none" if self.recalibration_value is None else "temperature"
         for key, what, remedy in loss_conflicts(vars(self)):
@@ -82,10 +92,27 @@ class FIRSTConfig(SFTConfig):
             )
         self._refuse_what_this_trainer_cannot_honour()
 
+    def _read_calibration(self):
+        try:
+            content = json.loads(Path(self.calibration).read_text(encoding="utf-8"))
+            method = self.recalibration_method or content["method"]
+            value = float(content["families"][method]["value"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FirstTrlError(
+                f"calibration={str(self.calibration)!r} has no value for recalibration_method="
+                f"{self.recalibration_method!r} ({error!r}); give the file that `first-trl calibrate` wrote."
+            ) from error
+        if self.recalibration_value not in (None, value):
+            raise FirstTrlError(
+                f"recalibration_value is {self.recalibration_value}, and {self.calibration} says {value}; give one."
+            )
+        self.recalibration_method, self.recalibration_value = method, value
+
     def _refuse_what_this_trainer_cannot_honour(self):
         for name, allowed, remedy in (
             ("label_smoothing_factor", 0.0, "use recalibration_method='label_smoothing', which smooths the teacher"),
             ("use_liger_kernel", False, "remove it: the loss here never builds the logits that it would save"),
+            ("trust_remote_code", False, "code of a model is never run; load it yourself and pass it"),
             ("assistant_only_loss", False, "remove it: the cache decides which tokens are supervised"),
         ):
             if getattr(self, name) != allowed:

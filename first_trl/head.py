@@ -14,7 +14,7 @@ The gradient needs no second look at the vocabulary. With q the softmax over the
 
     d tail_logit / d hidden = sum_{j not in S} q_j dz_j / d hidden
 
-is a mean of head rows, which the same online softmax accumulates while the tile is at hand. Forward and backward
+is a mean of head rows, which the same online softmax accumulates while the tile is there. Forward and backward
 together multiply (N, D) by (D, V) twice, 4NVD flops, where recomputing the logits in the backward would cost 6NVD.
 Only a head that is itself trained sees the vocabulary again in the backward.
 
@@ -35,9 +35,11 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
-CHUNK_SIZE = 1024  # positions that share one pass over the vocabulary
-_TILE_ELEMENTS = 2**22  # logits at hand at one time: small enough for a cache, large enough to be worth a launch
-_GATHER_ELEMENTS = 2**22  # elements of the head rows of S at hand at one time
+# Positions that share one pass over the vocabulary, and logits of one tile: on a CPU a tile should stay in its cache,
+# on an accelerator it should be worth a launch.
+CHUNK_SIZE, _CHUNK_SIZE_OF_ACCELERATOR = 1024, 4096
+_TILE_ELEMENTS, _TILE_ELEMENTS_OF_ACCELERATOR = 2**22, 2**25
+_GATHER_ELEMENTS = 2**22  # elements of the gathered head rows of S
 
 
 def partition_log_probs(
@@ -47,7 +49,7 @@ def partition_log_probs(
     bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> torch.Tensor:
     """Log-probabilities of the kept tokens and of the tail: (N, D), (V, D), (N, K) -> (N, K+1), in float32.
 
@@ -62,6 +64,7 @@ def partition_log_probs(
     return partition_log_probs_and_tail_max(hidden, weight, token_ids, bias, logit_scale, softcap, chunk_size)[0]
 
 
+@torch.compiler.disable  # a Python loop over tiles, which a compiler would unroll anew for every shape
 def partition_log_probs_and_tail_max(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -69,22 +72,26 @@ def partition_log_probs_and_tail_max(
     bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
+    check_ids: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`partition_log_probs`, and the log-probability of the likeliest token of the tail, (N,), without gradient.
 
     The model's prediction is a kept token where the largest of the first K columns is above the second result.
+    `check_ids=False` takes the ids' word for it: on a GPU the check waits for the device.
     """
     weight, bias = _whole(weight), _whole(bias)
     with _gathered(weight, bias):
         rule = _logit_rule(hidden, weight, bias, logit_scale, softcap)
-        token_ids = _checked_token_ids(token_ids, hidden, weight)
+        token_ids = _checked_token_ids(token_ids, hidden, weight) if check_ids else token_ids
+        chunk_size = _chunk_size(weight) if chunk_size is None else chunk_size
         with_grad = torch.is_grad_enabled() and hidden.requires_grad
         logits_NK1, tail_max_N = _PartitionLogits.apply(hidden, weight, bias, token_ids, rule, chunk_size, with_grad)
     log_normalizer_N = logits_NK1.logsumexp(dim=-1)
     return logits_NK1 - log_normalizer_N[:, None], tail_max_N - log_normalizer_N.detach()
 
 
+@torch.compiler.disable
 def selected_logits(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -92,6 +99,7 @@ def selected_logits(
     bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    check_ids: bool = True,
 ) -> torch.Tensor:
     """Logits of the given tokens, (N, D), (V, D), (N, K) -> (N, K), by K dot products: no vocabulary-sized work.
 
@@ -101,10 +109,11 @@ def selected_logits(
     weight, bias = _whole(weight), _whole(bias)
     with _gathered(weight, bias):
         rule = _logit_rule(hidden, weight, bias, logit_scale, softcap)
-        token_ids = _checked_token_ids(token_ids, hidden, weight, distinct=False)
+        token_ids = _checked_token_ids(token_ids, hidden, weight, distinct=False) if check_ids else token_ids
         return _SelectedLogits.apply(hidden, weight, bias, token_ids, rule)
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def top_k_log_probs(
     hidden: torch.Tensor,
@@ -113,7 +122,7 @@ def top_k_log_probs(
     bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
     vocab_limit: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k likeliest tokens of each position, and the partition that they make, without gradient.
@@ -133,7 +142,7 @@ def top_k_log_probs(
         ids_NK = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
         log_probs_NK1 = hidden.new_empty(len(hidden), k + 1, dtype=head.rule.sum_dtype)
         with _no_autocast(hidden):
-            for rows in _slices(len(hidden), chunk_size):
+            for rows in _slices(len(hidden), _chunk_size(weight) if chunk_size is None else chunk_size):
                 ids_NK[rows], log_probs_NK1[rows] = _top_k_of_chunk(head, hidden[rows], k, limit)
     return ids_NK, log_probs_NK1
 
@@ -184,6 +193,8 @@ class _Head:
         a, b = a.to(self.rule.dtype), b.to(self.rule.dtype)
         if a.is_cuda and self.rule.dtype != self.rule.sum_dtype:
             return torch.mm(a, b, out_dtype=self.rule.sum_dtype)  # not rounded to half precision on the way out
+        if a.device.type in ("xpu", "mps"):
+            a, b = a.to(self.rule.sum_dtype), b.to(self.rule.sum_dtype)
         return torch.mm(a, b).to(self.rule.sum_dtype)
 
     def _finish(self, z: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -409,7 +420,23 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 def _tiles(weight_VD: torch.Tensor, num_positions: int) -> Iterator[slice]:
     """Parts of the vocabulary within the tile budget; two or more of them, so that no tile is (N, V)."""
     vocab_size = len(weight_VD)
-    return _slices(vocab_size, max(1, min(_TILE_ELEMENTS // max(1, num_positions), math.ceil(vocab_size / 2))))
+    return _slices(
+        vocab_size, max(1, min(_tile_elements(weight_VD) // max(1, num_positions), math.ceil(vocab_size / 2)))
+    )
+
+
+def _chunk_size(weight_VD: torch.Tensor) -> int:
+    return CHUNK_SIZE if weight_VD.device.type in ("cpu", "meta") else _CHUNK_SIZE_OF_ACCELERATOR
+
+
+def _tile_elements(weight_VD: torch.Tensor) -> int:
+    """Logits of one tile; on a GPU as many as a sixteenth of its free memory holds, with three copies beside them."""
+    if weight_VD.device.type in ("cpu", "meta"):
+        return _TILE_ELEMENTS
+    if not weight_VD.is_cuda:
+        return _TILE_ELEMENTS_OF_ACCELERATOR
+    free, _ = torch.cuda.mem_get_info(weight_VD.device)
+    return max(_TILE_ELEMENTS, min(_TILE_ELEMENTS_OF_ACCELERATOR, free // 256))
 
 
 def _gather_slices(ids_NK: torch.Tensor, weight_VD: torch.Tensor) -> Iterator[slice]:

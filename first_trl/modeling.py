@@ -31,7 +31,6 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, find_adapter_config_file, logging
 
-from .constants import IGNORED
 from .errors import FirstTrlError
 from .head import partition_log_probs, partition_log_probs_and_tail_max, selected_logits
 
@@ -196,7 +195,7 @@ class PartitionOutput(ModelOutput):
     """What a model returns when called with `partition_ids`; row-major over the supervised positions.
 
     Args:
-        log_probs: (M, K+1) nats, last column the tail, at the M positions of `partition_positions` (all N by default).
+        log_probs: (M, K+1) nats, last column the tail, at the M positions of `sample` (all N by default).
         tail_max: (M,) nats, the largest log-probability in the tail, without gradient.
         logits: (N, K) logits of the K tokens at every position, where they were asked for.
         label_log_probs: (M,) nats, log-probability of the label, where it was asked for.
@@ -206,11 +205,6 @@ class PartitionOutput(ModelOutput):
     tail_max: Any = None
     logits: Any = None
     label_log_probs: Any = None
-
-
-def supervised_mask(labels_BT: torch.Tensor) -> torch.Tensor:
-    """(B, T-1) mask of the hidden states whose next token is in the loss."""
-    return labels_BT[:, 1:] != IGNORED
 
 
 def logit_scale(config) -> float:
@@ -234,9 +228,9 @@ def language_model_head(model: PreTrainedModel) -> Head:
     return Head(module.weight, getattr(module, "bias", None), logit_scale(model.config), softcap)
 
 
-def backbone_hidden_states(model: PreTrainedModel, **inputs) -> torch.Tensor:
+def backbone_hidden_states(model: PreTrainedModel, *args, **inputs) -> torch.Tensor:
     """(B, T, D) last hidden states of `model`, whose backbone transformers calls `base_model`; no head is applied."""
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
+    return model.base_model(*args, **{**inputs, "use_cache": False}).last_hidden_state
 
 
 @torch.no_grad()
@@ -299,85 +293,64 @@ def add_partition_head(model: PreTrainedModel) -> None:
     """Let `model(..., partition_ids=ids_NK)` return a [`PartitionOutput`]; any other call is unchanged.
 
     Add it to the innermost model, after TRL's own fused head and before `accelerate` wraps anything. New arguments:
-    `partition_ids` (N, K) int64, one row per supervised position of `labels`; `partition_positions` (M,) int64, the
-    positions that pay for the whole vocabulary (default all); `partition_logits`, whether to return the K logits at
-    every position; `partition_labels`, whether to return the label's log-probability; `partition_grad`, whether the
-    log-probabilities carry a gradient, which costs as much again as their values (the K logits always do).
+    `partition_ids` (N, K) int64 and `places` (N,) int64, one per supervised position: its kept tokens, and where its
+    hidden state is among the flattened (B, T); `sample` (M,) int64, the positions that pay for the whole vocabulary
+    (default all); `want_logits`, for the K logits at every position; `want_labels`, for the label's log-probability;
+    `want_grad`, whether the log-probabilities carry a gradient, which costs as much again as their values (the K
+    logits always do).
     """
     original_forward = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(
-        self,
-        *args,
-        partition_ids=None,
-        partition_positions=None,
-        partition_logits=False,
-        partition_labels=False,
-        partition_grad=True,
-        labels=None,
-        **kwargs,
-    ):
+    def forward(self, *args, partition_ids=None, places=None, sample=None, labels=None, **kwargs):
         if partition_ids is None:
-            return (
-                original_forward(*args, **kwargs)
-                if labels is None
-                else original_forward(*args, labels=labels, **kwargs)
-            )
-        kwargs["use_cache"] = False
-        hidden_BTD = self.base_model(*args, **kwargs).last_hidden_state
-        mask = supervised_mask(labels)
+            return original_forward(*args, **kwargs, **({} if labels is None else {"labels": labels}))
+        wanted = {name: kwargs.pop(name, name == "want_grad") for name in ("want_logits", "want_labels", "want_grad")}
+        hidden_BTD = backbone_hidden_states(self, *args, **kwargs)
         head = language_model_head(self)
         # With the model split over devices, the backbone can end on another device than the head.
-        hidden_ND = hidden_BTD[:, :-1][mask.to(hidden_BTD.device)].to(head.weight.device)
-        labels_N = labels[:, 1:][mask].to(head.weight.device)
-        return _project(
-            hidden_ND,
-            labels_N,
-            head,
-            partition_ids,
-            partition_positions,
-            want_logits=partition_logits,
-            want_labels=partition_labels,
-            want_grad=partition_grad,
-        )
+        device = head.weight.device
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, places.to(hidden_BTD.device)).to(device)
+        labels_N = labels.flatten().index_select(0, places.to(labels.device) + 1).to(device)
+        return _project(hidden_ND, labels_N, head, partition_ids.to(device), sample, **wanted)
 
     model.forward = types.MethodType(forward, model)
 
 
 def _project(
-    hidden_ND, labels_N, head: Head, ids_NK, positions_M, want_logits: bool, want_labels: bool, want_grad: bool
+    hidden_ND, labels_N, head: Head, ids_NK, sample_M, want_logits: bool, want_labels: bool, want_grad: bool
 ) -> PartitionOutput:
-    if len(ids_NK) != len(hidden_ND):
-        raise ValueError(
-            f"The batch has {len(ids_NK)} teacher rows for {len(hidden_ND)} supervised positions; the teacher's rows "
-            "do not belong to these labels."
-        )
     output = PartitionOutput()
     if want_logits:
-        output["logits"] = selected_logits(hidden_ND, head.weight, ids_NK, *head[1:])
-    if positions_M is not None:
-        hidden_ND, ids_NK, labels_N = hidden_ND[positions_M], ids_NK[positions_M], labels_N[positions_M]
+        output["logits"] = selected_logits(hidden_ND, head.weight, ids_NK, *head[1:], check_ids=False)
+    if sample_M is not None:
+        hidden_ND, ids_NK, labels_N = hidden_ND[sample_M], ids_NK[sample_M], labels_N[sample_M]
     if not want_grad:
         hidden_ND = hidden_ND.detach()
-    if positions_M is None or len(positions_M):
-        log_probs_MK1, tail_max_M = partition_log_probs_and_tail_max(hidden_ND, head.weight, ids_NK, *head[1:])
+    if sample_M is None or len(sample_M):
+        log_probs_MK1, tail_max_M = partition_log_probs_and_tail_max(
+            hidden_ND, head.weight, ids_NK, *head[1:], check_ids=False
+        )
         output["log_probs"], output["tail_max"] = log_probs_MK1, tail_max_M
         if want_labels:
             # log p(label) = z_label - log Z, and log Z = z_1 - log p_1 for any token 1 of the partition
-            logits_M2 = selected_logits(
-                hidden_ND, head.weight, torch.stack([labels_N, ids_NK[:, 0]], dim=1), *head[1:]
-            )
+            ids_M2 = torch.stack([labels_N, ids_NK[:, 0]], dim=1)
+            logits_M2 = selected_logits(hidden_ND, head.weight, ids_M2, *head[1:], check_ids=False)
             output["label_log_probs"] = logits_M2[:, 0] - logits_M2[:, 1] + log_probs_MK1[:, 0]
     return output
 
 
 def adapters_to_float32(model: torch.nn.Module) -> None:
-    """Hold trainable weights in float32, where a run asks for no mixed precision.
+    """Hold the trained weights of adapters in float32, where a run asks for no mixed precision.
 
     TRL stores the adapter of a quantised base in bfloat16, whose 8 bits of mantissa lose most of Adam's small steps;
-    under `bf16: true` that is the user's choice, in a float32 run it is not.
+    under `bf16: true` that is the user's choice, in a float32 run it is not. Other trained weights keep their type:
+    their neighbours multiply in it.
     """
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        for part in (getattr(module, name) for name in module.adapter_layer_names if hasattr(module, name)):
+            for parameter in part.parameters():
+                if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                    parameter.data = parameter.data.float()

@@ -1,8 +1,8 @@
 """FIRSTTrainer: TRL's SFTTrainer with the teacher's cached rows in place of the labels.
 
 It joins the parts and holds no mathematics: the cache gives each supervised position its teacher row, the collator
-keeps rows and labels in the same order, the model's partition head gives the student's row, `recalibrate` mends the
-teacher's, `partition_divergence` compares the two, and the sum is normalised exactly as SFTTrainer normalises its own.
+keeps rows and labels in the same order, the model's partition head gives the student's row, `recalibrate` is applied
+to the teacher's, `partition_divergence` compares the two, and the sum is normalised as SFTTrainer normalises its own.
 
 Shapes: N supervised positions of a batch in row-major order, M a subset of them, K kept tokens.
 """
@@ -21,9 +21,9 @@ from trl import SFTTrainer
 
 from .cache.reader import TeacherCache, check_cache, check_vocabulary, open_cache
 from .calibration import recalibrate
-from .collator import COLUMNS, POSITIONS_PER_ROW, TEACHER_COLUMNS, TeacherCollator, prepare_rows
-from .constants import IGNORED
+from .collator import COLUMNS, TEACHER_COLUMNS, TeacherCollator, prepare_rows
 from .data.encoding import check_first_row
+from .errors import FirstTrlError
 from .first_config import FIRSTConfig
 from .losses import conditional_divergence, mass_divergence, partition_divergence
 from .modeling import (
@@ -36,13 +36,13 @@ from .modeling import (
     load_model,
     load_tokenizer,
     settle_names,
-    supervised_mask,
 )
 from .settings import TaskConfig
-from .training import launched_sharded
+from .training import check_loss, launched_sharded
 
 logger = logging.get_logger(__name__)
 
+ADDED_COLUMNS = {*TEACHER_COLUMNS, "places", "positions_per_row"}  # of a batch, beside TRL's own
 LOW_MASS = 0.5  # below this, `renormalize` trains a distribution that the student's argmax never visits
 
 
@@ -54,6 +54,8 @@ def _as_cache(dataset, tokenizer) -> TeacherCache:
         dataset = TeacherCache(Path("given as a Dataset"), {}, dataset)  # no manifest: columns and ids are checked
     elif isinstance(dataset, TeacherCache):
         check_cache(dataset, tokenizer=tokenizer)
+        if "task" in dataset.manifest:
+            check_first_row(dataset.manifest.get("first_row"), TaskConfig(**dataset.manifest["task"]), tokenizer)
         if "first_row" in dataset.manifest:  # a cache of another writer may not hold it
             check_first_row(dataset.manifest["first_row"], TaskConfig(**dataset.manifest["task"]), tokenizer)
     else:
@@ -155,7 +157,7 @@ class FIRSTTrainer(SFTTrainer):
         add_partition_head(innermost(self.model))
         if not (args.bf16 or args.fp16):
             adapters_to_float32(self.model)
-        self._sums: dict[str, Any] = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._sums: dict[str, Any] = {mode: defaultdict(lambda: [0.0, 0]) for mode in ("train", "eval")}
         self._low_mass_logs = 0
 
     def _refuse_unsupported_parallelism(self):
@@ -178,35 +180,58 @@ class FIRSTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Divergence summed over the supervised positions, divided as SFTTrainer divides its own loss (design 2.2)."""
         if return_outputs:
-            raise ValueError("FIRSTTrainer never builds logits; return_outputs=True is not supported.")
-        inputs = self._without_repeated_rows(inputs)
-        ours = (*TEACHER_COLUMNS, POSITIONS_PER_ROW)
-        tokens = {name: value for name, value in inputs.items() if name not in ours}
-        teacher_ids_NK = inputs["teacher_ids"]
-        method, value = self.args.recalibration_method, self.args.recalibration_value
-        teacher_NK1 = recalibrate(inputs["teacher_log_probs"], method, value)
-        positions_M = self._positions_with_tail(len(teacher_ids_NK), teacher_ids_NK.device)
+            raise FirstTrlError("FIRSTTrainer never builds logits; return_outputs=True is not supported.")
+        args, inputs = self.args, self._without_repeated_rows(inputs)
+        teacher = recalibrate(inputs["teacher_log_probs"], args.recalibration_method, args.recalibration_value)
+        count, sample = len(teacher), self._sampled_positions(len(teacher), teacher.device)
+        renormalized = args.tail == "renormalize"
         output = model(
-            **tokens,
-            partition_ids=teacher_ids_NK,
-            partition_positions=positions_M,
-            partition_logits=positions_M is not None,
-            partition_labels=self.args.ce_weight > 0,
-            partition_grad=not self._tail_is_only_logged(),
+            **{name: value for name, value in inputs.items() if name not in ADDED_COLUMNS},
+            partition_ids=inputs["teacher_ids"],
+            places=inputs["places"],
+            sample=sample,
+            want_logits=renormalized or sample is not None,
+            want_labels=args.ce_weight > 0,
+            want_grad=not renormalized or args.ce_weight > 0,
         )
-        loss_sum = self._summed_loss(output, teacher_NK1, positions_M)
+        if renormalized:
+            kept = torch.nn.functional.pad(output.logits.float(), (0, 1))  # the last column, the tail, is ignored
+            divergence_sum = partition_divergence(kept, teacher, args.divergence, tail="renormalize").sum()
+        elif sample is None:
+            divergence_sum = partition_divergence(output.log_probs, teacher, args.divergence).sum()
+        else:  # the same in expectation: the mass term of a few positions stands for that of all
+            mass_sum = mass_divergence(output.log_probs, teacher[sample]).sum()
+            divergence_sum = conditional_divergence(output.logits, teacher).sum() + count / len(sample) * mass_sum
+        self._add_metrics(output, teacher, sample, divergence_sum)
+        if self.model.training:
+            self._count_tokens(inputs)
+        loss = divergence_sum
+        if args.ce_weight > 0:
+            cross_entropy_sum = -count / max(len(output.label_log_probs), 1) * output.label_log_probs.sum()
+            self._add("cross_entropy", cross_entropy_sum, count)
+            loss = (1 - args.ce_weight) * divergence_sum + args.ce_weight * cross_entropy_sum
         if num_items_in_batch is None:
-            loss = loss_sum / max(len(teacher_ids_NK), 1)
+            return loss / max(count, 1)
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device).clamp(min=1)
+        # num_items_in_batch counts the tokens of every rank, and DDP averages the gradients over ranks
+        ranks = self.accelerator.num_processes // self.get_tp_size() if args.average_tokens_across_devices else 1
+        return loss * ranks / num_items_in_batch
+
+    def _sampled_positions(self, count: int, device) -> torch.Tensor | None:
+        """Positions (M,) at which the whole vocabulary is projected; None for all of them."""
+        args, training = self.args, self.model.training
+        if args.tail == "renormalize" and args.ce_weight == 0:  # only the logged mass needs the vocabulary
+            log_is_due = (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
+            size = min(64, count) if log_is_due or not training else 0
+        elif args.mass_fraction < 1 and training and count:
+            size = max(1, round(args.mass_fraction * count))
         else:
-            loss = loss_sum / torch.as_tensor(num_items_in_batch, device=loss_sum.device).clamp(min=1)
-            if self.args.average_tokens_across_devices:
-                # num_items_in_batch counts the tokens of every rank, and DDP averages the gradients over ranks
-                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        self._count_tokens(inputs)
-        return loss
+            return None
+        return torch.randperm(count, device=device)[:size]
 
     def _without_repeated_rows(self, inputs: dict) -> dict:
-        """Take the labels from rows that were repeated to fill an evaluation's last batches on every process.
+        """Leave out rows that were repeated to fill an evaluation's last batches on every process.
 
         accelerate repeats the first rows of the dataset so that all processes have batches of one size, and a mean
         over ranks would count those twice; the rows after the last genuine one are repetitions, rank after rank.
@@ -214,113 +239,51 @@ class FIRSTTrainer(SFTTrainer):
         state = self.accelerator.gradient_state
         if self.model.training or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
-        per_row = inputs[POSITIONS_PER_ROW]
         genuine = max(state.remainder - self.accelerator.process_index * self.args.eval_batch_size, 0)
-        kept = int(per_row[:genuine].sum())
-        if kept == int(per_row.sum()):
-            return inputs
-        supervised_BT = supervised_mask(inputs["labels"])
-        order_BT = supervised_BT.flatten().cumsum(0).view_as(supervised_BT)
-        labels_BT = inputs["labels"].clone()
-        labels_BT[:, 1:][order_BT > kept] = IGNORED
-        rows = {name: inputs[name][:kept] for name in TEACHER_COLUMNS if name in inputs}
-        return {**inputs, **rows, "labels": labels_BT}
-
-    def _positions_with_tail(self, num_positions: int, device) -> torch.Tensor | None:
-        """Positions (M,) at which the whole vocabulary is projected; None for all of them."""
-        if self._tail_is_only_logged():
-            # Nothing here needs the vocabulary but the logged mass: a few positions, when a log is due.
-            sample = min(64, num_positions) if self._log_is_due() else 0
-            return torch.randperm(num_positions, device=device)[:sample]
-        if self.args.mass_fraction < 1 and self.model.training and num_positions:
-            sample = max(1, round(self.args.mass_fraction * num_positions))
-            return torch.randperm(num_positions, device=device)[:sample]
-        return None
-
-    def _tail_is_only_logged(self) -> bool:
-        return self.args.tail == "renormalize" and self.args.ce_weight == 0
-
-    def _log_is_due(self) -> bool:
-        return (
-            not self.model.training or (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
-        )
-
-    def _summed_loss(self, output: PartitionOutput, teacher_NK1: torch.Tensor, positions_M) -> torch.Tensor:
-        student_MK1 = output.log_probs
-        teacher_MK1 = teacher_NK1 if positions_M is None else teacher_NK1[positions_M]
-        scale = len(teacher_NK1) / max(len(teacher_MK1), 1)
-        if self.args.tail == "renormalize":
-            logits_NK = student_MK1[:, :-1] if positions_M is None else output.logits
-            student_NK1 = torch.nn.functional.pad(logits_NK.float(), (0, 1))
-            divergence_sum = partition_divergence(
-                student_NK1, teacher_NK1, self.args.divergence, tail="renormalize"
-            ).sum()
-        elif positions_M is None:
-            divergence_sum = partition_divergence(student_MK1, teacher_MK1, self.args.divergence).sum()
-        else:
-            divergence_sum = (
-                conditional_divergence(output.logits, teacher_NK1).sum()
-                + scale * mass_divergence(student_MK1, teacher_MK1).sum()
-            )
-        self._accumulate(output, teacher_NK1, teacher_MK1, divergence_sum)
-        if self.args.ce_weight == 0:
-            return divergence_sum
-        cross_entropy_sum = -scale * output.label_log_probs.sum()
-        self._add("cross_entropy", cross_entropy_sum, len(teacher_NK1))
-        return (1 - self.args.ce_weight) * divergence_sum + self.args.ce_weight * cross_entropy_sum
+        kept = int(inputs["positions_per_row"][:genuine].sum())
+        return inputs | {name: inputs[name][:kept] for name in ("teacher_ids", "teacher_log_probs", "places")}
 
     @torch.no_grad()
-    def _accumulate(self, output: PartitionOutput, teacher_NK1, teacher_MK1, divergence_sum) -> None:
+    def _add_metrics(self, output: PartitionOutput, teacher_NK1, sample_M, divergence_sum) -> None:
         self._add("kl", divergence_sum, len(teacher_NK1))
         self._add("teacher_mass", teacher_NK1[:, :-1].exp().sum(), len(teacher_NK1))
-        if output.log_probs is not None and len(teacher_MK1):
-            student_MK1 = output.log_probs
-            first_M = student_MK1[:, :-1].gather(1, teacher_MK1[:, :-1].argmax(dim=1, keepdim=True)).squeeze(1)
-            agrees_M = first_M >= torch.maximum(student_MK1[:, :-1].amax(dim=1), output.tail_max)
-            self._add("student_mass", student_MK1[:, :-1].exp().sum(), len(student_MK1))
-            self._add("teacher_agreement", agrees_M.sum(), len(student_MK1))
+        if output.log_probs is not None and len(output.log_probs):
+            student_MK, teacher_MK1 = (
+                output.log_probs[:, :-1],
+                teacher_NK1 if sample_M is None else teacher_NK1[sample_M],
+            )
+            first_M = student_MK.gather(1, teacher_MK1[:, :-1].argmax(dim=1, keepdim=True)).squeeze(1)
+            agrees_M = first_M >= torch.maximum(student_MK.amax(dim=1), output.tail_max)
+            self._add("student_mass", student_MK.exp().sum(), len(student_MK))
+            self._add("teacher_agreement", agrees_M.sum(), len(student_MK))
 
     def _add(self, name: str, value_sum: torch.Tensor, count: int) -> None:
-        """Keep (sum, count) on the device; they are read once per log, not once per micro-step."""
-        sums = self._sums["train" if self.model.training else "eval"]
-        sums[name] = sums[name] + torch.stack(
-            [value_sum.detach().double(), torch.as_tensor(float(count), device=value_sum.device, dtype=torch.double)]
-        )
+        """Keep [sum, count]: the sum stays on its device until the next log, so that no micro-step waits for it."""
+        entry = self._sums["train" if self.model.training else "eval"][name]
+        entry[0], entry[1] = entry[0] + value_sum.detach().double(), entry[1] + count
 
-    def _count_tokens(self, inputs) -> None:
-        if not self.model.training:
-            return
+    def _count_tokens(self, inputs: dict) -> None:
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        self._sums["train"]["num_tokens"] = self._sums["train"]["num_tokens"] + torch.as_tensor(tokens).double()
+        self._sums["train"]["num_tokens"][0] += tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over all ranks since the last log; every rank calls this, so the reduction is safe."""
+        check_loss(logs, self.state.global_step)
         mode = "train" if self.model.training else "eval"
-        sums = self._sums[mode]
-        num_tokens = sums.pop("num_tokens", None)
-        if num_tokens is not None:
-            self._total_train_tokens += int(self.accelerator.reduce(num_tokens.to(self.args.device), "sum").item())
         # Every name on every rank: one without a genuine row would otherwise leave the others waiting for its sums.
-        empty = torch.zeros(2, dtype=torch.double)
-        sums_N2 = torch.stack([torch.as_tensor(sums.get(name, empty)).to(self.args.device) for name in self._logged()])
-        means = {
-            name: total / count
-            for name, (total, count) in zip(
-                self._logged(), self.accelerator.reduce(sums_N2, "sum").tolist(), strict=True
-            )
-            if count
-        }
+        names = ["num_tokens", "kl", "teacher_mass", "student_mass", "teacher_agreement", "cross_entropy"]
+        pairs = [value for name in names for value in self._sums[mode][name]]
+        sums = torch.stack([torch.as_tensor(value, dtype=torch.double, device=self.args.device) for value in pairs])
+        totals = dict(zip(names, self.accelerator.reduce(sums, "sum").view(-1, 2).tolist(), strict=True))
+        self._sums[mode].clear()
+        self._total_train_tokens += int(totals.pop("num_tokens")[0])
+        means = {name: total / count for name, (total, count) in totals.items() if count}
         self._metrics[mode].update({name: [mean] for name, mean in means.items()})
         if self._total_train_tokens:
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         if mode == "train" and "student_mass" in means:
             self._warn_on_low_mass(means["student_mass"])
-        sums.clear()
         super().log(logs, start_time)
-
-    def _logged(self) -> list[str]:
-        names = ["kl", "teacher_mass", "student_mass", "teacher_agreement"]
-        return [*names, "cross_entropy"] if self.args.ce_weight > 0 else names
 
     def _warn_on_low_mass(self, student_mass: float) -> None:
         self._low_mass_logs = self._low_mass_logs + 1 if student_mass < LOW_MASS else 0

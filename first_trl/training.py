@@ -5,14 +5,17 @@ set here: where to write, how often to save, and what to resume from.
 """
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 
 from accelerate import PartialState
+from transformers import TrainerCallback
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from .checkpoints import last_whole_checkpoint, remove_checkpoints, watch
 from .data.rows import describe_lost, load_rows
+from .errors import FirstTrlError
 from .log import status
 from .modeling import keep_to_text, load_model
 from .settings import STAGE_DEFAULTS
@@ -48,6 +51,7 @@ def training_arguments(section: dict, config_class: type, folder: Path, seed: in
         "seed": seed,
         **STAGE_DEFAULTS,
         "bf16": model_args.dtype == "bfloat16",
+        "logging_nan_inf_filter": False,  # it would log the mean of the finite losses, and wait for the GPU each step
     }
     return config_class(**{**defaults, **settings}), model_args
 
@@ -89,12 +93,30 @@ def train_and_save(trainer, folder: Path, continues: bool, title: str) -> None:
     finished = folder / "trainer_state.json"  # written when all else is
     if not (continues and finished.is_file()):
         watch(trainer, title)
+        trainer.add_callback(RefuseNonFiniteLoss)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if continues else None)
         save_whole(trainer, folder)
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(finished))
     if trainer.is_world_process_zero():
         remove_checkpoints(folder)
+
+
+class RefuseNonFiniteLoss(TrainerCallback):
+    """Ends a training that has diverged, at its next log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        check_loss(logs or {}, state.global_step)
+
+
+def check_loss(logs: dict, step: int) -> None:
+    """Raise where a logged loss is not finite: every weight trained on it is lost, and nothing would say so."""
+    for name in ("loss", "train_loss", "eval_loss"):
+        if name in logs and not math.isfinite(logs[name]):
+            raise FirstTrlError(
+                f"The {name.replace('_', ' ')} is {logs[name]} at step {step}: training has diverged. Lower "
+                "learning_rate, add warmup_steps, or take bf16 instead of fp16; then start again."
+            )
 
 
 def save_whole(trainer, folder: Path) -> None:
