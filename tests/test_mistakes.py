@@ -1,4 +1,4 @@
-"""What users get wrong, one row each: what they are told, word for word, and what to do about it.
+"""What users get wrong, one row each: the message has the place, the value and the remedy.
 
 The actions go through the code that the commands go through; the message is what the command prints. Names of folders
 that change from run to run are replaced. Broken recipes are in test_recipe.py.
@@ -6,12 +6,10 @@ that change from run to run are replaced. Broken recipes are in test_recipe.py.
 
 import errno
 import json
-import re
 
 import pytest
 
 from first_trl import failures
-from first_trl.recipe import load_recipe
 from first_trl.settings import DatasetConfig, TaskConfig
 from tests.test_recipe import RECIPE
 from tests.tiny import build_model, build_tokenizer
@@ -178,17 +176,6 @@ def small_student(folder):
     check_vocabulary(open_cache(folder / "cache"), vocab_size=20)
 
 
-def same_rows_in_train_and_test(folder):
-    from first_trl.stages.evaluate import refuse_overlap
-
-    for name, texts in (("train", ("a film", "good film")), ("validation", ("a book",)), ("test", ("dull", "a film"))):
-        rows = [ROW | {"text": text} for text in texts]
-        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    build_tokenizer().save_pretrained(folder / "models" / "teacher")
-    (folder / "recipe.yaml").write_text(RECIPE.replace("Review: {text}\\nS", "Review : {text} S"))
-    refuse_overlap(load_recipe("recipe.yaml", ["--cache.teacher", "models/teacher"]))
-
-
 def raises(error):
     def act(folder):
         raise error
@@ -243,193 +230,124 @@ def pieces():
     return byte_level_tokenizer()
 
 
-# --- the table: where it shows, what is done wrong, what is told
+# --- the table: where it shows, what is done wrong, parts of the message
 
 MISTAKES = [
     ("run", "no such stage", command("run", "recipe.yaml", "--stages", "cache,distil"),
-     "Unknown stage 'distil' in --stages; choose from sft, cache, calibrate, distill, evaluate, push."),
+     "'distil' in --stages|choose from sft, cache"),
     ("run", "no such configuration", command("cache", "recipe.yaml", "--config_file", "configs/gpu8.yaml"),
-     "There is no configs/gpu8.yaml; give an accelerate configuration, such as configs/cpu.yaml."),
+     'configs/gpu8.yaml|configs/cpu.yaml'),
     ("distill", "no such arm", stage("distill", "--arm", "frist"),
-     "first-trl distill: error: unknown arm 'frist'; the recipe has fine_tuned, distilled, first"),
+     "'frist'|the recipe has fine_tuned, distilled, first"),
     ("distill", "a stage too early", stage("distill", "--arm", "distilled"),
-     "runs/tiny has no finished 'cache' yet. Run `first-trl cache RECIPE`, or `first-trl run RECIPE` "
-     "for everything."),
+     "sft of runs/tiny|not finished|first-trl sft RECIPE"),
     ("calibrate", "calibration before the cache", stage("calibrate"),
-     "runs/tiny has no finished 'cache' yet. Run `first-trl cache RECIPE`, or `first-trl run RECIPE` "
-     "for everything."),
+     "sft of runs/tiny|not finished|first-trl sft RECIPE"),
     ("sft", "a corrupt line of JSON", data(ROW, '{"text": "a film", "label": \n', ROW),
-     "datasets.train: 'json' cannot be loaded: data/rows.jsonl, line 2 is not valid JSON (Expecting "
-     "value: line 2 column 1 (char 29)): '{\"text\": \"a film\", \"label\":'; correct or delete that line"),
+     'data/rows.jsonl, line 2|correct or delete that line'),
     ("sft", "a line that is no row", data(ROW, "[1, 2]\n"),
-     "datasets.train: 'json' cannot be loaded: data/rows.jsonl, line 2 is not a JSON object: '[1, "
-     "2]'; write one {...} per line"),
+     'data/rows.jsonl, line 2|[1, 2]|write one {...} per line'),
     ("sft", "an empty file", data(),
-     "datasets.train: 'json' cannot be loaded: the file data/rows.jsonl is empty; write the data again"),
+     'data/rows.jsonl is empty|write the data again'),
     ("sft", "a split that is not", data(ROW, source={"split": "trian"}),
-     "datasets.train: 'json' cannot be loaded: it has no split 'trian'. Should be one of ['train']. Set "
-     "`split`"),
+     "datasets.train|'trian'|split"),
     ("sft", "a column renamed that is not", data(ROW, source={"columns": {"text": "review"}}),
-     "datasets.train.columns: 'json' has no column 'review'; choose among text, label"),
+     "datasets.train.columns|'review'|choose among text, label"),
     ("sft", "a column that is not", data(ROW, prompt="Review : {review}"),
-     "datasets.train, row 0: template 'Review : {review}' reads the column 'review', which the dataset "
-     "does not have; its columns are text, label. Correct the template, or name the column under "
-     "`columns`"),
+     "datasets.train, row 0|'review'|its columns are text, label|`columns`"),
     ("sft", "an index that is not", data(ROW | {"text": ["a"]}, prompt="{text[3]}"),
-     "datasets.train, row 0: template '{text[3]}': {text[3]}: index 3 is past the end of a list of 1; "
-     "correct it or drop the row"),
+     'row 0|index 3|drop the row'),
     ("sft", "a list as text", data(ROW | {"text": ["a", "b"]}),
-     "datasets.train, row 0: template 'Review : {text} Sentiment :': {text} is a list, not text or a "
-     "number; index into it, as in {text[0]}, or store it as text"),
+     'row 0|{text} is a list|{text[0]}'),
     ("sft", "a missing label", data(ROW, ROW | {"label": None}),
-     "datasets.train, row 1: template ' {label}': {label} is missing (None) in this row; fill it or "
-     "drop the row from the dataset"),
+     'row 1|{label} is missing|fill it or drop the row'),
     ("sft", "a label that is no choice", data(ROW, ROW | {"label": "Good"}, choices=["good", "bad"]),
-     "datasets.train, row 1: the column 'label' holds 'Good', which is not one of task.choices ['good', "
-     "'bad']; add it to the choices or drop the row"),
+     "row 1|'Good'|task.choices|drop the row"),
     ("sft", "a label with a space", data(ROW | {"label": "good "}, choices=["good", "bad"]),
-     "datasets.train, row 0: the column 'label' holds 'good ', which is not one of task.choices "
-     "['good', 'bad']; remove the spaces around it"),
+     "row 0|'good '|remove the spaces"),
     ("sft", "an empty completion", data(ROW | {"label": ""}),
-     "datasets.train, row 0: the completion ' {label}' is empty in this row; fill its answer or drop it"),
+     'row 0|empty|fill'),
     ("sft", "a prompt longer than max_length", data(ROW | {"text": "good " * 20}),
-     "datasets.train, row 0: the prompt is 24 tokens and the whole example 26, so that task.max_length "
-     "= 16 leaves nothing to learn or to answer; raise task.max_length, shorten the "
-     "prompt, or set task.too_long: drop or cut"),
+     'row 0|24 tokens|task.max_length'),
     ("sft", "a prompt that ends in a space",
      data(ROW, prompt="Review: {text}\nSentiment: ", completion="{label}", tokenizer=pieces),
-     "datasets.train, row 0: the prompt ends in the tokens ['Ġ'], which become ['Ġgood'] once the "
-     "completion follows, so that the model would be trained on tokens it never sees at inference; move "
-     "the space from the end of the prompt to the start of the completion (with a chat template, set "
-     "what it adds to prompts in task.chat_template_kwargs)"),
+     "row 0|'Ġgood'|move the space"),
     ("sft", "conversations without a chat template",
      data({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, prompt=None,
           completion=None),
-     "datasets.train, row 0: the rows are conversations and the tokenizer '' has no chat template; "
-     "start from the chat version of the model, or write task.prompt and task.completion over columns"),
+     'row 0|chat template|chat version of the model'),
     ("sft", "a conversation without an answer",
      data({"messages": [{"role": "user", "content": "a"}]}, prompt=None, completion=None, tokenizer=chat),
-     "datasets.train, row 0: the last message is not the assistant's, so there is nothing to learn; add "
-     "the answer"),
+     'row 0|last message|add the answer'),
     ("sft", "no templates and no columns for them", data(ROW, prompt=None, completion=None),
-     "datasets.train, row 0: task.prompt and task.completion are not set, and the dataset has neither "
-     "`messages` nor `prompt`: its columns are text, label. Write both templates, or map the columns "
-     "with `columns`"),
+     'row 0|text, label|Write both templates'),
     ("sft", "a tokenizer without an end", data(ROW, tokenizer=no_end_token),
-     "datasets.train, row 0: task.append_eos is true and the tokenizer has no end-of-sequence token; "
-     "set its eos_token, or task.append_eos: false"),
-    ("evaluate", "the same rows in train and test", same_rows_in_train_and_test,
-     "Test sets share rows with what models were fitted on: 1 of reviews are in train, e.g. row 1. "
-     "Remove them from the test set, or set evaluate.allow_overlap: true if that is meant."),
+     'append_eos|eos_token'),
     ("sft", "a gated data set", refused_by_the_hub(ConnectionError("gated dataset")),
-     "datasets.train: 'owner/rows' cannot be loaded: it is gated; accept its terms at "
-     "https://huggingface.co/datasets/owner/rows, then run `hf auth login` with an account that may "
-     "read it"),
+     'owner/rows|gated|hf auth login'),
     ("sft", "a data set out of reach", refused_by_the_hub(ConnectionError("no route")),
-     "datasets.train: 'owner/rows' cannot be loaded: the Hub cannot be reached (no route); check the "
-     "network, or HF_ENDPOINT if it is set. If 'owner/rows' is meant as a local folder or file, it does "
-     "not exist (paths start where you run this)"),
+     'owner/rows|cannot be reached|HF_ENDPOINT'),
     ("sft", "no space for a data set", refused_by_the_hub(OSError(errno.ENOSPC, "No space left on device")),
-     "datasets.train: 'owner/rows' cannot be loaded: no space left on the disk while preparing it "
-     "([Errno 28] No space left on device); free some, or point HF_HOME at another disk"),
+     'owner/rows|no space left|HF_HOME'),
     ("evaluate", "a choice without a token", choices("good", "awful"),
-     "task.choices: the tokenizer has no token for 'awful' (it reads ['<unk>']); choose another word"),
+     "task.choices|'awful'|choose another word"),
     ("cache", "a choice of several tokens where the cache keeps choices",
      choices("good", "unbelievable", tokenizer=pieces),
-     "task.choices: 'unbelievable' is 14 tokens after the prompt (['Ġ', 'u', 'n', 'b', 'e', 'l', 'i', "
-     "'e', 'v', 'a', 'b', 'l', 'e', '</s>']), and cache.support: choices keeps one token for each. "
-     "Choose answers of one token, such as letters, or set cache.support: top_k"),
+     "task.choices|'unbelievable'|cache.support: top_k"),
     ("evaluate", "two choices with one token", choices("good", "Good", tokenizer=one_case),
-     "task.choices: 'good' and 'Good' are the same token 'good'; choose answers that differ for this "
-     "tokenizer"),
+     "'good' and 'Good'|choose answers that differ"),
     ("evaluate", "text after the answer", choices("g", "b", completion=" {label}ood", tokenizer=pieces),
-     "task.choices: 'g' melts into the text after it (['Ġ', ':', 'Ġgood']); end the completion template "
-     "with the answer"),
+     "task.choices|'g'|end the completion template"),
     ("cache", "a model that is not on the Hub", model_of_the_hub("nobody/none"),
-     "there is no folder nobody/none here and no model nobody/none on the Hub; check the spelling and "
-     "where you run this from, and run `hf auth login` if the model is private"),
+     'nobody/none|hf auth login'),
     ("cache", "a gated model", model_of_the_hub("gated/model", status=403, code="GatedRepo", message="restricted"),
-     "the model is gated; accept its terms at https://huggingface.co/gated/model, run `hf auth login`, "
-     "then run the same command again: finished work is kept"),
+     'gated/model|hf auth login'),
     ("cache", "a Hub id without a network", model(path="nobody/none"),
-     "a model is not on this machine and the Hub cannot be reached; unset HF_HUB_OFFLINE if it is set, "
-     "check the network, or give the path of a folder"),
+     'cannot be reached|HF_HUB_OFFLINE'),
     ("cache", "a folder without a model", model(without("config.json")),
-     "this is not a model's folder (Unrecognized model in models/mine. Should have a `model_type` key "
-     "in its config.json.); give the folder that holds config.json and the weights"),
+     "not a model's folder|models/mine|config.json"),
     ("cache", "a folder without weights", model(without("model.safetensors")),
-     "this is not a model's folder (Error no file named model.safetensors, or pytorch_model.bin, found "
-     "in directory models/mine.); give the folder that holds config.json and the weights"),
+     "not a model's folder|models/mine|weights"),
     ("cache", "weights cut short", model(damaged("model.safetensors", b"x" * 9)),
-     "a model's weights are damaged (Error while deserializing header: header too large); fetch or save "
-     "that model again"),
+     'weights are damaged|fetch or save'),
     ("cache", "a damaged config", model(damaged("config.json", b"{")),
-     "a model's folder is damaged (It looks like the config file at 'models/mine/config.json' is not a "
-     "valid JSON file.); fetch or save that model again"),
+     'damaged|models/mine|fetch or save'),
     ("cache", "a folder without a tokenizer", model(without("tokenizer.json", "tokenizer_config.json")),
-     "a model's folder holds no tokenizer; save its tokenizer beside it, with tokenizer.save_pretrained"),
+     'no tokenizer|tokenizer.save_pretrained'),
     ("distill", "another tokenizer than the teacher's", other_tokenizer,
-     "The cache FOLDER/cache does not fit: tokenizer_sha256 is "
-     "'bc33e5a27f0a631dc109a6f5c2690c31ceba3e41fd9e42e861aaf023a3be734a', expected "
-     "'e1650878806d0276a742f5a07e2be75fdc4ebf5cc4a98d197cad9910c53975dd'. To fix it, train a student "
-     "with the teacher's tokenizer, or make the cache with a teacher that has the student's."),
+     "FOLDER/cache|tokenizer_sha256|the teacher's tokenizer"),
     ("distill", "a vocabulary too small", small_student,
-     "teacher_ids of row 0 of the cache FOLDER/cache has token id 39 (a token without a name), but the "
-     "student's vocabulary has 20 entries. Take a student with the teacher's vocabulary, or make the "
-     "cache with a teacher that has the student's."),
+     'row 0|token id 39|20|student'),
     ("distill", "another top_k than the cache's", cache(top_k=8),
-     "The cache FOLDER/cache does not fit: top_k is 5, expected 8. To fix it, set cache.top_k to what "
-     "the cache holds, or make the cache again."),
+     'FOLDER/cache|top_k is 5, expected 8|cache.top_k'),
     ("distill", "an unfinished cache", cache(without("manifest.json")),
-     "FOLDER/cache has no manifest.json: the cache was never finished. Run the cache stage again with "
-     "the same settings: it keeps the finished shards and makes the others."),
+     'FOLDER/cache|manifest.json|cache stage again'),
     ("distill", "a damaged shard", cache(damaged("train-00000*.parquet", b"PAR1")),
-     "FOLDER/cache/train-000000.parquet is damaged: its size in bytes is 4, the manifest has 3760. "
-     "Delete this file and run the cache stage again with the same settings, or fetch a whole copy."),
+     'train-000000.parquet|Delete this file'),
     ("distill", "a missing shard", cache(without("train-00000*.parquet")),
-     "The cache FOLDER/cache should have 2 shards and lacks 1: train-000000.parquet. Run the cache "
-     "stage again with the same settings to make them, or fetch a whole copy."),
+     'train-000000.parquet|cache stage again'),
     ("distill", "a manifest by hand", cache(damaged("manifest.json", b"{}")),
-     "FOLDER/cache/manifest.json was changed after it was written: its manifest_sha256 does not fit. "
-     "Delete the "
-     "folder and make the cache again, or fetch a whole copy of it."),
+     'manifest.json|Delete the folder'),
     ("sft", "out of GPU memory", raises(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")),
-     "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); halve "
-     "sft.per_device_train_batch_size and double sft.gradient_accumulation_steps, which gives the same "
-     "gradient; or set sft.gradient_checkpointing: true, or sft.load_in_4bit: true with sft.use_peft: "
-     "true; or lower task.max_length; then run the same command again: finished work is kept"),
+     'out of memory|sft.per_device_train_batch_size|gradient_accumulation_steps'),
     ("sft", "a tracker that is not installed", no_tracker,
-     "the tracker wandb is not installed; run `pip install wandb`, or set report_to: none"),
+     'wandb|pip install wandb|report_to: none'),
     ("sft", "bf16 on a CPU", raises(ValueError("Your setup doesn't support bf16/gpu. You need to assign use_cpu")),
-     "the recipe trains in bf16, and this machine has no GPU for it; on a CPU write dtype: float32 and bf16: "
-     "false in sft and distill, as recipes/reviews.yaml does"),
+     'bf16|dtype: float32'),
     ("cache", "out of memory", raises(MemoryError("8 GiB")),
-     "out of memory (8 GiB); halve cache.tokens_per_batch; or use a GPU with more memory, or a "
-     "configuration such as cache.load_in_4bit: true; then run the same command again: finished work is "
-     "kept"),
+     'out of memory|cache.tokens_per_batch'),
     ("distill", "a full disk", raises(OSError(errno.ENOSPC, "No space left on device", "model.safetensors")),
-     "no space is left on the disk ([Errno 28] No space left on device: 'model.safetensors'); free "
-     "some, or set output_dir to another disk, then run the same command again: finished work is kept"),
+     'model.safetensors|output_dir|same command again'),
     ("push", "an expired token", push(fault=("POST", "/api/repos/create$", 401, 1, "Invalid credentials")),
-     "The upload to me/student did not happen: the Hub does not know you (401, saying 'Invalid "
-     "credentials'); your token is missing or has expired, run `hf auth login`. Nothing is lost: "
-     "FOLDER/push is whole, with its 1 files. To try again, run the same command, or: hf upload "
-     "me/student FOLDER/push ."),
+     'me/student|401|hf auth login|hf upload me/student FOLDER/push .'),
     ("push", "somebody else's repository", push(repo="stranger/student"),
-     "The upload to stranger/student did not happen: the Hub refuses (403, saying \"You don't have the "
-     'rights to create a model under this namespace: stranger/student"); use a token with write access '
-     "to 'stranger' (`hf auth login`), or name a repository of yours (push.hub_model_id), or set "
-     "push.create_pr. Nothing is lost: FOLDER/push is whole, with its 1 files. To try again, run the "
-     "same command, or: hf upload stranger/student FOLDER/push ."),
+     'stranger/student|403|push.hub_model_id|push.create_pr'),
     ("push", "a branch and a pull request", push(revision="v2", create_pr=True),
-     "push.revision = 'v2' and push.create_pr exclude each other: a pull request goes to the main "
-     "branch; remove one of them"),
+     "push.revision = 'v2'|push.create_pr|remove one"),
     ("push", "no repository", no_repository,
-     "push.hub_model_id is missing; set it to 'your-name/your-model', or rehearse with --dry_run."),
+     'push.hub_model_id|--dry_run'),
     ("push", "no repository's name", push(repo="student of mine"),
-     "'student of mine' is not the id of a repository (Repo id must use alphanumeric chars, '-', '_' or "
-     "'.'. The name cannot start or end with '-' or '.' and the maximum length is 96: 'student of "
-     "mine'.); write owner/name"),
+     "'student of mine'|write owner/name"),
 ]  # fmt: skip
 
 
@@ -458,17 +376,11 @@ def told(stage, action, folder, request):
     return message.replace(str(folder), "FOLDER").replace(folder.name, "FOLDER")
 
 
-@pytest.mark.parametrize(("stage", "mistake", "action", "message"), MISTAKES, ids=[case[1] for case in MISTAKES])
-def test_a_mistake_is_told_in_words_that_help(stage, mistake, action, message, folder, request):
-    assert told(stage, action, folder, request) == message
+@pytest.mark.parametrize(("stage", "mistake", "action", "parts"), MISTAKES, ids=[case[1] for case in MISTAKES])
+def test_a_mistake_is_reported_with_place_value_and_remedy(stage, mistake, action, parts, folder, request):
+    message = told(stage, action, folder, request)
+    assert [part for part in parts.split("|") if part not in message] == [], message
 
 
-REMEDIES = (
-    "give|write|did you mean|belongs in|choose|remove|quote|put it in|list|set|run|fill|drop|mend|add|raise|move|"
-    "start|unset|fetch|make|take|end|halve|free|use|save|delete|look at|accept|correct|check|index into|the recipe has"
-)
-
-
-def test_the_table_is_long_and_every_message_says_what_to_do():
+def test_no_mistake_is_in_the_table_twice():
     assert len(MISTAKES) >= 50 and len({mistake for _, mistake, _, _ in MISTAKES}) == len(MISTAKES)
-    assert [mistake for _, mistake, _, told in MISTAKES if not re.search(rf"\b({REMEDIES})\b", told, re.I)] == []
