@@ -1,4 +1,4 @@
-"""The settings of TRL and of FIRSTConfig, read from their source: importing TRL takes four seconds, too many for a typo.
+"""The settings of TRL and of FIRSTConfig, from their source: importing TRL takes four seconds, too many for a typo.
 
 A test compares them with the real classes, and a class that moved is an error here, not a guess.
 """
