@@ -18,17 +18,18 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from .data.loading import hub_commit, local_files
+from .data.loading import hub_commit, local_files, source_commit
 from .errors import FirstTrlError
 from .files import Digests, files_of, locked, write_atomically
 from .log import status
 from .recipe import Recipe
+from .records import differences, exchange, finish_exchange, new_folder, read_json
 from .settings import SPEED_SETTINGS
 
 LONG = timedelta(days=30)  # for processes that do not train together: the others wait for the last one
@@ -44,7 +45,7 @@ class Job:
         name: `sft`, `cache`, `calibrate`, `distill.<student>` or `evaluate`.
         settings: the parts of the recipe that decide what comes out, by their place in it.
         data: datasets by their place in the recipe.
-        models: models of the Hub or of this machine, by the setting that names them.
+        models: models of the Hub or of this machine, with their revision, by the setting that names them.
         needs: the jobs whose files it reads.
         folders: what it makes as a whole, in a new folder first; relative to the run folder.
         outputs: patterns of the files that it makes besides.
@@ -53,7 +54,7 @@ class Job:
     name: str
     settings: dict[str, Any]
     data: dict[str, Any] = field(default_factory=dict)
-    models: dict[str, str] = field(default_factory=dict)
+    models: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
@@ -72,20 +73,20 @@ class Job:
     def reads(self) -> list[str]:
         """What it reads, as people name it."""
         files = [file for config in self.data.values() if config for file in _named_files(config) or [config.path]]
-        return [*self.models.values(), *self.needs, *files]
+        return [*(model for model, _ in self.models.values()), *self.needs, *files]
 
 
 def jobs(recipe: Recipe) -> dict[str, Job]:
     """The jobs of a recipe by name, in the order in which they are made. `push` makes nothing that is read later."""
     data, plain = recipe.datasets, recipe.to_dict()
     given = recipe.cache.teacher
-    teacher = {"cache.teacher": given} if given else {}
+    teacher = {"cache.teacher": (given, recipe.cache.teacher_revision)} if given else {}
     after_sft = () if given else ("sft",)
     table = []
     if not given:
         settings = {"task": plain["task"], "sft": recipe.sft, "seed": recipe.seed}
         rows = {"datasets.train": data.train, "datasets.validation": data.validation}
-        models = {"sft.model_name_or_path": recipe.sft["model_name_or_path"]}
+        models = _model_of("sft", recipe.sft)
         table.append(Job("sft", settings, rows, models, folders=("teacher",)))
     cache = {name: value for name, value in plain.get("cache", {}).items() if name not in SPEED_SETTINGS}
     rows = {f"datasets.{'transfer' if data.transfer else 'train'}": data.transfer or data.train}
@@ -98,9 +99,7 @@ def jobs(recipe: Recipe) -> dict[str, Job]:
     students = tuple(job.name for job in table if job.stage == "distill")
     rows = {"datasets.validation": data.validation}
     rows |= {f"datasets.test.{name}": config for name, config in data.test.items()}
-    models = dict(teacher)
-    if "model_name_or_path" in recipe.distill:
-        models["distill.model_name_or_path"] = recipe.distill["model_name_or_path"]
+    models = teacher | _model_of("distill", recipe.distill)
     settings = {"task": plain["task"], "evaluate": plain.get("evaluate", {}), "distill": recipe.distill}
     needs = (*after_sft, "calibrate", *students)
     table.append(Job("evaluate", settings, rows, models, needs, outputs=("report/*.*",)))
@@ -123,8 +122,13 @@ def _student_job(recipe: Recipe, student: str, task: dict) -> Job:
     else:
         needs = ("cache", *needs)
     rows["datasets.validation"] = recipe.datasets.validation  # for its closing temperature and thresholds
-    models = {"distill.model_name_or_path": section["model_name_or_path"]}
+    models = _model_of("distill", section)
     return Job(f"distill.{student}", settings, rows, models, needs, (f"students/{student}",))
+
+
+def _model_of(place: str, section: dict) -> dict[str, tuple[str, str | None]]:
+    model = section.get("model_name_or_path")
+    return {f"{place}.model_name_or_path": (model, section.get("model_revision"))} if model else {}
 
 
 def jobs_of(recipe: Recipe, stage: str) -> list[str]:
@@ -185,12 +189,6 @@ def teacher_path(recipe: Recipe) -> str:
     return recipe.cache.teacher or str(recipe.run_folder / "teacher")
 
 
-def new_folder(folder: Path) -> Path:
-    """Where the successor of a finished folder is made: on the same disk, whatever `folder` links to."""
-    folder = folder.resolve()
-    return folder.parent / ".new" / folder.name
-
-
 @dataclass(frozen=True)
 class Stale:
     """Why a job is not current.
@@ -226,7 +224,7 @@ class Run:
 
     def record(self, name: str) -> dict | None:
         """The record of a finished job; None where there is none that can be read."""
-        record = _read_json(self.file(name))
+        record = read_json(self.file(name))
         fields = {"identity": str, "inputs": dict, "outputs": dict}
         whole = record is not None and all(isinstance(record.get(key), kind) for key, kind in fields.items())
         return record if whole else None
@@ -238,13 +236,13 @@ class Run:
         inputs = {
             "settings": job.settings,
             "data": {place: self._data(config) for place, config in job.data.items() if config is not None},
-            "models": {place: self._model(model) for place, model in job.models.items()},
+            "models": {place: self._model(*model) for place, model in job.models.items()},
             "jobs": {need: record["identity"] if record else None for need, record in earlier.items()},
         }
         inputs = json.loads(json.dumps(inputs, sort_keys=True, default=_plain))
         for place, model in inputs["models"].items():  # known by its files, wherever they lie
             section, _, setting = place.partition(".")
-            if isinstance(model, dict):
+            if "files" in model:
                 inputs["settings"].get(section, {}).pop(setting, None)
         return inputs
 
@@ -256,18 +254,18 @@ class Run:
                 "path": Path(config.path).name,
                 "data_files": [Path(name).name for name in _named_files(config)],
             }
-        return {**settings, "commit": hub_commit(config), "files": self._contents(files)}
+        return {**settings, "commit": source_commit(config), "files": self._contents(files)}
 
     def _contents(self, files: list[Path]) -> dict[str, str]:
         """{path below their common folder: digest} of files."""
         top = os.path.commonpath([file.parent for file in files]) if files else "."
         return {os.path.relpath(file, top): self.digests.of(file) for file in files}
 
-    def _model(self, model: str) -> dict | str:
-        """A model: the content of its folder, or its id, whose revision is among the settings."""
+    def _model(self, model: str, revision: str | None) -> dict:
+        """A model: the content of its folder, or its id and the commit that its revision stands for."""
         path = Path(model)
         if not path.is_dir():
-            return model
+            return {"id": model, "commit": hub_commit(model, revision, "model")}
         return {"name": path.resolve().name, "files": {name: self.digests.of(path / name) for name in files_of(path)}}
 
     def stale(self, name: str) -> Stale | None:
@@ -302,7 +300,7 @@ class Run:
         """
         job, record, inputs = self.jobs[name], self.record(name), self.inputs(name)
         if record and job.folders and all(new_folder(self.path / folder).is_dir() for folder in job.folders):
-            self._finish_exchange(job, record)
+            finish_exchange(self.path, job.folders, record["outputs"], self.digests)
         stale = self.stale(name)
         if stale is None:
             return None
@@ -311,7 +309,7 @@ class Run:
                 f"{self.path} holds the finished {name} of another recipe, {record.get('recipe')} ({stale.reason}). "
                 "Give this run a --name of its own, or replace that work with --overwrite."
             )
-        continues = _read_json(self.file(name, ".started")) == inputs
+        continues = read_json(self.file(name, ".started")) == inputs
         for folder in job.folders:
             target, new = self.path / folder, new_folder(self.path / folder)
             if not continues and new.is_dir():
@@ -328,7 +326,7 @@ class Run:
         job = self.jobs[name]
         outputs = self._made(job)
         assert outputs, f"{name} ended without writing anything"
-        inputs = _read_json(self.file(name, ".started"))
+        inputs = read_json(self.file(name, ".started"))
         content = {file: each["sha256"] for file, each in outputs.items() if file.endswith(_CONTENT)}
         record = {
             "identity": hashlib.sha256(json.dumps([inputs, content], sort_keys=True).encode()).hexdigest(),
@@ -341,7 +339,7 @@ class Run:
             "inputs": inputs,
         }
         write_atomically(self.file(name), json.dumps(record, indent=1, default=str))
-        self._exchange(job)
+        exchange(self.path, job.folders)
         self.file(name, ".started").unlink(missing_ok=True)
         self._stale.clear()
         return [*job.folders, *job.outputs]
@@ -361,62 +359,9 @@ class Run:
     def _describe(self, file: Path) -> dict:
         return {"size": file.stat().st_size, "sha256": self.digests.of(file)}
 
-    def _exchange(self, job: Job) -> None:
-        """Let the new folders of a job take the place of its finished ones."""
-        for folder in job.folders:
-            target, new = (self.path / folder).resolve(), new_folder(self.path / folder)
-            old = new.with_name(f"{new.name}.old")
-            if new.is_dir():
-                shutil.rmtree(old, ignore_errors=True)
-                if target.exists():
-                    target.rename(old)
-                new.rename(target)
-            if new.parent.is_dir():
-                shutil.rmtree(old, ignore_errors=True)
-                with suppress(OSError):  # another job's new folder is in it
-                    new.parent.rmdir()
-
-    def _finish_exchange(self, job: Job, record: dict) -> None:
-        """Do what a kill between a record and the exchange of its folders has left undone."""
-        new = {f"{folder}/": new_folder(self.path / folder) for folder in job.folders}
-        for file, digest in record["outputs"].items():
-            folder = next(name for name in new if file.startswith(name))
-            made = new[folder] / file.removeprefix(folder)
-            if not made.is_file() or self.digests.of(made) != digest["sha256"]:
-                return
-        self._exchange(job)
-
     def _source(self) -> str:
         """The recipe's file, as seen from the run folder: the same wherever both were moved to together."""
         return os.path.relpath(self.source, self.path)
-
-
-def differences(recorded: dict, today: dict) -> list[str]:
-    """What has changed between the inputs in a record and those of today, in words; settings first."""
-    found = []
-    for kind in ("settings", "data", "models", "jobs"):
-        before, now = _leaves(recorded.get(kind)), _leaves(today.get(kind))
-        for place in sorted({*before, *now}):
-            if before.get(place) != now.get(place):
-                found.append(_difference(kind, place, before.get(place), now.get(place)))
-    return found
-
-
-def _difference(kind: str, place: tuple[str, ...], before: Any, now: Any) -> str:
-    if "files" in place:
-        of = ".".join(place[: place.index("files")])
-        return f"{place[-1]} of {of} " + ("is new" if before is None else "is gone" if now is None else "has changed")
-    if kind == "jobs":
-        return f"{place[-1]} was made again since"
-    values = ["not set" if value is None else repr(value) for value in (now, before)]
-    return f"{'.'.join(place)} is {values[0]}, and was {values[1]} when it was made"
-
-
-def _leaves(value: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """{place: value} of everything in nested mappings that is no mapping, without what is None."""
-    if not isinstance(value, dict):
-        return {} if value is None else {place: value}
-    return {at: leaf for key, item in value.items() for at, leaf in _leaves(item, (*place, str(key))).items()}
 
 
 def _named_files(config) -> list[str]:
@@ -427,15 +372,6 @@ def _named_files(config) -> list[str]:
 def _plain(value: Any) -> Any:
     """A section of the recipe as plain data; any other value as text."""
     return dict(vars(value)) if hasattr(value, "__dict__") else str(value)
-
-
-def _read_json(file: Path) -> dict | None:
-    """The mapping in a JSON file; None where there is no such file, or it is damaged."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def is_current(recipe: Recipe, job: str) -> bool:

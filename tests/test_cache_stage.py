@@ -24,7 +24,8 @@ from first_trl.cache.identity import library_versions, open_recipe_cache, teache
 from first_trl.cache.reader import parquet_files
 from first_trl.cache.writer import write_shards
 from first_trl.recipe import load_recipe
-from first_trl.run import Run, new_folder
+from first_trl.records import new_folder
+from first_trl.run import Run
 from first_trl.stages import cache as stage
 from first_trl.stages import distill
 from tests.cache_recipe import run_stage, write_recipe

@@ -8,8 +8,10 @@ import pytest
 from first_trl.errors import FirstTrlError
 from first_trl.files import Digests, files_of, locked, write_atomically
 from first_trl.recipe import load_recipe
-from first_trl.run import Run, differences, jobs, new_folder, require
+from first_trl.records import differences, new_folder
+from first_trl.run import Run, jobs, require
 from tests.cache_recipe import write_recipe
+from tests.tiny import build_model
 
 
 @pytest.fixture
@@ -122,7 +124,7 @@ def test_a_kill_between_record_and_exchange_loses_nothing(recipe, monkeypatch):
     make(recipe, "cache")
     recipe.cache.top_k = 3
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_exchange", lambda *_, **__: None)
+        patch.setattr("first_trl.run.exchange", lambda *_: None)
         make(recipe, "cache", content="new")
     weights = recipe.run_folder / "cache" / "train" / "model.safetensors"
     assert weights.read_text() == "weights" and make(recipe, "cache") == [None] and weights.read_text() == "new"
@@ -135,6 +137,32 @@ def test_another_recipe_of_the_same_name_is_refused_unless_it_may_overwrite(reci
     with pytest.raises(FirstTrlError, match=r"finished cache of another recipe, \.\./\.\./recipe.yaml .*--overwrite"):
         make(recipe, "cache", source="copy.yaml")
     assert make(recipe, "cache", source="copy.yaml", overwrite=True) == [False]
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit_and_one_that_has_moved_makes_its_job_stale(
+    hub, recipe, tmp_path, monkeypatch
+):
+    from first_trl.data.loading import hub_commit
+    from first_trl.hub.upload import push_folder
+
+    def push(seed):
+        build_model(seed=seed).save_pretrained(tmp_path / "base")
+        push_folder(tmp_path / "base", "me/base")
+        hub_commit.cache_clear()  # as in the next command
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    recipe.distill["model_name_or_path"] = "me/base"
+    push(0)
+    first = hub.repos["me/base"].sha("main")
+    make(recipe, "distill.on_labels")
+    recorded = Run(recipe).record("distill.on_labels")["inputs"]["models"]["distill.model_name_or_path"]
+    assert recorded == {"id": "me/base", "commit": first} and "distill.on_labels" not in stale(recipe)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub_commit.cache_clear()
+    assert "distill.on_labels" not in stale(recipe), "without a network, the copy that is here"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    push(1)
+    assert f"commit is '{hub.repos['me/base'].sha('main')}', and was '{first}'" in stale(recipe)["distill.on_labels"]
 
 
 def test_a_link_to_another_disk_keeps_pointing_there(recipe, tmp_path):

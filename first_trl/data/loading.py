@@ -69,7 +69,7 @@ def local_files(config: DatasetConfig) -> list[Path]:
 def source_identity(config: DatasetConfig, role: str) -> dict[str, Any]:
     """What decides the rows of a split, as plain data without a path of this machine; equal data mean equal rows.
 
-    `files_sha256` is over the names and the contents of the local files, `commit` as `hub_commit`.
+    `files_sha256` is over the names and the contents of the local files, `commit` as `source_commit`.
     """
     files = local_files(config)
     named = [config.data_files] if isinstance(config.data_files, str) else config.data_files or []
@@ -80,7 +80,7 @@ def source_identity(config: DatasetConfig, role: str) -> dict[str, Any]:
         "files_sha256": content_digest(files) if files else None,
         "split": config.split,
         "revision": config.revision,
-        "commit": hub_commit(config),
+        "commit": source_commit(config),
         "columns": config.columns,
         "max_rows": config.max_rows,
         "shuffle_seed": config.shuffle_seed,
@@ -105,25 +105,31 @@ def _file_digest(path: str, *size_and_times: int) -> str:
 
 
 @lru_cache(maxsize=64)
-def _commit(path: str, revision: str | None) -> str | None:
+def hub_commit(repo: str, revision: str | None, kind: str) -> str | None:
+    """The commit that a revision of a `model` or `dataset` of the Hub stands for, None where nothing is known of it.
+
+    Without a network it is that of the copy which is here.
+    """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    try:  # as `datasets` does it; without a network it is the commit of the copy that is here
-        return Path(hf_hub_download(path, "README.md", repo_type="dataset", revision=revision)).parent.name
+    if not HUB_ID.fullmatch(repo):
+        return None
+    file = {"dataset": "README.md", "model": "config.json"}[kind]
+    try:
+        return Path(hf_hub_download(repo, file, repo_type=kind, revision=revision)).parent.name
     except LocalEntryNotFoundError:
         return None
     except EntryNotFoundError:
-        return HfApi().dataset_info(path, revision=revision).sha
+        return HfApi().repo_info(repo, repo_type=kind, revision=revision).sha
     except (HfHubHTTPError, OSError):  # loading it says what is wrong
         return None
 
 
-def hub_commit(config: DatasetConfig) -> str | None:
-    """The commit that the revision of a Hub dataset stands for; None for local files, and where nothing is known."""
-    if config.path in BUILDERS.values() or Path(config.path).exists() or not HUB_ID.fullmatch(config.path):
-        return None
-    return _commit(config.path, config.revision)
+def source_commit(config: DatasetConfig) -> str | None:
+    """`hub_commit` of a dataset; None for local files."""
+    local = config.path in BUILDERS.values() or Path(config.path).exists()
+    return None if local else hub_commit(config.path, config.revision, "dataset")
 
 
 def load_split(config: DatasetConfig, role: str, *, streaming: bool = False) -> "Dataset":
@@ -151,7 +157,7 @@ def load_split(config: DatasetConfig, role: str, *, streaming: bool = False) -> 
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "first_trl" / content_digest(files)[:32]
         options = {"cache_dir": str(folder)}
     elif path not in BUILDERS.values():
-        options = {"revision": hub_commit(config) or config.revision}
+        options = {"revision": source_commit(config) or config.revision}
     try:
         options |= _csv_options(files, f"datasets.{role}")
         dataset = datasets.load_dataset(

@@ -12,7 +12,8 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import PurePath
 
-from first_trl.run import LONG, cached_roles, new_folder, require, run_job, status, teacher_path
+from first_trl.records import new_folder
+from first_trl.run import LONG, cached_roles, require, run_job, status, teacher_path
 from first_trl.stages.command import stage_command
 
 

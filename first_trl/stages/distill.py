@@ -12,7 +12,8 @@ from collections.abc import Callable
 from functools import cache, partial
 
 from first_trl.recipe import arm_of
-from first_trl.run import jobs, needs_calibration, new_folder, recalibration_of, require, run_job, teacher_path
+from first_trl.records import new_folder
+from first_trl.run import jobs, needs_calibration, recalibration_of, require, run_job, teacher_path
 from first_trl.stages.command import stage_command
 
 

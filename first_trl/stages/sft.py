@@ -5,7 +5,8 @@
 Reads the recipe's `task`, `datasets.train` and `sft`; writes `runs/<name>/teacher/`, an adapter or a whole model.
 """
 
-from first_trl.run import new_folder, run_job
+from first_trl.records import new_folder
+from first_trl.run import run_job
 from first_trl.stages.command import stage_command
 
 
