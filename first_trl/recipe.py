@@ -77,13 +77,11 @@ class Recipe(Section):
 
     def conflicts(self) -> Iterator[Problem]:
         if not FOLDER_NAME.fullmatch(self.name.replace(".", "-")) or ".." in self.name:
-            yield Problem(("name",), self.name, "it is not the name of a folder in output_dir", NAME_REMEDY)
+            yield self.wrong("name", "it is not the name of a folder in output_dir", NAME_REMEDY)
         if not self.output_dir.strip():
-            remedy = "write a folder, or remove the line for `runs`"
-            yield Problem(("output_dir",), self.output_dir, "it is empty", remedy)
+            yield self.wrong("output_dir", "it is empty", "write a folder, or remove the line for `runs`")
         if self.seeds is not None and (not self.seeds or len(set(self.seeds)) < len(self.seeds)):
-            remedy = "list different whole numbers from 0 on, e.g. [0, 1, 2]"
-            yield Problem(("seeds",), self.seeds, "these are not seeds", remedy)
+            yield self.wrong("seeds", "these are not seeds", "list different whole numbers, e.g. [0, 1, 2]")
 
     @property
     def run_folder(self) -> Path:

@@ -56,6 +56,10 @@ class Section(BaseModel):
         """What is wrong between settings that each have the right type; paths start in this section."""
         yield from ()
 
+    def wrong(self, key: str, what: str, remedy: str) -> Problem:
+        """A problem of one setting of this section."""
+        return Problem((key,), getattr(self, key), what, remedy)
+
     @model_validator(mode="after")
     def _refuse_conflicts(self, info: ValidationInfo):
         problems = [] if info.context == CONFLICTS_LATER else list(self.conflicts())
@@ -96,36 +100,31 @@ class TaskConfig(Section):
     )
 
     def conflicts(self) -> Iterator[Problem]:
-        if (self.prompt is None) != (self.completion is None):
-            given, missing = ("prompt", "completion") if self.completion is None else ("completion", "prompt")
-            what, remedy = f"it comes without {missing}", f"write {missing} too, or neither"
-            yield Problem((given,), getattr(self, given), what, remedy)
+        for key, other in (("prompt", "completion"), ("completion", "prompt")):
+            if getattr(self, key) is not None and getattr(self, other) is None:
+                yield self.wrong(key, f"it comes without {other}", f"write {other} too, or neither")
         if self.prompt is not None and self.chat_template_kwargs is not None:
             what = "a prompt template does not go through the chat template"
-            remedy = "remove it, or remove prompt and completion and give conversational rows"
-            yield Problem(("chat_template_kwargs",), self.chat_template_kwargs, what, remedy)
+            yield self.wrong("chat_template_kwargs", what, "remove it, or remove prompt and completion")
         if self.supervise == "all" and (self.prompt is not None or self.choices is not None):
             what = "it is for the turns of conversations with free answers"
-            yield Problem(("supervise",), "all", what, "remove it, or remove prompt, completion and choices")
+            yield self.wrong("supervise", what, "remove it, or remove prompt, completion and choices")
         pieces: tuple[Piece, ...] = ()
         for key in ("prompt", "completion"):
-            template = getattr(self, key)
             try:
-                pieces = parse_template(template or "")
+                pieces = parse_template(template := getattr(self, key) or "")
             except ValueError as error:
                 what = str(error).removeprefix(f"template {template!r}").lstrip(": ")
-                yield Problem((key,), template, what, "correct the template")
+                yield self.wrong(key, what, "correct the template")
         if self.completion is not None and not self.completion.strip():
-            yield Problem(("completion",), self.completion, "it is empty", "write what the model must answer")
-        if self.choices is None:
-            return
-        if len(self.choices) < 2 or len(set(self.choices)) < len(self.choices) or not all(self.choices):
+            yield self.wrong("completion", "it is empty", "write what the model must answer")
+        choices, columns = self.choices, [piece for piece in pieces if piece.column is not None]
+        if choices is not None and (len(choices) < 2 or len(set(choices)) < len(choices) or not all(choices)):
             remedy = "list at least two different answers, none of them empty"
-            yield Problem(("choices",), self.choices, "these are not choices between answers", remedy)
-        columns = [piece for piece in pieces if piece.column is not None]
-        if self.completion is not None and len(columns) != 1:
+            yield self.wrong("choices", "these are not choices between answers", remedy)
+        if choices is not None and self.completion is not None and len(columns) != 1:
             what = f"with choices the completion needs exactly one column, not {len(columns)}"
-            yield Problem(("completion",), self.completion, what, "write e.g. ' {label}', or remove choices")
+            yield self.wrong("completion", what, "write e.g. ' {label}', or remove choices")
 
 
 class DatasetConfig(Section):
@@ -151,7 +150,7 @@ class DatasetConfig(Section):
     def conflicts(self) -> Iterator[Problem]:
         columns = list((self.columns or {}).values())
         if len(set(columns)) < len(columns):
-            yield Problem(("columns",), self.columns, "two names read one column", "keep one of them")
+            yield self.wrong("columns", "two names read one column", "keep one of them")
 
 
 class Datasets(Section):
@@ -207,18 +206,16 @@ class CacheConfig(Section):
 
     def conflicts(self) -> Iterator[Problem]:
         if self.teacher_revision is not None and self.teacher is None:
-            remedy = "write cache.teacher too, or remove it"
-            yield Problem(("teacher_revision",), self.teacher_revision, "there is no cache.teacher", remedy)
+            yield self.wrong("teacher_revision", "there is no cache.teacher", "write cache.teacher too, or remove it")
         if self.backend == "server" and not _SERVER_URL.fullmatch(self.server_url or ""):
             remedy = "write the address that the server was started at, e.g. http://127.0.0.1:8000"
-            yield Problem(("server_url",), self.server_url, "it is not the address of a server", remedy)
+            yield self.wrong("server_url", "it is not the address of a server", remedy)
         # A server chooses type, quantisation and attention itself, and shows no tokens of one's choice.
         local = ("teacher_dtype", "load_in_4bit", "attn_implementation", "support")
         for key in ("server_url", "server_requests") if self.backend == "hf" else local:
             if getattr(self, key) != type(self).model_fields[key].default:
-                other = "server" if self.backend == "hf" else "hf"
-                what, remedy = f"backend: {self.backend} has no use for it", f"remove it, or write backend: {other}"
-                yield Problem((key,), getattr(self, key), what, remedy)
+                remedy = f"remove it, or write backend: {'server' if self.backend == 'hf' else 'hf'}"
+                yield self.wrong(key, f"backend: {self.backend} has no use for it", remedy)
 
 
 class CalibrateConfig(Section):
@@ -266,7 +263,7 @@ class PushConfig(Section):
     def conflicts(self) -> Iterator[Problem]:
         if self.hub_model_id is not None and not (HUB_ID.fullmatch(self.hub_model_id) and "/" in self.hub_model_id):
             remedy = "write owner/name, letters, digits, '-', '_' and '.' only"
-            yield Problem(("hub_model_id",), self.hub_model_id, "it is not the id of a repository", remedy)
+            yield self.wrong("hub_model_id", "it is not the id of a repository", remedy)
 
 
 # Settings of TRL that the stages set themselves, or that TRL is about to remove, and settings of earlier versions of
@@ -304,6 +301,7 @@ RESERVED_KEYS = {
         ("label_smoothing_factor", "TRL removes it", "smooth the teacher: recalibration_method: label_smoothing"),
         ("use_liger_kernel", "the loss here builds no logits for it to save", "remove it"),
         ("cross_fit", "it was removed: rows of their own measured better", "remove it and write datasets.transfer"),
+        ("include_eos", "tokens that are forced are never counted", "remove it"),
         ("tail_knots", "it was removed with vocabulary_temperature, which measured worse", "remove it"),
         ("vllm_options", "vLLM no longer runs in this process", _SERVE),
     )

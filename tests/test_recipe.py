@@ -399,6 +399,7 @@ BROKEN = [
     ("vocabulary_temperature in an arm", "push:",
      "arms: {first: {recalibration_method: vocabulary_temperature}}\npush:",
      ["arms.first.recalibration_method", "write temperature"]),
+    ("include_eos", "method: temperature", "include_eos: true", ["calibrate.include_eos = True", "remove it"]),
     ("tail_knots", "top_k: 5", "tail_knots: true", ["cache.tail_knots = True", "it was removed", "remove it"]),
     ("cross_fit", "learning_rate: 1e-4", "cross_fit: 2", ["sft.cross_fit = 2", "datasets.transfer"]),
     ("vLLM in process", "top_k: 5", "backend: vllm", ["cache.backend = 'vllm'", "vllm serve", "backend: server"]),
@@ -636,7 +637,7 @@ def test_a_class_that_moved_is_an_error(monkeypatch):
 def test_every_rule_and_every_setting_is_about_something():
     known = set(known_fields("FIRSTConfig")) | set(known_fields("ModelConfig"))
     assert set(LIMITS) <= known
-    assert set(RESERVED_KEYS) - known == {"cross_fit", "tail_knots", "vllm_options"}
+    assert set(RESERVED_KEYS) - known == {"cross_fit", "include_eos", "tail_knots", "vllm_options"}
     for model in (TaskConfig, DatasetConfig, CacheConfig, CalibrateConfig, EvaluateConfig, PushConfig):
         for name, field in model.model_fields.items():
             assert (field.description or "").endswith("."), name
