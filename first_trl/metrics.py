@@ -1,17 +1,15 @@
-"""Numbers that say whether a stated confidence is true.
+"""Numbers that say whether a stated confidence is true: one definition of each, for the report, the search and the tests.
 
-This module exists so that the report, the search for a recalibration value and the tests all read one
-definition of each metric. It is numpy only: it knows no model, no tokenizer and no file.
+Numpy only: it knows no model, no tokenizer and no file. Examples with the same confidence enter ranks (AUROC) and risk
+curves together, so that a shuffled input gives the same numbers.
 
-Legend: n examples, M bins, B bootstrap replicates, G groups of examples with the same confidence.
+Legend: n examples, M bins, B bootstrap replicates, G groups of examples with the same confidence, U units to resample.
 `confidence` is the probability of the predicted token (or answer), `correct` whether the prediction was right.
 Arrays, lists and torch tensors are all accepted.
-
-Ties are never broken by the order of the input: examples with the same confidence enter ranks (AUROC) and risk
-curves together, so a shuffled input gives the same numbers.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +57,15 @@ def _as_array(values: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name} has shape {array.shape}; it must have one dimension, one entry per example.")
     if array.size == 0:
         raise ValueError(f"{name} is empty; metrics need at least one example.")
-    if np.isnan(array).any():
-        raise ValueError(f"{name}[{int(np.isnan(array).argmax())}] is NaN; look for the model that produced it.")
+    _refuse(np.isnan(array), array, name, "NaN; look for the model that produced it")
     return array
+
+
+def _refuse(wrong: np.ndarray, array: np.ndarray, name: str, what: str) -> None:
+    if wrong.any():
+        place = int(wrong.argmax())
+        value = "" if what.startswith("NaN") else f"{array[place]}, "
+        raise ValueError(f"{name}[{place}] is {value}{what}.")
 
 
 def _check(confidence: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -70,30 +74,18 @@ def _check(confidence: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
     if len(confidence) != len(correct):
         raise ValueError(f"confidence has {len(confidence)} entries but correct has {len(correct)}; pass one each.")
     outside = (confidence < -ROUNDING) | (confidence > 1 + ROUNDING)
-    if outside.any():
-        place = int(outside.argmax())
-        raise ValueError(
-            f"confidence[{place}] is {confidence[place]}, outside [0, 1]; pass probabilities, not logits or logs."
-        )
-    wrong = (correct != 0) & (correct != 1)
-    if wrong.any():
-        place = int(wrong.argmax())
-        raise ValueError(f"correct[{place}] is {correct[place]}; it must be true or false (1 or 0).")
+    _refuse(outside, confidence, "confidence", "outside [0, 1]; pass probabilities, not logits or logs")
+    _refuse((correct != 0) & (correct != 1), correct, "correct", "and must be true or false (1 or 0)")
     return confidence.clip(0, 1), correct
 
 
 def _check_log_prob(label_log_prob: Any, length: int) -> np.ndarray:
     """(n,) float64 log-probabilities in nats; -inf (the label was ruled out) is allowed."""
-    label_log_prob = _as_array(label_log_prob, "label_log_prob")
-    if len(label_log_prob) != length:
-        raise ValueError(f"label_log_prob has {len(label_log_prob)} entries for {length} examples; pass one each.")
-    if (label_log_prob > ROUNDING).any():
-        place = int(label_log_prob.argmax())
-        raise ValueError(
-            f"label_log_prob[{place}] is {label_log_prob[place]}, above 0; pass log-probabilities in nats, "
-            "not probabilities or negative log-likelihoods."
-        )
-    return label_log_prob.clip(max=0)
+    values = _as_array(label_log_prob, "label_log_prob")
+    if len(values) != length:
+        raise ValueError(f"label_log_prob has {len(values)} entries for {length} examples; pass one each.")
+    _refuse(values > ROUNDING, values, "label_log_prob", "above 0; pass log-probabilities in nats")
+    return values.clip(max=0)
 
 
 def _bin_edges(confidence: np.ndarray, num_bins: int, binning: str) -> np.ndarray:
@@ -119,10 +111,9 @@ def bin_indices(confidence: np.ndarray, num_bins: int = 10, binning: str = "unif
 def reliability_bins(confidence: Any, correct: Any, num_bins: int = 10, binning: str = "uniform") -> ReliabilityBins:
     """The bins that the reliability diagram draws and that the calibration error sums.
 
-    Args: `confidence` (n,) in [0, 1]; `correct` (n,) true or false; `binning` "uniform" (equal width) or
-    "equal_mass" (edges at quantiles of the confidences; equal confidences stay in one bin, so bins may be empty).
-    Bins are (lower, upper], and confidence 0 goes to the first. Raises ValueError on NaN, emptiness, values outside
-    [0, 1] and different lengths.
+    Args: `confidence` (n,) in [0, 1]; `correct` (n,) true or false; `binning` "uniform" (equal width) or "equal_mass"
+    (edges at quantiles; equal confidences stay in one bin). Bins are (lower, upper], and confidence 0 goes to the first.
+    Raises ValueError on NaN, emptiness, values outside [0, 1] and different lengths.
     """
     confidence, correct = _check(confidence, correct)
     edges = _bin_edges(confidence, num_bins, binning)
@@ -286,12 +277,9 @@ def threshold_for_accuracy(
 ) -> float | None:
     """The lowest confidence such that the examples at or above it are right at least `target_accuracy` of the time.
 
-    The lowest, because it answers the most examples. Fit it on validation and check it on test. None if no threshold
-    reaches the target, where the honest policy is to abstain always.
-
-    Of many thresholds the lowest that reaches a target does so partly by luck, the more the fewer examples lie above
-    it. With `slack` luck is held back: the lower bound of the accuracy (Wilson, one-sided, 90 %) must also reach
-    `target_accuracy` - `slack`, which a handful of right answers cannot.
+    Fit it on validation and check it on test. None if no threshold reaches the target: then abstain always. Of many
+    thresholds the lowest does so partly by luck: with `slack` the lower bound of the accuracy (Wilson, one-sided, 90 %)
+    must also reach `target_accuracy` - `slack`, which a handful of right answers cannot.
     """
     if not 0 < target_accuracy <= 1:
         raise ValueError(f"target_accuracy is {target_accuracy!r}; it must be in (0, 1].")
@@ -357,15 +345,6 @@ class _Sample:
                 result[f"accuracy_at_{coverage}"] = _accuracy_at_coverage(size, errors, coverage)
         return result
 
-    def point(self) -> dict[str, float]:
-        return {name: float(values[0]) for name, values in self.measure().items()}
-
-    def noise_floor(self, num_bins: int, seed: int) -> dict[str, float]:
-        return ece_noise_floor(self.confidence, num_bins, seed=seed)
-
-    def num_impossible_labels(self) -> int:
-        return 0 if self.label_log_prob is None else int(np.isneginf(self.label_log_prob).sum())
-
 
 def _debiased(gaps: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """(B, M) gaps of the bins and their standard deviations under perfect calibration -> (B,) an ECE without its bias.
@@ -377,44 +356,6 @@ def _debiased(gaps: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """
     ratio = np.divide(gaps, noise, out=np.zeros_like(gaps), where=noise > 0)
     return (np.abs(gaps) - np.sqrt(2 / np.pi * 5) * noise * np.exp(-2 * ratio**2)).sum(1)
-
-
-class _MeanSample:
-    """The same arm trained from several seeds: each metric is the mean of the seeds', and so is each replicate of it.
-
-    All seeds are measured on the same resampled examples, so the intervals are those of the mean over these seeds;
-    what another seed would have given is shown by the spread.
-    """
-
-    def __init__(self, samples: list[_Sample]):
-        self.samples, self.size, self.example = samples, samples[0].size, samples[0].example
-        self.confidence = samples[0].confidence
-
-    def measure(self, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        measured = [sample.measure(weights) for sample in self.samples]
-        shared = [name for name in measured[0] if all(name in one for one in measured)]
-        return {name: np.mean([one[name] for one in measured], axis=0) for name in shared}
-
-    point: Any = _Sample.point
-
-    def noise_floor(self, num_bins: int, seed: int) -> dict[str, float]:
-        floors = [sample.noise_floor(num_bins, seed) for sample in self.samples]
-        return {name: float(np.mean([floor[name] for floor in floors])) for name in floors[0]}
-
-    def num_impossible_labels(self) -> int:
-        return sum(sample.num_impossible_labels() for sample in self.samples)
-
-    def by_seed(self) -> dict[str, dict]:
-        """{metric: {"values", one per seed, and "spread", their standard deviation (n - 1)}}; None where undefined."""
-        points = [sample.point() for sample in self.samples]
-        columns = {name: [point.get(name, np.nan) for point in points] for name in REPORTED}
-        return {
-            name: {
-                "values": [None if np.isnan(value) else value for value in values],
-                "spread": None if np.isnan(values).any() else float(np.std(values, ddof=1)),
-            }
-            for name, values in columns.items()
-        }
 
 
 def _resamples(size: int, bootstrap: int, seed: int):
@@ -430,10 +371,8 @@ def _resamples(size: int, bootstrap: int, seed: int):
 def _interval(estimate: float, replicates: np.ndarray) -> list[float] | None:
     """95 % bootstrap interval, shifted so that its mean is the estimate.
 
-    A resample repeats examples, which inflates a calibration error (|noise| does not average out): the plain
-    percentile interval of a well calibrated model lies above its own estimate. Subtracting the bootstrap's bias
-    leaves unbiased metrics such as accuracy as they were. It is the spread of the estimate, whose own bias near
-    perfect calibration `ece_noise_floor` tells. None where the metric is undefined in the sample.
+    A resample repeats examples, which inflates a calibration error: the plain percentile interval of a well calibrated
+    model lies above its own estimate. The shift leaves unbiased metrics as they were. None where it is undefined.
     """
     replicates = replicates[~np.isnan(replicates)]
     if np.isnan(estimate) or not replicates.size:
@@ -442,32 +381,33 @@ def _interval(estimate: float, replicates: np.ndarray) -> list[float] | None:
     return [float(low), float(high)]
 
 
-def _replicates(samples: Sequence[_Sample | _MeanSample], bootstrap: int, seed: int) -> list[dict[str, np.ndarray]]:
-    """{metric: (B,)} of each sample, all measured on the same resampled examples; empty without replicates."""
-    blocks = [
-        [sample.measure(weights) for sample in samples] for weights in _resamples(samples[0].size, bootstrap, seed)
-    ]
-    if not blocks:
-        return [{} for _ in samples]
-    return [
-        {name: np.concatenate([block[i][name] for block in blocks]) for name in blocks[0][i]}
-        for i in range(len(samples))
-    ]
+def _measure(seeds: list[_Sample], weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """{metric: (B,)}: means over the seeds, all measured on the same resampled examples."""
+    measured = [sample.measure(weights) for sample in seeds]
+    return {
+        name: np.mean([one[name] for one in measured], axis=0)
+        for name in measured[0]
+        if all(name in one for one in measured)
+    }
 
 
-def _summary(sample: "_Sample | _MeanSample", replicates: dict[str, np.ndarray], num_bins: int, seed: int) -> dict:
+def _summary(seeds: list[_Sample], point: dict[str, float], replicates: dict, num_bins: int, seed: int) -> dict:
     """The dict that `summarize` describes."""
-    point = sample.point()
-    result: dict[str, Any] = {"num_examples": sample.size}
-    if sample.example is not None:
-        result["num_tokens"] = len(sample.confidence)
-    for name in REPORTED:
-        value = point.get(name, np.nan)
-        result[name] = None if np.isnan(value) else value
-    if isinstance(sample, _MeanSample):
-        result["seeds"] = sample.by_seed()
-    result["ece_noise_floor"] = sample.noise_floor(num_bins, seed)
-    result["num_impossible_labels"] = sample.num_impossible_labels()
+    floors = [ece_noise_floor(sample.confidence, num_bins, seed=seed) for sample in seeds]
+    impossible = [np.isneginf(sample.label_log_prob).sum() for sample in seeds if sample.label_log_prob is not None]
+    result: dict[str, Any] = {"num_examples": seeds[0].size}
+    if seeds[0].example is not None:
+        result["num_tokens"] = len(seeds[0].confidence)
+    result |= {name: _defined(point.get(name, np.nan)) for name in REPORTED}
+    if len(seeds) > 1:
+        points = [{name: values[0] for name, values in sample.measure().items()} for sample in seeds]
+        columns = {name: [one.get(name, np.nan) for one in points] for name in REPORTED}
+        result["seeds"] = {
+            name: {"values": [_defined(value) for value in values], "spread": _defined(np.std(values, ddof=1))}
+            for name, values in columns.items()
+        }
+    result["ece_noise_floor"] = {name: float(np.mean([floor[name] for floor in floors])) for name in floors[0]}
+    result["num_impossible_labels"] = int(sum(impossible))
     result["accuracy_at_coverage"] = {str(coverage): point[f"accuracy_at_{coverage}"] for coverage in COVERAGES}
     result["ci"] = {}
     for name, values in replicates.items():
@@ -478,24 +418,8 @@ def _summary(sample: "_Sample | _MeanSample", replicates: dict[str, np.ndarray],
     return result
 
 
-def _difference(points: dict[str, dict], replicates: dict[str, dict], arm: str, other: str) -> dict[str, dict]:
-    """The dict that `paired_difference` describes; without what is undefined or infinite in either."""
-    result = {}
-    for name, value in points[arm].items():
-        if name in points[other] and not np.isnan(value - points[other][name]):
-            difference, interval = value - points[other][name], None
-            if name in replicates[arm]:
-                interval = _interval(difference, replicates[arm][name] - replicates[other][name])
-            result[name] = {"difference": difference, "interval": interval}
-    return result
-
-
-def _sample_of(values: dict | list[dict], num_bins: int) -> _Sample | _MeanSample:
-    seeds = [values] if isinstance(values, dict) else values
-    samples = [_Sample(one, num_bins) for one in seeds]
-    if len({sample.size for sample in samples}) > 1:
-        raise ValueError(f"the seeds have {[sample.size for sample in samples]} examples; compare the same examples.")
-    return samples[0] if len(samples) == 1 else _MeanSample(samples)
+def _defined(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def compare(
@@ -514,17 +438,35 @@ def compare(
     """
     if isinstance(bootstrap, bool) or not isinstance(bootstrap, int | np.integer) or bootstrap < 0:
         raise ValueError(f"bootstrap is {bootstrap!r}; it must be a number of replicates, 0 for no intervals.")
-    samples = {arm: _sample_of(values, num_bins) for arm, values in arms.items()}
-    sizes = {arm: sample.size for arm, sample in samples.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"the arms have different numbers of examples, {sizes}; compare them on the same examples.")
-    replicates = dict(zip(samples, _replicates(list(samples.values()), bootstrap, seed), strict=True))
-    summaries = {arm: _summary(sample, replicates[arm], num_bins, seed) for arm, sample in samples.items()}
-    points = {arm: sample.point() for arm, sample in samples.items()}
-    differences = {
-        arm: {other: _difference(points, replicates, arm, other) for other in samples if other != arm}
-        for arm in samples
+    samples = {
+        arm: [_Sample(one, num_bins) for one in (values if isinstance(values, list) else [values])]
+        for arm, values in arms.items()
     }
+    sizes = {arm: sample.size for arm, seeds in samples.items() for sample in seeds}
+    if len({sample.size for seeds in samples.values() for sample in seeds}) > 1:
+        raise ValueError(f"the arms have different numbers of examples, {sizes}; compare them on the same examples.")
+    points = {arm: {name: float(v[0]) for name, v in _measure(seeds).items()} for arm, seeds in samples.items()}
+    blocks: dict[str, list[dict]] = {arm: [] for arm in samples}
+    for weights in _resamples(next(iter(sizes.values())), bootstrap, seed):
+        for arm, seeds in samples.items():
+            blocks[arm].append(_measure(seeds, weights))
+    drawn = {
+        arm: {name: np.concatenate([block[name] for block in found]) for name in (found[0] if found else ())}
+        for arm, found in blocks.items()
+    }
+    summaries = {arm: _summary(seeds, points[arm], drawn[arm], num_bins, seed) for arm, seeds in samples.items()}
+    differences: dict[str, dict[str, dict]] = {arm: {} for arm in samples}
+    for arm, other in itertools.permutations(samples, 2):
+        differences[arm][other] = {
+            name: {
+                "difference": value - points[other][name],
+                "interval": _interval(value - points[other][name], drawn[arm][name] - drawn[other][name])
+                if name in drawn[arm]
+                else None,
+            }
+            for name, value in points[arm].items()
+            if name in points[other] and not np.isnan(value - points[other][name])
+        }
     return summaries, differences
 
 
@@ -539,10 +481,8 @@ def summarize(
     """Every metric of one arm on one set, in the form of `report/metrics.json`: plain numbers, no NaN, no infinity.
 
     Args: `confidence`, `correct` (n,) as above; `label_log_prob` (n,) log-probability of the true label in nats, or
-    None where it is not known; `bootstrap` replicates for the 95 % intervals under "ci" (0 for none).
-    "nll" is None where it is not known or infinite; "num_impossible_labels" counts the labels that were ruled out
-    (log-probability -inf), so that the two cases can be told apart. "auroc" is None where it is undefined. The
-    intervals of "ece_equal_mass" keep the sample's own bin edges.
+    None; `bootstrap` replicates for the 95 % intervals under "ci" (0 for none). "nll" is None where it is not known or
+    infinite; "num_impossible_labels" counts the labels of log-probability -inf. "auroc" is None where it is undefined.
     """
     arm = {"confidence": confidence, "correct": correct, "label_log_prob": label_log_prob}
     return compare({"arm": arm}, num_bins, bootstrap, seed)[0]["arm"]
