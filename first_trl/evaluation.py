@@ -20,7 +20,6 @@ validation by NLL over the student's own probabilities, among the choices where 
 Shapes: N examples, K kept tokens, C choices, G temperatures, R resamples.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,19 +31,17 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from .calibration import choose_family, error_curve, recalibrate, search
-from .constants import IGNORED, POST_HOC, PREDICT_FILE
+from .constants import IGNORED, POST_HOC
 from .data.choices import choice_token_ids, forced_positions, forced_tokens
 from .data.encoding import encode_example
-from .data.rows import load_rows
 from .errors import FirstTrlError
-from .files import replace_atomically, write_atomically
+from .files import replace_atomically
 from .head import selected_logits, top_k_log_probs
-from .log import status
 from .modeling import innermost, language_model_head, load_model, load_tokenizer
 from .recipe import arm_of
 from .scoring import answer_scores, hidden_states_at, sequence_log_probs
 from .settings import TaskConfig
-from .student import CLOSING_FILE, choice_shares, closing_calibration, describe_student
+from .student import choice_shares, closing_calibration
 from .training import load_arguments
 
 VALIDATION = "validation"
@@ -204,37 +201,6 @@ def answer_sets(path: str | Path, section: dict, sets: dict[str, tuple], folder:
                 pq.write_table(pa.concat_tables([pq.read_table(part) for part in parts if part.is_file()]), whole)
             for part in parts:
                 part.unlink(missing_ok=True)
-
-
-def close_student(recipe, student: str, folder: Path) -> None:
-    """One pass of a trained student over validation: its closing temperature and its thresholds, beside its weights.
-
-    Writes `calibration.json` (unless `distill.closing` is false) and `predict.json` into the student's `folder`.
-    """
-    section = recipe.arm_section(student)
-    tokenizer = load_tokenizer(folder, None)
-    with PartialState().main_process_first():
-        rows = load_rows(recipe.datasets.validation, VALIDATION, recipe.task, tokenizer)
-    sets = {VALIDATION: (rows, recipe.task)}
-    answer_sets(folder, section, sets, folder, recipe)
-    if not PartialState().is_main_process:
-        return
-    answers, closing = read_answers(folder / f"{VALIDATION}.parquet"), None
-    (folder / f"{VALIDATION}.parquet").unlink()
-    if "choice_log_probs" in answers and recipe.distill.get("closing", True):
-        closing = closing_of(answers, f"{student} on {VALIDATION}", recipe.evaluate.seed)
-        write_atomically(folder / CLOSING_FILE, json.dumps(closing, indent=1))
-        low, high = closing["interval"]
-        before, after = (f"{100 * closing[name]:.1f} %" for name in ("ece_before", "ece_after"))
-        status(
-            f"distill.{student}: closing temperature {closing['temperature']:.3g} (fitted {closing['fitted']:.3g}, "
-            f"95 % interval {low:.3g} to {high:.3g}: {closing['why']}); ECE on validation {before} as trained, "
-            f"{after} as shipped"
-        )
-    temperature = closing["temperature"] if closing else 1.0
-    shipped = predictions(shipped_answers(answers, temperature) if closing else answers, f"{student} on {VALIDATION}")
-    content = describe_student(student, recipe.task, section, shipped, temperature)
-    write_atomically(folder / PREDICT_FILE, json.dumps(content, indent=1))
 
 
 def closing_of(answers: dict[str, np.ndarray], place: str, seed: int = 0) -> dict:

@@ -1,4 +1,4 @@
-"""Numbers that say whether a stated confidence is true: one definition of each, for the report, the search and the tests.
+"""Numbers that say whether a stated confidence is true, each defined once.
 
 Numpy only: it knows no model, no tokenizer and no file. Examples with the same confidence enter ranks (AUROC) and risk
 curves together, so that a shuffled input gives the same numbers.
@@ -112,7 +112,7 @@ def reliability_bins(confidence: Any, correct: Any, num_bins: int = 10, binning:
     """The bins that the reliability diagram draws and that the calibration error sums.
 
     Args: `confidence` (n,) in [0, 1]; `correct` (n,) true or false; `binning` "uniform" (equal width) or "equal_mass"
-    (edges at quantiles; equal confidences stay in one bin). Bins are (lower, upper], and confidence 0 goes to the first.
+    (edges at quantiles; equal confidences stay in one bin). Bins are (lower, upper], confidence 0 goes to the first.
     Raises ValueError on NaN, emptiness, values outside [0, 1] and different lengths.
     """
     confidence, correct = _check(confidence, correct)
@@ -264,32 +264,6 @@ def risk_coverage_curve(confidence: Any, correct: Any) -> RiskCoverage:
     groups, size, errors = _groups_once(confidence, correct)
     answered = size[0].cumsum()
     return RiskCoverage(groups.threshold, answered / answered[-1], errors[0].cumsum() / answered)
-
-
-def _wilson_lower_bound(share: np.ndarray, size: np.ndarray, z: float = 1.2816) -> np.ndarray:
-    """Lower bound of a share seen in `size` draws (Wilson 1927); z = 1.2816 is 90 % on one side."""
-    middle, spread = share + z**2 / (2 * size), z * np.sqrt(share * (1 - share) / size + z**2 / (4 * size**2))
-    return (middle - spread) / (1 + z**2 / size)
-
-
-def threshold_for_accuracy(
-    confidence: Any, correct: Any, target_accuracy: float, slack: float | None = None
-) -> float | None:
-    """The lowest confidence such that the examples at or above it are right at least `target_accuracy` of the time.
-
-    Fit it on validation and check it on test. None if no threshold reaches the target: then abstain always. Of many
-    thresholds the lowest does so partly by luck: with `slack` the lower bound of the accuracy (Wilson, one-sided, 90 %)
-    must also reach `target_accuracy` - `slack`, which a handful of right answers cannot.
-    """
-    if not 0 < target_accuracy <= 1:
-        raise ValueError(f"target_accuracy is {target_accuracy!r}; it must be in (0, 1].")
-    curve = risk_coverage_curve(confidence, correct)
-    enough = 1 - curve.risk >= target_accuracy - 1e-12
-    if slack is not None:
-        answered = curve.coverage * len(np.asarray(correct))
-        enough &= _wilson_lower_bound(1 - curve.risk, answered) >= target_accuracy - slack
-    reached = np.flatnonzero(enough)
-    return float(curve.threshold[reached[-1]]) if reached.size else None
 
 
 class _Sample:

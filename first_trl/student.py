@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .constants import PREDICT_FILE
 from .errors import FirstTrlError
-from .metrics import expected_calibration_error, threshold_for_accuracy
+from .metrics import expected_calibration_error, risk_coverage_curve
 from .settings import TaskConfig
 
 CLOSING_FILE = "calibration.json"  # in a student's folder: its closing temperature
@@ -154,6 +154,30 @@ def _lowest(nll_G: np.ndarray) -> float:
     return float(TEMPERATURES[best] * np.exp(0.03 * (left - right) / (2 * bend) if bend > 0 else 0))
 
 
+def _wilson_lower_bound(share: np.ndarray, size: np.ndarray, z: float = 1.2816) -> np.ndarray:
+    """Lower bound of a share seen in `size` draws (Wilson 1927); z = 1.2816 is 90 % on one side."""
+    middle, spread = share + z**2 / (2 * size), z * np.sqrt(share * (1 - share) / size + z**2 / (4 * size**2))
+    return (middle - spread) / (1 + z**2 / size)
+
+
+def threshold_for_accuracy(confidence, correct, target_accuracy: float, slack: float | None = None) -> float | None:
+    """The lowest confidence such that the examples at or above it are right at least `target_accuracy` of the time.
+
+    None if no threshold reaches the target: then abstain always. Of many thresholds the lowest does so partly by luck:
+    with `slack` the lower bound of the accuracy (Wilson, one-sided, 90 %) must also reach `target_accuracy` - `slack`,
+    which a handful of right answers cannot.
+    """
+    if not 0 < target_accuracy <= 1:
+        raise ValueError(f"target_accuracy is {target_accuracy!r}; it must be in (0, 1].")
+    curve = risk_coverage_curve(confidence, correct)
+    enough = 1 - curve.risk >= target_accuracy - 1e-12
+    if slack is not None:
+        answered = curve.coverage * len(np.asarray(correct))
+        enough &= _wilson_lower_bound(1 - curve.risk, answered) >= target_accuracy - slack
+    reached = np.flatnonzero(enough)
+    return float(curve.threshold[reached[-1]]) if reached.size else None
+
+
 def selective(confidence, correct, threshold: float | None) -> dict:
     """What answering at or above a threshold does: "coverage", the share answered, and "accuracy" of it (or None)."""
     answered = np.asarray(confidence) >= (np.inf if threshold is None else threshold)
@@ -177,17 +201,12 @@ def mean_selective(fitted: list[dict]) -> dict:
     return mean | {"seeds": fitted}
 
 
-def fit_threshold(confidence, correct, target: float) -> float | None:
-    """The lowest confidence that reaches a target accuracy on validation, and not by the luck of a few examples."""
-    return threshold_for_accuracy(confidence, correct, target, SLACK)
-
-
 def fit_thresholds(confidence, correct) -> list[dict]:
     """For each of `TARGETS` the lowest confidence that reaches it, None where none does, and what it does here.
 
     Args: `confidence`, `correct` (n,) of a validation split.
     """
-    thresholds = [(target, fit_threshold(confidence, correct, target)) for target in TARGETS]
+    thresholds = [(target, threshold_for_accuracy(confidence, correct, target, SLACK)) for target in TARGETS]
     return [
         {"target_accuracy": target, "threshold": threshold, **selective(confidence, correct, threshold)}
         for target, threshold in thresholds

@@ -22,9 +22,9 @@ from first_trl.metrics import (
     reliability_bins,
     risk_coverage_curve,
     summarize,
-    threshold_for_accuracy,
     trust_score,
 )
+from first_trl.student import threshold_for_accuracy
 
 
 def slow_bin(confidence, num_bins):

@@ -55,7 +55,7 @@ def slow_answers(student, texts):
     for text in texts:
         inputs = tokenizer(f"Review: {text} Sentiment :", return_tensors="pt")
         with torch.no_grad():
-            shares = model(**inputs).logits[0, -1, choices].softmax(-1)
+            shares = (model(**inputs).logits[0, -1, choices] / 1.3).softmax(-1)  # its closing temperature
         yield ["good", "bad"][int(shares.argmax())], float(shares.max())
 
 
@@ -106,7 +106,7 @@ def test_the_closing_temperature_divides_the_log_probabilities(predictor, monkey
     thresholds = [{"target_accuracy": 0.9, "threshold": 0.6, "coverage": 0.5, "accuracy": 0.9}]
     monkeypatch.setattr(predictor, "student", described(temperature=2.0, thresholds=thresholds))
     for answer, old in zip(predictor.predict(rows(5)), before, strict=True):
-        odds = (old["confidence"] / (1 - old["confidence"])) ** 0.5
+        odds = (old["confidence"] / (1 - old["confidence"])) ** (1.3 / 2)  # from the fixture's temperature
         assert answer["confidence"] == pytest.approx(odds / (1 + odds), rel=1e-4)
         assert answer["answer"] == old["answer"] and answer["abstain"] == (answer["confidence"] < 0.6)
 

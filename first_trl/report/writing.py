@@ -22,7 +22,7 @@ from markupsafe import Markup, escape
 from ..constants import ARMS, FOCUS, POST_HOC
 from ..files import write_atomically
 from ..metrics import compare, expected_calibration_error, percent, reliability_bins, risk_coverage_curve
-from ..student import DEFAULT_TARGET, fit_threshold, mean_selective, selective
+from ..student import DEFAULT_TARGET, SLACK, mean_selective, selective, threshold_for_accuracy
 from . import figures
 from .verdict import VIEWS, measured, order_arms, shipped, trained_arms, verdict
 
@@ -170,7 +170,9 @@ def add_selective(sets: dict[str, dict], validation, predictions: dict, target_a
         fitted_on: list[Any] = [_view(one, prefix) for one in by_seed(validation)]
         if not all(fitted_on):
             continue
-        thresholds = [fit_threshold(one["confidence"], one["correct"], target_accuracy) for one in fitted_on]
+        thresholds = [
+            threshold_for_accuracy(one["confidence"], one["correct"], target_accuracy, SLACK) for one in fitted_on
+        ]
         for name, summary in sets.items():
             seen: list[Any] = [_view(one, prefix) for one in by_seed(predictions[name])]
             done = [

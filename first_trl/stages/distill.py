@@ -10,7 +10,11 @@ several `seeds`, `students/<arm>/seed-<n>/`: the weights, and what it takes to p
 import json
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 
+from first_trl.constants import PREDICT_FILE
+from first_trl.files import write_atomically
+from first_trl.log import status
 from first_trl.recipe import arm_of
 from first_trl.records import new_folder
 from first_trl.run import jobs, needs_calibration, recalibration_of, require, run_job, teacher_path
@@ -28,8 +32,6 @@ def main(recipe, options) -> None:
 
 def make_student(recipe, arm: str, caches: Callable, continues: bool) -> None:
     """Train one student, then one pass over validation for its closing temperature and thresholds."""
-    from first_trl.evaluation import close_student
-
     folder = new_folder(recipe.run_folder / "students" / arm)
     if not (continues and (folder / "trainer_state.json").is_file()):  # written when training has ended
         train_arm(recipe, arm, caches, continues)
@@ -91,6 +93,44 @@ def train_arm(recipe, arm: str, caches: Callable, continues: bool) -> None:
     if on_labels and not (args.bf16 or args.fp16):
         adapters_to_float32(trainer.model)  # as FIRSTTrainer does: the arms differ in their targets alone
     train_and_save(trainer, folder, continues, f"distill.{arm}")
+
+
+def close_student(recipe, student: str, folder: Path) -> None:
+    """One pass of a trained student over validation: its closing temperature and its thresholds, beside its weights.
+
+    Writes `calibration.json` (unless `distill.closing` is false) and `predict.json` into the student's `folder`.
+    """
+    from accelerate import PartialState
+
+    from first_trl.data.rows import load_rows
+    from first_trl.evaluation import VALIDATION, answer_sets, closing_of, predictions, read_answers, shipped_answers
+    from first_trl.modeling import load_tokenizer
+    from first_trl.student import CLOSING_FILE, describe_student
+
+    section = recipe.arm_section(student)
+    tokenizer = load_tokenizer(folder, None)
+    with PartialState().main_process_first():
+        rows = load_rows(recipe.datasets.validation, VALIDATION, recipe.task, tokenizer)
+    sets = {VALIDATION: (rows, recipe.task)}
+    answer_sets(folder, section, sets, folder, recipe)
+    if not PartialState().is_main_process:
+        return
+    answers, closing = read_answers(folder / f"{VALIDATION}.parquet"), None
+    (folder / f"{VALIDATION}.parquet").unlink()
+    if "choice_log_probs" in answers and recipe.distill.get("closing", True):
+        closing = closing_of(answers, f"{student} on {VALIDATION}", recipe.evaluate.seed)
+        write_atomically(folder / CLOSING_FILE, json.dumps(closing, indent=1))
+        low, high = closing["interval"]
+        before, after = (f"{100 * closing[name]:.1f} %" for name in ("ece_before", "ece_after"))
+        status(
+            f"distill.{student}: closing temperature {closing['temperature']:.3g} (fitted {closing['fitted']:.3g}, "
+            f"95 % interval {low:.3g} to {high:.3g}: {closing['why']}); ECE on validation {before} as trained, "
+            f"{after} as shipped"
+        )
+    temperature = closing["temperature"] if closing else 1.0
+    shipped = predictions(shipped_answers(answers, temperature) if closing else answers, f"{student} on {VALIDATION}")
+    content = describe_student(student, recipe.task, section, shipped, temperature)
+    write_atomically(folder / PREDICT_FILE, json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":
