@@ -16,7 +16,8 @@ FOLDER = ROOT / "recipes"
 RECIPES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))
 TABLE = {f"paper_table/{name}.yaml" for name in ("commonsense_qa", "boolq", "alpaca")}
 LOCAL = {"reviews.yaml", "paper_table/reviews.yaml"}
-HUB = sorted(set(RECIPES) - LOCAL)
+CHAT = [name for name in RECIPES if name.startswith("chat/")]
+HUB = sorted(set(RECIPES) - LOCAL - {*CHAT})
 # The rows of the paper's table: what the student learns from.
 TABLE_ARMS = {
     "fine_tuned": {"trainer": "sft"},
@@ -53,7 +54,7 @@ def data_folder(tmp_path, monkeypatch):
 
 
 def test_all_recipes_of_the_folder_are_looked_at():
-    assert LOCAL | TABLE < set(RECIPES) and len(RECIPES) >= 13
+    assert LOCAL | TABLE | {*CHAT} < set(RECIPES) and len(RECIPES) >= 14 and CHAT
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -68,7 +69,15 @@ def test_the_recipe_reads_and_has_the_arms_of_a_fair_comparison(name):
     assert ((FOLDER / name).parent / schema).resolve() == FOLDER / "schema.json"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", CHAT)
+def test_recipes_of_conversations_take_models_with_a_template_and_do_not_think(name):
+    recipe = load_recipe(FOLDER / name)
+    assert recipe.task.prompt is None and recipe.task.chat_template_kwargs == {"enable_thinking": False}
+    assert "Base" not in recipe.sft["model_name_or_path"] + recipe.distill["model_name_or_path"]
+    assert recipe.calibrate.positions == "all"
+
+
+@pytest.mark.parametrize("name", sorted({*RECIPES} - {*CHAT}))
 def test_every_split_renders_with_the_task_that_it_has(name):
     from first_trl.evaluation import test_task as task_of
 
