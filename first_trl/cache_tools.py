@@ -89,7 +89,7 @@ def describe(cache, tokenizer=None) -> str:
     import numpy as np
 
     from .cache.arrays import row_blocks
-    from .cache.format import shorten
+    from .errors import shorten
 
     manifest, totals = cache.manifest, cache.manifest["totals"]
     positions, size = max(totals["supervised_positions"], 1), sum(shard["bytes"] for shard in manifest["shards"])

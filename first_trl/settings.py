@@ -19,9 +19,9 @@ from .trl_fields import known_fields
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SERVER_URL = re.compile(r"https?://[^\s@?#]+")
-# Settings of the cache that say how fast it is made. Other batches round differently, as far as the teacher's dtype
-# rounds, and a server batches as it likes: neither tells two caches apart, in the manifest or in the run's record.
-SPEED_SETTINGS = ("tokens_per_batch", "server_requests")
+# How fast a cache is made, and where its server is. Other batches round differently, as far as the teacher's dtype
+# rounds, and a server batches as it likes: none tells two caches apart, in the manifest or in the run's record.
+SPEED_SETTINGS = ("tokens_per_batch", "server_requests", "server_url")
 CONFLICTS_LATER = {"conflicts": "later"}  # validation context: types and keys alone
 NAME_REMEDY = "use letters, digits, '-' and '_', starting with a letter or digit"
 MISSING = object()  # the value of a problem about something that is not there

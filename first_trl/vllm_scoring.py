@@ -1,8 +1,12 @@
-"""The teacher's rows from vLLM: through a server that speaks OpenAI's protocol, or in this process.
+"""The teacher's rows from a server that speaks OpenAI's protocol and gives log-probabilities of prompts, as vLLM does.
 
-Both return the K most probable tokens of every prompt position (`prompt_logprobs`), and so the same columns as
-`first_trl.scoring.teacher_rows`, with one difference: the tail is what the K leave of 1, not a sum over the other
-tokens. Prompts are token ids, never text. Starting a server, and writing what it says, are not here.
+    vllm serve TEACHER --max-logprobs 20 --logprobs-mode raw_logprobs --max-model-len LENGTH
+        --max-num-batched-tokens 2048 --gpu-memory-utilization 0.8 --hf-overrides '{"head_dtype": "float32"}'
+
+LENGTH is at least task.max_length + 1. An adapter is served with its base: `vllm serve BASE --enable-lora
+--max-lora-rank R --lora-modules teacher=FOLDER ...`. The head runs in float32, for logits of 16 bits come in steps of
+0.06 to 0.125 nats; few tokens are batched, for the logits of all prompt tokens are held at once. The columns are those
+of `first_trl.scoring.teacher_rows`, but the tail is what the K tokens leave of 1, not a sum over the others.
 
 Shapes: N supervised positions, K kept tokens.
 """
@@ -10,26 +14,31 @@ Shapes: N supervised positions, K kept tokens.
 import http.client
 import json
 import os
+import queue
+import socket
 import threading
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 
-_IGNORED = -100
+from .constants import IGNORED
+from .errors import FirstTrlError, shorten
+
 MINUS_INFINITY = -9999.0  # what vLLM writes for -inf, which JSON does not have
 SMALLEST_TAIL = 2.0**-24  # half the step of float32 below 1: what log-probabilities near 0 cannot tell from nothing
 SUM_TOLERANCE = 1e-3  # rounding moves a sum of float32 probabilities by much less
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds between attempts
+LONGEST_WAIT = 600.0  # seconds, where a server asks for more by Retry-After
+ENTRY_BYTES = 512  # of one token's log-probability in an answer, its text included
 _RETRIED = (OSError, http.client.HTTPException)  # no connection, a broken one, a timeout, a response cut short
 _KEEPS = "Finished shards are kept"
 
 
-class ServerError(ValueError):
+class ServerError(FirstTrlError):
     """A server that does not answer, or whose answer is not what a teacher's would be."""
 
 
@@ -41,44 +50,48 @@ class PromptServer:
         url: where `/v1/completions` is, with or without the `/v1`.
         model: the name that it serves the teacher under.
         version: of vLLM, None where the server does not say.
-        timeout: seconds to wait for an answer; the first of a new server takes longest.
+        next_tokens: whether it gives the log-probabilities of the next token by token ids: one row for one answer.
+        timeout: seconds that a whole answer may take; the first of a new server takes longest.
         waits: seconds before each further attempt at a request that failed.
     """
 
     url: str
     model: str = ""
     version: str | None = None
+    next_tokens: bool = False
     timeout: float = 600.0
     waits: Sequence[float] = WAITS
 
-    def ask(self, place: str, content: dict | None = None, give_up: threading.Event | None = None) -> dict:
+    def ask(
+        self, place: str, content: dict | None = None, give_up: threading.Event | None = None, limit: int = 2**20
+    ) -> dict:
         """The JSON that is at `place`, or that it answers to `content`.
 
         What may pass is tried again, after longer and longer waits: no connection, a broken one, a timeout, status 429
-        and 5xx. With `FIRST_TRL_SERVER_KEY` in the environment, it is sent as the bearer token.
+        and 5xx. With `FIRST_TRL_SERVER_KEY` in the environment, it is sent as the bearer token, and no redirect is
+        followed with it.
 
         Args:
             give_up: set where another request has failed for good, so that this one need not be tried again.
+            limit: the most bytes that the answer may have.
 
         Raises:
             ServerError: the last attempt failed, or the server refused the request.
         """
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("FIRST_TRL_SERVER_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if content is None else json.dumps(content).encode()
-        request = urllib.request.Request(self.url.rstrip("/").removesuffix("/v1") + place, data, headers)
         for wait in (*self.waits, None):
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return _json_object(response.read(), self.url)
-            except urllib.error.HTTPError as error:
-                said = error.read(2000).decode(errors="replace")
-                if error.code < 500 and error.code != 429:
-                    raise ServerError(_refusal(self.url, place, error.code, said)) from error
-                problem: object = f"status {error.code}, {said!r}"
+                status, headers, body = self._exchange(place, content, limit)
             except _RETRIED as error:
-                problem = getattr(error, "reason", None) or repr(error)
+                problem: object = repr(error)
+            else:
+                if status == 200:
+                    return _json_object(body, self.url, limit)
+                problem = f"status {status}, {shorten(body[:500].decode(errors='replace'))!r}"
+                if status < 500 and status != 429:
+                    raise ServerError(_refusal(self.url, place, status, headers, problem))
+                asked = headers.get("Retry-After", "")
+                if wait is not None and asked.isdecimal():
+                    wait = min(max(wait, float(asked)), LONGEST_WAIT)
             if wait is None or (give_up or threading.Event()).wait(wait):
                 break
         raise ServerError(
@@ -86,59 +99,143 @@ class PromptServer:
             f"{_KEEPS}: start the server again, with the same model, and run the cache stage again."
         )
 
+    def _exchange(self, place: str, content: dict | None, limit: int) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """(status, headers, body) of one request; at most `limit` + 1 bytes, and `timeout` seconds for all of it."""
+        address = urlsplit(self.url.rstrip("/").removesuffix("/v1") + place)
+        kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
+        connection = kind(address.hostname or "", address.port, timeout=self.timeout)
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("FIRST_TRL_SERVER_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        late = threading.Event()
 
-def _json_object(body: bytes, url: str) -> dict:
+        connection.connect()
+        channel = connection.sock
+
+        def hang_up() -> None:  # the socket's own timeout begins again with every byte
+            late.set()
+            with suppress(OSError):  # they hung up first
+                channel.shutdown(socket.SHUT_RDWR)
+
+        watch = threading.Timer(self.timeout, hang_up)
+        watch.daemon = True
+        watch.start()
+        try:
+            data = None if content is None else json.dumps(content)
+            connection.request("GET" if content is None else "POST", address.path, data, headers)
+            response = connection.getresponse()
+            body = response.read(limit + 1)
+            if late.is_set():
+                raise TimeoutError(f"no whole answer in {self.timeout:g} s")
+            return response.status, response.headers, body
+        finally:
+            watch.cancel()
+            connection.close()
+
+    def prompt_entries(self, tokens: list[int], top_k: int, give_up: threading.Event | None = None) -> list:
+        """For each token of a prompt but the first: log-probabilities by id, of the K most probable and of itself."""
+        content = {"prompt": tokens, "prompt_logprobs": top_k, **self._one_token()}
+        answer = self.ask("/v1/completions", content, give_up, 2**20 + ENTRY_BYTES * len(tokens) * (top_k + 1))
+        return [
+            None if entry is None else {int(token): _number(value["logprob"]) for token, value in entry.items()}
+            for entry in _choice(answer, self.url, "prompt_logprobs")
+        ]
+
+    def next_token_entry(self, tokens: list[int], top_k: int, give_up: threading.Event | None = None) -> dict:
+        """Token id -> log-probability of the K most probable tokens after a prompt."""
+        content = {"prompt": tokens, "logprobs": top_k, "return_tokens_as_token_ids": True, **self._one_token()}
+        answer = self.ask("/v1/completions", content, give_up)
+        entry = _choice(answer, self.url, "logprobs")["top_logprobs"][0]
+        return {int(token.removeprefix("token_id:")): _number(value) for token, value in entry.items()}
+
+    def _one_token(self) -> dict:
+        return {"model": self.model, "max_tokens": 1, "temperature": 1.0}  # the fewest that a server takes
+
+
+def _json_object(body: bytes, url: str, limit: int) -> dict:
+    if len(body) > limit:
+        raise ServerError(f"{url} answered with more than {limit:,} bytes. Check cache.server_url.")
     try:
         answer = json.loads(body)
-    except ValueError as error:
-        raise ServerError(f"{url} did not answer with JSON: {body[:200]!r}. Check cache.server_url.") from error
+    except (ValueError, RecursionError) as error:
+        raise ServerError(f"{url} did not answer with JSON: {shorten(repr(body[:200]))}. Check it.") from error
     if not isinstance(answer, dict):
-        raise ServerError(f"{url} answered with {body[:200]!r}, not with an object. Check cache.server_url.")
+        raise ServerError(f"{url} answered with {shorten(repr(answer))}, not with an object. Check cache.server_url.")
     return answer
 
 
-def _refusal(url: str, place: str, status: int, said: str) -> str:
+def _choice(answer: dict, url: str, name: str):
+    try:
+        found = answer["choices"][0][name]
+        if not found:
+            raise KeyError(name)
+        return found
+    except (KeyError, IndexError, TypeError) as error:
+        raise ServerError(
+            f"The answer of {url} has no readable {name}: {shorten(json.dumps(answer))}. The server must be one that "
+            "returns them from /v1/completions, as vLLM does."
+        ) from error
+
+
+def _number(log_prob) -> float:
+    if isinstance(log_prob, bool) or not isinstance(log_prob, int | float):
+        raise ValueError(f"log-probability {log_prob!r}")
+    return -np.inf if log_prob <= MINUS_INFINITY else float(log_prob)
+
+
+def _refusal(url: str, place: str, status: int, headers, said: object) -> str:
     remedy = "check cache.server_url" if status == 404 else "start the server in another way, or change the recipe"
-    if status in (401, 403):
+    if 300 <= status < 400:
+        remedy = f"write the address itself, {shorten(headers.get('Location', ''))}, as cache.server_url"
+    elif status in (401, 403):
         remedy = "put the server's key into the environment variable FIRST_TRL_SERVER_KEY"
-    elif "max allowed" in said:
+    elif "max allowed" in str(said):
         remedy = "start the server with --max-logprobs of at least cache.top_k, or lower cache.top_k"
-    elif "context length" in said:
+    elif "context length" in str(said):
         remedy = "start the server with --max-model-len above task.max_length, or lower task.max_length"
-    return f"The server {url} refused {place} with status {status}: {said.strip()}. To mend it, {remedy}. {_KEEPS}."
+    return f"The server {url} refused {place}: {said}. To fix it, {remedy}. {_KEEPS}."
 
 
-def connect(url: str, teacher: str, **options) -> PromptServer:
-    """The server at `url`, if it serves the teacher.
+def connect(url: str, teacher: str, top_k: int = 1, max_length: int = 1, **options) -> PromptServer:
+    """The server at `url`, if it serves the teacher and can say what a cache keeps.
 
     Args:
         teacher: its id, or its folder; the server must know it by that name, or by the last part of it.
+        top_k, max_length: of the cache: K, and the tokens of the longest example.
         options: of `PromptServer`.
 
     Raises:
-        ServerError: there is no server, or it serves something else.
+        ServerError: there is no server, it serves something else, or it cannot give `prompt_logprobs` of that many.
     """
     # At the start, a wrong address is likelier than a server that pauses
     server = PromptServer(url, **{"waits": WAITS[:2]} | options)
     listed = server.ask("/v1/models").get("data")
-    models = [model for model in listed if isinstance(model, dict)] if isinstance(listed, list) else []
-    names = [str(model.get("id")) for model in models]
+    models = {str(model.get("id")): model for model in listed or [] if isinstance(model, dict)}
     last = Path(teacher).name
-    ours = [name for name in names if name == teacher] or [name for name in names if Path(name).name == last]
+    ours = [name for name in models if name == teacher] or [name for name in models if Path(name).name == last]
     if len(ours) != 1:
+        names = shorten(", ".join(models)) or "no model"
         raise ServerError(
-            f"The server {url} serves {', '.join(names) or 'no model'}, and the recipe's teacher is {teacher}. Start "
-            f"it with that model, or name the model that it serves: --served-model-name {last}."
+            f"The server {url} serves {names}, and the recipe's teacher is {teacher}. Start it with that model, or "
+            f"name the model that it serves: --served-model-name {last}."
         )
-    return PromptServer(url, ours[0], _version(url), **options)
-
-
-def _version(url: str) -> str | None:
-    """vLLM's version; other servers have no such page."""
+    longest = models[ours[0]].get("max_model_len")
+    if isinstance(longest, int) and longest <= max_length:
+        raise ServerError(
+            f"The server {url} takes {longest} tokens, and task.max_length is {max_length}: start it with "
+            f"--max-model-len {max_length + 1}."
+        )
     try:
-        return str(PromptServer(url, timeout=60, waits=()).ask("/version").get("version"))
-    except ServerError:
-        return None
+        version = replace(server, timeout=min(server.timeout, 60), waits=()).ask("/version").get("version")
+    except ServerError:  # not vLLM
+        version = None
+    server = replace(server, model=ours[0], version=None if version is None else shorten(str(version), 60))
+    prompt_row({"input_ids": [0, 0], "labels": [IGNORED, 0]}, server.prompt_entries([0, 0], top_k), top_k)
+    try:
+        next_tokens = len(server.next_token_entry([0], top_k)) >= top_k
+    except (ServerError, ValueError, KeyError, AttributeError):  # older servers name tokens by their text
+        next_tokens = False
+    return replace(server, next_tokens=next_tokens, waits=options.get("waits", WAITS))
 
 
 def server_teacher_rows(
@@ -152,6 +249,9 @@ def server_teacher_rows(
 ) -> list[dict]:
     """The columns of `first_trl.scoring.teacher_rows`, from a server, at most `requests` of them under way at once.
 
+    An answer of one token, and its end, is asked for as the next token of the prompt: the server then computes one row
+    of logits and keeps the prompt's prefix. Other examples are asked for as whole prompts.
+
     Args:
         examples, top_k, vocab_limit, progress: as there.
 
@@ -162,46 +262,62 @@ def server_teacher_rows(
     give_up = threading.Event()
 
     def row(example: dict) -> dict:
-        content = {
-            "model": server.model,
-            "prompt": [int(token) for token in example["input_ids"]],
-            "prompt_logprobs": top_k,
-            "max_tokens": 1,  # the fewest that a server takes; the token is thrown away
-            "temperature": 1.0,
-        }
-        answer = server.ask("/v1/completions", content, give_up)
-        return prompt_row(example, _entries_of(answer, server.url), top_k, vocab_limit)
+        tokens = [int(token) for token in example["input_ids"]]
+        positions = [i for i in range(1, len(tokens)) if example["labels"][i] != IGNORED]
+        try:
+            if server.next_tokens and len(positions) <= 2:
+                entries: list = [None] * len(tokens)
+                for i in positions:
+                    found = server.next_token_entry(tokens[:i], top_k, give_up)
+                    # As in a prompt's entries, where the token itself is one more, whatever its rank
+                    entries[i] = {tokens[i]: -np.inf} | found if len(found) >= top_k else found
+            else:
+                entries = server.prompt_entries(tokens, top_k, give_up)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, ServerError):
+                raise
+            raise ServerError(f"The answer of {server.url} has no readable log-probabilities ({error!r}).") from error
+        return prompt_row(example, entries, top_k, vocab_limit)
 
     rows = []
-    with ThreadPoolExecutor(max_workers=requests) as threads:
-        try:
-            for example, result in zip(examples, threads.map(row, examples), strict=True):
-                rows.append(result)
-                if progress is not None:
-                    progress(len(example["input_ids"]))
-        except BaseException:
-            give_up.set()
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
+    for example, result in zip(examples, _in_threads(row, examples, requests, give_up), strict=True):
+        rows.append(result)
+        if progress is not None:
+            progress(len(example["input_ids"]))
     return rows
 
 
-def _entries_of(answer: dict, url: str) -> list[dict[int, float] | None]:
-    """`prompt_logprobs` of a completion: token id -> log-probability for each token of the prompt but the first."""
+def _in_threads(function: Callable, items: list, count: int, give_up: threading.Event) -> Iterator:
+    """The results of `function`, in order. The threads never keep a process alive that was interrupted."""
+    todo: queue.SimpleQueue = queue.SimpleQueue()
+    done: queue.SimpleQueue = queue.SimpleQueue()
+    for number, item in enumerate(items):
+        todo.put((number, item))
+
+    def work() -> None:
+        while not give_up.is_set():
+            try:
+                number, item = todo.get_nowait()
+                done.put((number, function(item), None))
+            except queue.Empty:
+                return
+            except BaseException as error:
+                done.put((-1, None, error))
+                return
+
+    for _ in range(min(count, len(items))):
+        threading.Thread(target=work, daemon=True).start()
+    results: dict[int, dict] = {}
     try:
-        found = answer["choices"][0]["prompt_logprobs"]
-        return [None if e is None else {int(token): _number(v["logprob"]) for token, v in e.items()} for e in found]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ServerError(
-            f"The answer of {url} has no readable prompt_logprobs ({error!r}): {json.dumps(answer)[:300]}. The server "
-            "must be one that returns them from /v1/completions, as vLLM does."
-        ) from error
-
-
-def _number(log_prob) -> float:
-    if isinstance(log_prob, bool) or not isinstance(log_prob, int | float):
-        raise ValueError(f"log-probability {log_prob!r}")
-    return -np.inf if log_prob <= MINUS_INFINITY else float(log_prob)
+        for number in range(len(items)):
+            while number not in results:
+                found, result, error = done.get()
+                if error is not None:
+                    raise error
+                results[found] = result
+            yield results.pop(number)
+    finally:
+        give_up.set()
 
 
 def prompt_row(
@@ -224,7 +340,7 @@ def prompt_row(
             f"A prompt of {len(tokens)} tokens came back with {len(entries)}: the server changes prompts, which must "
             "be taken as they are. Start it without templates or special tokens of its own."
         )
-    positions = [i for i in range(1, len(tokens)) if labels[i] != _IGNORED]
+    positions = [i for i in range(1, len(tokens)) if labels[i] != IGNORED]
     best = [_most_probable(entries[i], int(tokens[i]), i, top_k, vocab_limit) for i in positions]
     ids_NK = np.array([[token for token, _ in row] for row in best], dtype=np.int32).reshape(-1, top_k)
     log_probs_NK = np.array([[value for _, value in row] for row in best], dtype=np.float64).reshape(-1, top_k)
@@ -244,22 +360,20 @@ def _most_probable(
 
     The token that is really there is among the entries, as one more than K where it is not among the K.
     """
-    place = f"Position {position} of a prompt (token {token}): the server gave"
+    place, given = f"Position {position} of a prompt (token {token}): the server gave", shorten(str(entry))
     if entry is None or token not in entry:
-        given = "no log-probabilities" if entry is None else f"log-probabilities without the token itself, {entry}"
-        raise ServerError(f"{place} {given}. It must take token ids as they are, and return prompt_logprobs.")
-    if not all(value <= SUM_TOLERANCE for value in entry.values()):  # also true for NaN
-        raise ServerError(
-            f"{place} {entry}, which are no log-probabilities: start it with --logprobs-mode raw_logprobs."
-        )
+        what = "no log-probabilities" if entry is None else f"log-probabilities without the token itself, {given}"
+        raise ServerError(f"{place} {what}. It must take token ids as they are, and return prompt_logprobs.")
+    if not all(value <= SUM_TOLERANCE for value in entry.values()) or max(entry.values()) == -np.inf:  # or NaN
+        raise ServerError(f"{place} {given}: no log-probabilities. Start it with --logprobs-mode raw_logprobs.")
     if len(entry) < top_k:
-        raise ServerError(f"{place} {len(entry)} tokens, and cache.top_k asks for {top_k}: {entry}.")
+        raise ServerError(f"{place} {len(entry)} tokens, and cache.top_k asks for {top_k}: {given}.")
     best = sorted(((i, min(value, 0.0)) for i, value in entry.items()), key=lambda pair: (-pair[1], pair[0]))[:top_k]
-    beyond = [] if vocab_limit is None else [i for i, _ in best if i >= vocab_limit]
-    if beyond and vocab_limit is not None:
+    beyond = [i for i, _ in best if vocab_limit is not None and i >= vocab_limit]
+    if beyond:
         raise ServerError(
-            f"{place} token {beyond[0]} among the {top_k} most probable, but the tokenizer ends at {vocab_limit - 1}. "
-            "Lower cache.top_k, or use cache.backend: hf, which leaves such tokens out."
+            f"{place} token {beyond[0]} among the {top_k} most probable, but the tokenizer has {vocab_limit}. Lower "
+            "cache.top_k, or use cache.backend: hf, which leaves such tokens out."
         )
     return best
 

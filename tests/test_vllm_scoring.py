@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 from first_trl.cache.reader import open_cache
 from first_trl.modeling import load_model
 from first_trl.recipe import load_recipe
+from first_trl.run import new_folder
 from first_trl.scoring import teacher_rows
 from first_trl.settings import CacheConfig
 from first_trl.stages import cache as stage
@@ -57,6 +59,7 @@ class FakeVLLM:
     """A loopback server that says `answer(request)`: a dict, a status, or None to hang up."""
 
     def __init__(self, answer, models=("teacher",), port=0):
+        self.keys, self.sent = [], 0
         self.asked, self.under_way, self.most_under_way, self.lock = [], 0, 0, threading.Lock()
         fake = self
 
@@ -65,13 +68,15 @@ class FakeVLLM:
                 pass
 
             def do_GET(self):
-                listed = {"data": [{"id": name} for name in models]}
+                pairs = [model if isinstance(model, tuple) else (model, None) for model in models]
+                listed = {"data": [{"id": name, "max_model_len": length} for name, length in pairs]}
                 self.reply({"/v1/models": listed, "/version": {"version": "0.0"}}.get(self.path, 404))
 
             def do_POST(self):
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with fake.lock:
                     fake.asked.append(request)
+                    fake.keys.append(self.headers["Authorization"])
                     fake.under_way += 1
                     fake.most_under_way = max(fake.most_under_way, fake.under_way)
                 said = answer(request)
@@ -83,11 +88,28 @@ class FakeVLLM:
                 if said is None:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
-                body = json.dumps({"error": "no"} if isinstance(said, int) else said).encode()
-                self.send_response(said if isinstance(said, int) else 200)
-                self.send_header("Content-Length", str(len(body)))
+                if isinstance(said, tuple) and isinstance(said[0], str):
+                    return self.misbehave(*said)
+                status, text, headers = (*said, {})[:3] if isinstance(said, tuple) else (200, None, {})
+                status, text = (said, "no") if isinstance(said, int) else (status, text)
+                body = text.encode() if text is not None else json.dumps(said).encode()
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(body)
+
+            def misbehave(self, how, part):
+                """Drip a byte at a time, or never end."""
+                piece = b"HTTP/1.1 200 OK\r\n" + (b"" if part == "head" else b"\r\n")
+                try:
+                    self.wfile.write(piece)
+                    for _ in range(100 if how == "drip" else 1024):
+                        self.wfile.write(b" " * (1 if how == "drip" else 2**20))
+                        fake.sent += 2**20
+                        time.sleep(0.1 if how == "drip" else 0)
+                except OSError:
+                    pass  # they hung up
 
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -108,10 +130,15 @@ def answers_of(model):
     """What vLLM would answer with this model: the K most probable tokens of each place, and the one that is there."""
 
     def answer(request):
-        assert request["temperature"] == 1.0 and request["max_tokens"] == 1 and request["model"] == "teacher"
-        tokens, k = request["prompt"], request["prompt_logprobs"]
+        assert request["temperature"] == 1.0 and request["max_tokens"] == 1 and "teacher" in request["model"]
+        tokens, k = request["prompt"], request.get("prompt_logprobs")
         with torch.no_grad():
             log_probs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        if k is None:
+            assert request["return_tokens_as_token_ids"] is True
+            best = log_probs[-1].topk(request["logprobs"])
+            top = {f"token_id:{token}": float(value) for value, token in zip(*best, strict=True)}
+            return {"choices": [{"text": "", "logprobs": {"top_logprobs": [top]}}]}
         entries = [None]
         for i in range(1, len(tokens)):
             shown = dict.fromkeys([tokens[i], *log_probs[i - 1].topk(k).indices.tolist()])
@@ -161,6 +188,18 @@ def test_a_server_and_the_model_itself_give_the_same_rows_in_the_same_order():
     assert 1 < fake.most_under_way <= 3
 
 
+def test_answers_of_one_token_are_asked_for_as_the_next_token_of_their_prompt():
+    model, examples = build_model(vocab_size=50).eval(), random_examples(30, 50, completion=(0, 4))
+    with FakeVLLM(answers_of(model)) as fake:
+        server = fake.client(next_tokens=True)
+        rows = server_teacher_rows(server, examples, top_k=5, requests=3, vocab_limit=50)
+    assert_same_rows(rows, teacher_rows(model, examples, top_k=5, tokens_per_batch=64))
+    supervised = [sum(label != -100 for label in example["labels"][1:]) for example in examples]
+    short = sum(count for count in supervised if count <= 2)
+    assert sum("logprobs" in asked for asked in fake.asked) == short > 10
+    assert sum("prompt_logprobs" in asked for asked in fake.asked) == sum(count > 2 for count in supervised) > 5
+
+
 def test_what_passes_is_tried_again():
     good = RECORDED
     with FakeVLLM(in_turn(500, None, 429, good)) as fake:
@@ -171,7 +210,7 @@ def test_what_passes_is_tried_again():
 def test_what_does_not_pass_is_said_at_once():
     with (
         FakeVLLM(lambda request: 400) as fake,
-        pytest.raises(ServerError, match="refused /v1/completions with status"),
+        pytest.raises(ServerError, match="refused /v1/completions: status 400"),
     ):
         server_teacher_rows(fake.client(), [PROMPT], top_k=5)
     assert len(fake.asked) == 1
@@ -208,6 +247,7 @@ REFUSED = {
     "logits": ([None, entry(7.0, 3.0)], "no log-probabilities.*--logprobs-mode raw_logprobs"),
     "not a number": ([None, entry(float("nan"), -1.0)], "no log-probabilities"),
     "a sum over one": ([None, entry(-0.1, -0.1)], "sum to 1.8097.*raw_logprobs"),
+    "nothing is possible": ([None, entry(-np.inf, -np.inf)], "no log-probabilities"),
     "a token that the tokenizer does not have": ([None, entry(-1, -2, start=10) | {60: -0.6}], "token 60 among the 2"),
 }
 
@@ -226,7 +266,10 @@ def test_answers_that_are_no_teachers_are_refused(case):
      {"choices": [{"prompt_logprobs": [None, {"good": {"logprob": -1.0}}]}]}],
 )  # fmt: skip
 def test_a_server_without_prompt_logprobs_is_refused_with_its_answer(answer):
-    with FakeVLLM(lambda request: answer) as fake, pytest.raises(ServerError, match="no readable prompt_logprobs"):
+    with (
+        FakeVLLM(lambda request: answer) as fake,
+        pytest.raises(ServerError, match="no readable (prompt_logprobs|log-prob)"),
+    ):
         server_teacher_rows(fake.client(), [EXAMPLE], top_k=2)
 
 
@@ -255,27 +298,103 @@ def test_a_sum_that_rounding_takes_over_one_leaves_the_smallest_tail():
 
 
 def test_a_server_is_taken_by_the_name_of_the_teacher():
-    with FakeVLLM(lambda request: RECORDED, models=("base", "org/teacher")) as fake:
-        assert connect(fake.url, "runs/tiny/teacher").model == "org/teacher"
-        assert connect(f"{fake.url}/v1/", "base") == PromptServer(f"{fake.url}/v1/", "base", "0.0")
-        with pytest.raises(
-            ServerError, match="serves base, org/teacher, and the recipe's teacher is org/student.*--served"
-        ):
+    model = build_model(vocab_size=50).eval()
+    with FakeVLLM(answers_of(model), models=("base_teacher", "org/teacher")) as fake:
+        found = connect(fake.url, "runs/tiny/teacher", top_k=5)
+        assert (found.model, found.version, found.next_tokens) == ("org/teacher", "0.0", True)
+        assert connect(f"{fake.url}/v1/", "base_teacher").model == "base_teacher"
+        with pytest.raises(ServerError, match="serves base_teacher, org/teacher, and the .* is org/student.*--served"):
             connect(fake.url, "org/student")
     with pytest.raises(ServerError, match=f"{fake.url} does not answer: .*refused"):
-        connect(fake.url, "base", waits=WAITS)
+        connect(fake.url, "base_teacher", waits=WAITS)
 
 
-def test_a_key_in_the_environment_goes_to_the_server_and_is_asked_for(monkeypatch):
-    heard = []
-    monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: heard.append(request) or 1 / 0)
+def by_kind(prompt=RECORDED, next_token=None):
+    """An answer to `prompt_logprobs`, and another one to `logprobs`."""
+    return lambda request: prompt if "prompt_logprobs" in request else next_token or {"choices": [{"text": "a"}]}
+
+
+TWO = {"choices": [{"prompt_logprobs": [None, {"0": {"logprob": -1.0}, "7": {"logprob": -1.5}}]}]}
+CONNECTED = {  # name -> (what the server lists, its answer, K and max_length, message or whether it gives next tokens)
+    "by text": (["teacher"], by_kind(TWO), (2, 60), False),
+    "by ids": (["teacher"], by_kind(TWO, {"choices": [{"logprobs": {"top_logprobs": [{"token_id:0": -1.0,
+                "token_id:7": -1.5}]}}]}), (2, 60), True),
+    "by words": (["teacher"], by_kind(TWO, {"choices": [{"logprobs": {"top_logprobs": [{" good": -1.0,
+                  " bad": -1.5}]}}]}), (2, 60), False),
+    "too few": (["teacher"], by_kind(TWO), (3, 60), "gave 2 tokens, and cache.top_k asks for 3"),
+    "no prompts": (["teacher"], by_kind({"choices": [{"text": ""}]}), (2, 60), "no readable prompt_logprobs"),
+    "refused": (["teacher"], lambda request: (400, "requested 50, max allowed: 20"), (50, 60), "--max-logprobs"),
+    "short": ([("teacher", 60)], by_kind(TWO), (2, 60), "takes 60 tokens.*--max-model-len 61"),
+    "long enough": ([("teacher", 61)], by_kind(TWO), (2, 60), False),
+    "nothing": ([], by_kind(TWO), (2, 60), "serves no model"),
+    "many long names": (["\x1b[2J" + "x" * 9999] * 9, by_kind(TWO), (2, 60), r"serves \\x1b\[2Jx{150,190}\.\.\., and"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONNECTED)
+def test_what_a_server_lacks_is_said_at_connect(case):
+    models, answer, (top_k, max_length), expected = CONNECTED[case]
+    with FakeVLLM(answer, models=models) as fake:
+        if isinstance(expected, bool):
+            assert connect(fake.url, "teacher", top_k, max_length, waits=()).next_tokens is expected
+            return
+        with pytest.raises(ServerError, match=expected):
+            connect(fake.url, "teacher", top_k, max_length, waits=())
+
+
+def test_a_key_in_the_environment_goes_to_the_server_and_never_to_where_it_redirects(monkeypatch):
     monkeypatch.setenv("FIRST_TRL_SERVER_KEY", "open sesame")
-    with pytest.raises(ZeroDivisionError):
-        PromptServer("http://127.0.0.1:1").ask("/v1/models")
-    assert heard[0].headers["Authorization"] == "Bearer open sesame"
-    monkeypatch.undo()
+    with FakeVLLM(lambda request: RECORDED) as other:
+        redirect = (302, "", {"Location": f"{other.url}/v1/completions"})
+        with FakeVLLM(lambda request: redirect) as fake:
+            with pytest.raises(ServerError, match=f"write the address itself, {other.url}.*cache.server_url"):
+                server_teacher_rows(fake.client(), [PROMPT], top_k=5)
+            assert fake.keys == ["Bearer open sesame"] and other.asked == []
     with FakeVLLM(lambda request: 401) as fake, pytest.raises(ServerError, match="FIRST_TRL_SERVER_KEY"):
         server_teacher_rows(fake.client(), [PROMPT], top_k=5)
+
+
+def test_retry_after_is_honoured():
+    with FakeVLLM(in_turn((429, "busy", {"Retry-After": "1"}), RECORDED)) as fake:
+        started = time.monotonic()
+        server_teacher_rows(fake.client(), [PROMPT], top_k=5)
+    assert 1 <= time.monotonic() - started < 10 and len(fake.asked) == 2
+
+
+@pytest.mark.parametrize("part", ["body", "head"])
+def test_an_answer_that_drips_is_given_up_after_the_time_for_all_of_it(part):
+    with FakeVLLM(lambda request: ("drip", part)) as fake:
+        started = time.monotonic()
+        with pytest.raises(ServerError, match="no whole answer in 0.4 s"):
+            server_teacher_rows(fake.client(timeout=0.4, waits=()), [PROMPT], top_k=5)
+        assert time.monotonic() - started < 5
+
+
+def test_an_answer_without_an_end_is_given_up_at_its_bound():
+    with (
+        FakeVLLM(lambda request: ("flood", None)) as fake,
+        pytest.raises(ServerError, match=r"more than 1,\d+,\d+ bytes"),
+    ):
+        server_teacher_rows(fake.client(), [PROMPT], top_k=5)
+    assert fake.sent < 64 * 2**20
+
+
+def test_an_interrupt_ends_the_stage_at_once(tmp_path):
+    code = f"""
+import sys
+from first_trl.vllm_scoring import PromptServer, server_teacher_rows
+print("asking", flush=True)
+server_teacher_rows(PromptServer(sys.argv[1], "teacher"), [{PROMPT}] * 50, top_k=5)
+"""
+    with FakeVLLM(lambda request: time.sleep(60)) as fake:
+        job = subprocess.Popen([sys.executable, "-c", code, fake.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        job.stdout.readline()
+        while not fake.asked:
+            time.sleep(0.01)
+        job.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        job.wait(timeout=20)
+    assert time.monotonic() - started < 5 and b"KeyboardInterrupt" in job.stderr.read()
 
 
 @pytest.mark.parametrize(
@@ -314,17 +433,17 @@ def test_a_server_that_dies_leaves_a_cache_that_a_restart_finishes(tmp_path, arr
     by_server = ["--cache.backend", "server", "--cache.server_requests", "2", "--output_dir", str(tmp_path / "runs")]
 
     folder = tmp_path / "runs" / "tiny" / "cache" / "train"
-    left = [answers_of(model)] * 10 + [None]  # 10 of 20 rows: two shards and a half
+    left = [answers_of(model)] * (2 + 2 * 10) + [None]  # 10 of 20 rows: two shards and a half
     with FakeVLLM(in_turn(*left)) as fake:
         with pytest.raises(SystemExit, match=f"{fake.url} does not answer.*run the cache stage again"):
             cached(recipe, "train", [*by_server, "--cache.server_url", fake.url])
-    half = contents(folder)
+    half = contents(new_folder(folder))
     assert sorted(half) == ["train-000000.parquet", "train-000001.parquet"]
 
     with FakeVLLM(answers_of(model)) as fake:
         whole = cached(recipe, "train", [*by_server, "--cache.server_url", fake.url])
     assert half.items() <= contents(folder).items()
-    assert len(fake.asked) == 12 + 23  # the rest of train, and validation
+    assert len(fake.asked) == 2 + 2 * (12 + 23)  # two probes; answer and end of the rest of train, and of validation
     assert whole.manifest["tail"] == "from_top_k" and whole.manifest["teacher"]["dtype"] is None
     assert whole.manifest["backend"] == {"name": "server", "model": "teacher", "version": "0.0"}
     expected_rows, rows = (
@@ -337,7 +456,7 @@ def test_a_server_that_dies_leaves_a_cache_that_a_restart_finishes(tmp_path, arr
 
 def _with_short_waits(ask):
     def ask_soon(self, *args, **kwargs):
-        return ask(PromptServer(self.url, self.model, waits=WAITS), *args, **kwargs)
+        return ask(replace(self, waits=WAITS), *args, **kwargs)
 
     return ask_soon
 
@@ -392,7 +511,8 @@ def test_a_real_server_caches_what_the_model_itself_does_and_its_death_costs_not
     url = f"http://127.0.0.1:{port}"
     by_server = ["--cache.backend", "server", "--cache.server_url", url]
     undisturbed, killed = ([*by_server, "--output_dir", str(tmp_path / name)] for name in ("undisturbed", "killed"))
-    shards = tmp_path / "killed" / "tiny" / "cache" / "train"
+    made = tmp_path / "killed" / "tiny" / "cache" / "train"
+    shards = new_folder(made)
     expected = cached(recipe, "train")
     with real_vllm(tmp_path / "teacher", port, tmp_path / "first.log") as server:
         found = cached(recipe, "train", undisturbed)
@@ -410,12 +530,12 @@ def test_a_real_server_caches_what_the_model_itself_does_and_its_death_costs_not
     assert 4 <= len(left) < 10 and "manifest.json" not in left
     with real_vllm(tmp_path / "teacher", port, tmp_path / "second.log"):
         finished = cached(recipe, "train", killed)
-    assert left.items() <= contents(shards).items()
+    assert left.items() <= contents(made).items()
     for cache in (found, finished):
         positions, largest = largest_differences(cache, expected)
         print(f"{len(cache.dataset)} rows, {positions} positions: {largest}")
         assert len(cache.dataset) == 200 and max(largest.values()) <= 1e-5
-    assert contents(shards) == contents(found.path)
+    assert contents(made) == contents(found.path)
 
 
 def largest_differences(found, expected):

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import FirstTrlError
+from ..errors import FirstTrlError, shorten
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -23,7 +23,6 @@ SEAL = "manifest_sha256"
 TAIL_DTYPE = "float32"
 MAKE_AGAIN = "Delete the folder and make the cache again, or fetch a whole copy of it."
 _DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
-_SHOWN = 200  # characters of a value in a message: whoever wrote a manifest decides how long its values are
 
 
 class CacheError(FirstTrlError):
@@ -102,12 +101,6 @@ def check_entries(model: type[BaseModel], content: dict, place: str) -> None:
         found = "absent" if first["type"] == "missing" else shorten(repr(first["input"]))
         problem = f"{entry} is {found}: {first['msg']}" if entry else str(first["ctx"]["error"])
         raise CacheError(f"{place}: {problem}. {MAKE_AGAIN}") from error
-
-
-def shorten(text: str) -> str:
-    """A text for a message or a page: one line of printable characters, cut where it is long."""
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def refuse_special_file(file: Path) -> None:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..constants import HUB_ID
+from ..errors import shorten
 from ..files import file_digest
 from .format import (
     MAKE_AGAIN,
@@ -29,7 +30,6 @@ from .format import (
     manifest_schema,
     read_manifest,
     refuse_special_file,
-    shorten,
     tokenizer_fingerprint,
 )
 from .shard import check_table

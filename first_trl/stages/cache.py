@@ -54,7 +54,7 @@ def teacher_runner(recipe, path: str, section: dict, vocab_limit: int) -> tuple[
     if settings.backend == "server":
         from first_trl.vllm_scoring import connect, server_teacher_rows
 
-        server = connect(settings.server_url, path)
+        server = connect(settings.server_url, path, settings.top_k, recipe.task.max_length)
         backend = {"name": "server", "model": PurePath(server.model).name, "version": server.version}
         return partial(server_teacher_rows, server, requests=settings.server_requests, **wanted), backend
     from first_trl.modeling import load_model
