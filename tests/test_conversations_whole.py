@@ -71,7 +71,7 @@ def test_conversations_go_through_every_stage(template, shape, task, tmp_path, m
         "datasets": {"train": source["train"], "validation": source["validation"], "test": {"other": source["test"]}},
         "sft": training,
         "distill": training,
-        "calibrate": {"positions": "answer" if "choices" in task else "all", "bootstrap": 0},
+        "calibrate": {"bootstrap": 0},
         "evaluate": {"bootstrap": 0},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
