@@ -309,6 +309,13 @@ def test_the_page_is_self_contained_escaped_and_describes_its_pictures(written):
     assert 'name="viewport"' in html and "@media print" in html and "<code>fine_tuned</code>" in html
 
 
+def test_characters_that_reorder_or_hide_others_are_written_as_codes(tmp_path):
+    hidden = {"recipe": {"choices": ["good\u202edab", "\u0007bell"]}, "name": "x\u2066y"}
+    write_report(tmp_path, {"first": {"x": answers(30, 1)}}, None, hidden, bootstrap=0)
+    html = (tmp_path / "index.html").read_text()
+    assert not set("\u202e\u2066\u0007") & set(html) and "good\\u202edab" in html and "x\\u2066y" in html
+
+
 def test_a_second_report_replaces_the_first_and_leaves_other_files_alone(tmp_path):
     (tmp_path / "answers").mkdir()
     (tmp_path / "answers" / "kept.png").write_bytes(b"kept")

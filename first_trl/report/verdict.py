@@ -6,8 +6,6 @@ A difference is one only if the 95 % interval of the paired bootstrap excludes 0
 `metrics.compare`); all else is noise, however large it looks. The model card repeats these sentences.
 """
 
-from typing import Any
-
 from ..cache.arrays import is_memorised
 from ..constants import ARMS, FOCUS, POST_HOC, REPORT_ARMS
 from ..data.rows import describe_lost
@@ -152,7 +150,7 @@ def _one_set(metrics: dict, focus: str, name: str) -> list[dict]:
     if lowest != focus:
         text = f"As trained, the lowest ECE is that of `{lowest}`, {percent(students[lowest])}."
         sentences.append(_say("note", text, name))
-    return sentences + _diagnosis(metrics, focus, name) + _selective(figures, focus, name)
+    return sentences + _diagnosis(metrics, focus, name)
 
 
 def _against(difference: dict, focus: str, control: str, name: str) -> dict:
@@ -160,7 +158,7 @@ def _against(difference: dict, focus: str, control: str, name: str) -> dict:
     result = knows_more(difference)
     text = f"Against `{control}`: accuracy {_compared(difference.get('accuracy'), False, 100, ' points')}"
     text += f"; NLL {_compared(difference.get('nll'), True, 1, '')}"
-    text += f"; ECE {_compared(difference.get('ece_debiased'), True, 100, ' points')}."
+    text += f"; ECE without its bias {_compared(difference.get('ece_debiased'), True, 100, ' points')}."
     if result != "win" and control == f"fine_tuned{POST_HOC}":
         text += f" `{focus}` does not beat the fine-tuned model under one temperature here."
     return _say({"mixed": "noise", "unknown": "note"}.get(result, result), text, name)
@@ -206,25 +204,6 @@ def _diagnosis(metrics: dict, focus: str, name: str) -> list[dict]:
         )
         sentences.append(_say("warning", text, name))
     return sentences
-
-
-def _selective(figures: dict, focus: str, name: str) -> list[dict]:
-    """What answering only above the fitted threshold would do."""
-    fitted: dict[str, Any] | None = figures.get("selective")
-    if fitted is None:
-        return []
-    goal = f"{100 * fitted['target_accuracy']:.0f} %"
-    if fitted["threshold"] is None:
-        return [_say("note", f"No confidence of `{focus}` reaches {goal} accuracy on validation.", name)]
-    text = (
-        f"Answering only at confidence {fitted['threshold']:.3f} or more, fitted on validation for {goal} accuracy, "
-    )
-    if fitted["accuracy"] is None:
-        return [_say("note", text + "it answers nothing here.", name)]
-    answered = f"{percent(fitted['coverage'])} of the examples"
-    return [
-        _say("note", text + f"it answers {answered} and is right {percent(fitted['accuracy'])} of the time.", name)
-    ]
 
 
 def _missing(metrics: dict) -> list[dict]:

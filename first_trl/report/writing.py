@@ -22,6 +22,7 @@ from markupsafe import Markup, escape
 from ..constants import ARMS, FOCUS, POST_HOC
 from ..files import write_atomically
 from ..metrics import compare, expected_calibration_error, percent, reliability_bins, risk_coverage_curve
+from ..redaction import visible
 from ..student import DEFAULT_TARGET, SLACK, mean_selective, selective, threshold_for_accuracy
 from . import figures
 from .verdict import VIEWS, measured, order_arms, shipped, trained_arms, verdict
@@ -363,11 +364,12 @@ def page(metrics: dict, pictures: dict, provenance: dict) -> str:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["code"] = _code
-    environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    environment.filters["data_uri"] = lambda png: Markup("data:image/png;base64,") + base64.b64encode(png).decode()
     environment.filters["size"] = _size
     environment.filters["percent"] = percent
     view = "choices" if metrics["view"] == "choices" else None

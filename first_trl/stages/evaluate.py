@@ -40,6 +40,7 @@ def evaluate(recipe) -> None:
 def report(recipe, arms: list[str], lost: dict[str, dict]) -> None:
     """Measure what was answered and write the report; `lost` are the rows of each set that were dropped or cut."""
     from first_trl.evaluation import VALIDATION, by_arm, collect, teacher_curves
+    from first_trl.redaction import without_local_paths
     from first_trl.report.writing import write_report
 
     folder, tests = recipe.run_folder / "report", list(recipe.datasets.test)
@@ -56,7 +57,7 @@ def report(recipe, arms: list[str], lost: dict[str, dict]) -> None:
         folder,
         predictions,
         calibration,
-        provenance={"recipe": recipe.to_dict()},
+        provenance={"recipe": without_local_paths(recipe.to_dict())},
         out_of_domain={name for name, config in recipe.datasets.test.items() if config.out_of_domain},
         num_bins=recipe.evaluate.num_bins,
         bootstrap=recipe.evaluate.bootstrap,
