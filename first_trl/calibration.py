@@ -19,6 +19,7 @@ import torch
 
 from .constants import CRITERIA
 from .constants import RECALIBRATION_METHODS as METHODS
+from .errors import FirstTrlError
 from .metrics import bin_indices, expected_calibration_error
 
 FOLDS = 5  # of the cross-validation by which `auto` chooses a family
@@ -59,16 +60,16 @@ def recalibrate(log_probs: torch.Tensor, method: str, value: float | None) -> to
 
 def _check_value(method: str, value: float | None) -> float:
     if method not in METHODS:
-        raise ValueError(f"recalibration method is {method!r}; choose one of {', '.join(METHODS)}.")
+        raise FirstTrlError(f"recalibration method is {method!r}; choose one of {', '.join(METHODS)}.")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(
+        raise FirstTrlError(
             f"recalibration value is {value!r} for method {method!r}; give a number, or run the calibrate stage, "
             "which finds it."
         )
     if method == "label_smoothing" and not 0 <= value <= 1:
-        raise ValueError(f"label smoothing of {value}: the probability taken from the first token is in [0, 1].")
+        raise FirstTrlError(f"label smoothing of {value}: the probability taken from the first token is in [0, 1].")
     if method != "label_smoothing" and value <= 0:
-        raise ValueError(f"recalibration value is {value} for method {method!r}; it must be above 0.")
+        raise FirstTrlError(f"recalibration value is {value} for method {method!r}; it must be above 0.")
     return float(value)
 
 
@@ -82,11 +83,11 @@ def _smooth(kept_NK: torch.Tensor, amount: float) -> torch.Tensor:
     """Label smoothing in probability space. In log space, 0.99 would become 0.991 instead of 0.89 for d = 0.1."""
     num_kept = kept_NK.shape[1]
     if num_kept < 2:
-        raise ValueError("label smoothing needs at least 2 kept tokens to move probability to, but the rows keep 1.")
+        raise FirstTrlError("label smoothing needs at least 2 kept tokens to move probability to; the rows keep 1.")
     probs_NK = kept_NK.exp()
     allowed = probs_NK[:, 0].min().item() if len(probs_NK) else 1.0
     if amount > allowed:
-        raise ValueError(
+        raise FirstTrlError(
             f"label smoothing of {amount} would make the first token's probability negative; the largest that these "
             f"rows allow is {allowed:.4g}."
         )
@@ -280,7 +281,7 @@ def search(
     log_probs_NK1, target_N = _check_rows(log_probs, target)
     for name, found, known in (("recalibration method", method, METHODS), ("criterion", criterion, CRITERIA)):
         if found not in known:
-            raise ValueError(f"{name} is {found!r}; choose one of {', '.join(known)}.")
+            raise FirstTrlError(f"{name} is {found!r}; choose one of {', '.join(known)}.")
     group_N = _groups(len(target_N), examples, seed) if bootstrap else np.zeros(len(target_N), dtype=np.int64)
     positions = _Positions(log_probs_NK1, target_N, group_N, criterion, num_bins)
     before = positions.measure("none", None)
@@ -307,7 +308,7 @@ def search(
 def _fit(positions: _Positions, method: str, max_smoothing: float, bootstrap: int, seed: int) -> tuple:
     """(value, its interval, whether it is the last of its range, {value: measured} by ascending value)."""
     if positions.criterion == "nll" and not positions.judged(method).any():
-        raise ValueError("every label lies outside the kept tokens, so criterion 'nll' cannot choose; use 'ece'.")
+        raise FirstTrlError("every label lies outside the kept tokens, so criterion 'nll' cannot choose; use 'ece'.")
     grid, measured = _grid(method, positions.log_probs_NK1, max_smoothing), {}
 
     def at(i: int) -> _Measured:
@@ -358,19 +359,19 @@ def _check_rows(log_probs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Te
     log_probs_NK1 = recalibrate(torch.as_tensor(log_probs).detach().cpu(), "none", None)
     target_N = torch.as_tensor(target).detach().cpu()
     if log_probs_NK1.ndim != 2 or log_probs_NK1.shape[1] < 2 or target_N.shape != log_probs_NK1.shape[:1]:
-        raise ValueError(
+        raise FirstTrlError(
             f"log_probs has shape {tuple(log_probs_NK1.shape)} and target {tuple(target_N.shape)}; they must be "
             "(N, K+1) and (N,)."
         )
     if len(target_N) == 0:
-        raise ValueError("there is no position to calibrate on; check the validation split and `positions`.")
+        raise FirstTrlError("there is no position to calibrate on; check the validation split and `positions`.")
     if target_N.is_floating_point() or target_N.min() < 0 or target_N.max() >= log_probs_NK1.shape[1]:
-        raise ValueError(f"target must hold column numbers from 0 to {log_probs_NK1.shape[1] - 1} (the tail).")
+        raise FirstTrlError(f"target must hold column numbers from 0 to {log_probs_NK1.shape[1] - 1} (the tail).")
     sums_N = log_probs_NK1.exp().sum(dim=-1)
     wrong_N = ~((sums_N - 1).abs() <= ROW_SUM_TOLERANCE)  # also true where a sum is NaN
     if wrong_N.any():
         place = int(wrong_N.int().argmax())
-        raise ValueError(
+        raise FirstTrlError(
             f"the probabilities of row {place} sum to {sums_N[place]:.4g}, not 1; pass log-probabilities of the K "
             "kept tokens and, in the last column, of the tail."
         )
@@ -403,10 +404,10 @@ def choose_family(
         ValueError: fewer rows than folds, an unknown criterion, or no family whose criterion is finite.
     """
     if criterion not in CRITERIA:
-        raise ValueError(f"criterion is {criterion!r}; choose one of {', '.join(CRITERIA)}.")
+        raise FirstTrlError(f"criterion is {criterion!r}; choose one of {', '.join(CRITERIA)}.")
     log_probs_NK1, target_N = _check_rows(log_probs, target)
     if len(target_N) < FOLDS:
-        raise ValueError(
+        raise FirstTrlError(
             f"calibrate.method: auto needs at least {FOLDS} validation positions, one for each fold, and there are "
             f"{len(target_N)}; give a larger validation split, or name the method."
         )
@@ -415,7 +416,7 @@ def choose_family(
     scores = {method: _cross_validated(positions, method) for method in methods}
     best = min(scores, key=lambda method: round(scores[method], 6))
     if not math.isfinite(scores[best]):
-        raise ValueError(
+        raise FirstTrlError(
             f"no family of {', '.join(methods)} gives every validation label a probability above 0, so criterion "
             f"{criterion!r} cannot choose; write calibrate.criterion: ece, or name the method."
         )

@@ -1,20 +1,15 @@
 """Say in plain words why a command stopped, where the cause is known, and what to do about it.
 
-A mistake that this package found has said so itself: its own `raise` is taken at its word. What other libraries raise
-for a gated model, a full disk or too little memory is translated. Anything else is unexpected, and not for this module
-to guess at: its traceback is in the log. Failures of datasets are `first_trl.data.loading`.
+A `FirstTrlError` says so itself. What other libraries raise for a gated model, a full disk or too little memory is
+translated, by type and errno where they have them. Anything else is unexpected: its traceback is in the log.
 """
 
 import errno
 import re
-import traceback
-from pathlib import Path
 
 from .errors import FirstTrlError
 
-PACKAGE = Path(__file__).parent
 AGAIN = "then run the same command again: finished work is kept"
-_OWN = (ValueError, RuntimeError, OSError)
 _DISK = {
     errno.ENOSPC: "no space is left on the disk",
     errno.EDQUOT: "the disk quota is used up",
@@ -41,7 +36,7 @@ _OTHER_ADVICE = "close other programs, or use a machine with more"
 
 def explain(error: BaseException, stage: str) -> str | None:
     """What went wrong in `stage` and the remedy, on one line; None for an error that nobody foresaw."""
-    if raised_here(error):
+    if isinstance(error, FirstTrlError):
         return str(error)
     chain = causes(error)
     text = " ".join(str(error).split())
@@ -72,16 +67,6 @@ def causes(error: BaseException) -> list[BaseException]:
 def memory_advice(stage: str) -> str:
     """What to change in the recipe where a stage takes more memory than there is."""
     return MEMORY_ADVICE.get(stage, _OTHER_ADVICE)
-
-
-def raised_here(error: BaseException) -> bool:
-    """Whether a `raise` of this package made the error, so that its message was written for the user."""
-    if isinstance(error, FirstTrlError):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames or not isinstance(error, _OWN):
-        return False
-    return Path(frames[-1].filename).is_relative_to(PACKAGE) and (frames[-1].line or "").startswith("raise ")
 
 
 def _disk_problem(chain: list[BaseException]) -> str | None:

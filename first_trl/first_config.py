@@ -72,21 +72,21 @@ class FIRSTConfig(SFTConfig):
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
         if self.divergence not in DIVERGENCES:
-            raise ValueError(f"divergence is {self.divergence!r}; choose one of {', '.join(DIVERGENCES)}.")
+            raise FirstTrlError(f"divergence is {self.divergence!r}; choose one of {', '.join(DIVERGENCES)}.")
         if self.tail not in TAILS:
-            raise ValueError(f"tail is {self.tail!r}; choose one of {', '.join(TAILS)}.")
+            raise FirstTrlError(f"tail is {self.tail!r}; choose one of {', '.join(TAILS)}.")
         if not 0 <= self.ce_weight <= 1:
-            raise ValueError(f"ce_weight is {self.ce_weight}; it must lie in [0, 1].")
+            raise FirstTrlError(f"ce_weight is {self.ce_weight}; it must lie in [0, 1].")
         if not 0 < self.mass_fraction <= 1:
-            raise ValueError(f"mass_fraction is {self.mass_fraction}; it must lie in (0, 1], 1.0 being exact.")
+            raise FirstTrlError(f"mass_fraction is {self.mass_fraction}; it must lie in (0, 1], 1.0 being exact.")
         if self.calibration is not None:
             self._read_calibration()
         if self.recalibration_method is None:
             self.recalibration_method = "none" if self.recalibration_value is None else "temperature"
         for key, what, remedy in loss_conflicts(vars(self)):
-            raise ValueError(f"{key}={getattr(self, key)!r}: {what}; {remedy}.")
+            raise FirstTrlError(f"{key}={getattr(self, key)!r}: {what}; {remedy}.")
         if self.recalibration_method != "none" and self.recalibration_value is None:
-            raise ValueError(
+            raise FirstTrlError(
                 f"recalibration_method is {self.recalibration_method!r} but recalibration_value is missing; take the "
                 "value from calibration.json, or from first_trl.calibration.search on a validation cache."
             )
@@ -116,4 +116,4 @@ class FIRSTConfig(SFTConfig):
             ("assistant_only_loss", False, "remove it: the cache decides which tokens are supervised"),
         ):
             if getattr(self, name) != allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} has no effect in FIRSTTrainer; {remedy}.")
+                raise FirstTrlError(f"{name}={getattr(self, name)!r} has no effect in FIRSTTrainer; {remedy}.")

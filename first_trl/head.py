@@ -35,6 +35,8 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
+from .errors import FirstTrlError
+
 # Positions that share one pass over the vocabulary, and logits of one tile: on a CPU a tile should stay in its cache,
 # on an accelerator it should be worth a launch.
 CHUNK_SIZE, _CHUNK_SIZE_OF_ACCELERATOR = 1024, 4096
@@ -138,7 +140,7 @@ def top_k_log_probs(
         head = _Head(weight, bias, _logit_rule(hidden, weight, bias, logit_scale, softcap))
         limit = len(weight) if vocab_limit is None else min(vocab_limit, len(weight))
         if not 1 <= k <= limit:
-            raise ValueError(f"k={k} must be between 1 and the {limit} tokens that can be kept")
+            raise FirstTrlError(f"k={k} must be between 1 and the {limit} tokens that can be kept")
         ids_NK = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
         log_probs_NK1 = hidden.new_empty(len(hidden), k + 1, dtype=head.rule.sum_dtype)
         with _no_autocast(hidden):
@@ -412,7 +414,7 @@ def _times_slope(grad: torch.Tensor, slope: torch.Tensor | None) -> torch.Tensor
 
 def _slices(length: int, size: int) -> Iterator[slice]:
     if size < 1:
-        raise ValueError(f"chunk_size={size} must be at least 1")
+        raise FirstTrlError(f"chunk_size={size} must be at least 1")
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
@@ -445,13 +447,13 @@ def _gather_slices(ids_NK: torch.Tensor, weight_VD: torch.Tensor) -> Iterator[sl
 
 def _logit_rule(hidden, weight, bias, logit_scale, softcap) -> _LogitRule:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
+        raise FirstTrlError(
             f"hidden {tuple(hidden.shape)} must be (N, D) and weight {tuple(weight.shape)} must be (V, D)"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)} must be (V,) with the V of weight {tuple(weight.shape)}")
+        raise FirstTrlError(f"bias {tuple(bias.shape)} must be (V,) with the V of weight {tuple(weight.shape)}")
     if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap={softcap} must be positive, or None for no soft-capping")
+        raise FirstTrlError(f"softcap={softcap} must be positive, or None for no soft-capping")
     if hidden.dtype == torch.float64:
         return _LogitRule(logit_scale, softcap, torch.float64, torch.float64)
     device = hidden.device.type
@@ -463,7 +465,7 @@ def _checked_token_ids(
     token_ids: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, distinct: bool = True
 ) -> torch.Tensor:
     if token_ids.ndim != 2 or len(token_ids) != len(hidden) or token_ids.shape[1] == 0:
-        raise ValueError(f"token_ids {tuple(token_ids.shape)} must be (N, K), K >= 1, N = {len(hidden)} as in hidden")
+        raise FirstTrlError(f"token_ids {tuple(token_ids.shape)} must be (N, K), K >= 1, N = {len(hidden)} of hidden")
     ids = token_ids.long()
     sorted_ids = ids.sort(dim=1).values
     outside = (ids < 0) | (ids >= len(weight))
@@ -471,12 +473,12 @@ def _checked_token_ids(
     if outside.any() or repeated.any():  # rare, so the words are worked out only then
         if outside.any():
             position, column = outside.nonzero()[0].tolist()
-            raise ValueError(
+            raise FirstTrlError(
                 f"token id {ids[position, column].item()} (position {position}) is outside the head's vocabulary of "
                 f"{len(weight)}: teacher and student must share a tokenizer"
             )
         position, column = repeated.nonzero()[0].tolist()
-        raise ValueError(
+        raise FirstTrlError(
             f"token id {sorted_ids[position, column].item()} occurs twice at position {position}: its probability "
             "would be counted twice; keep K different tokens per position"
         )

@@ -18,6 +18,7 @@ import math
 import torch
 
 from .constants import DIVERGENCES, TAILS
+from .errors import FirstTrlError
 
 
 def partition_divergence(
@@ -42,7 +43,7 @@ def partition_divergence(
     """
     student, teacher = _checked_rows(student_log_probs, teacher_log_probs)
     if tail not in TAILS:
-        raise ValueError(f"tail={tail!r} is not one of {', '.join(TAILS)}")
+        raise FirstTrlError(f"tail={tail!r} is not one of {', '.join(TAILS)}")
     if tail == "renormalize":
         student = student[:, :-1].log_softmax(dim=-1)
         teacher = teacher[:, :-1].log_softmax(dim=-1)
@@ -55,7 +56,7 @@ def partition_divergence(
             mixture = _log_mean_prob(student, teacher)
             return 0.5 * (_kl(teacher, mixture) + _kl(student, mixture))
         case _:
-            raise ValueError(f"divergence={divergence!r} is not one of {', '.join(DIVERGENCES)}")
+            raise FirstTrlError(f"divergence={divergence!r} is not one of {', '.join(DIVERGENCES)}")
 
 
 def conditional_divergence(student_logits: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
@@ -72,7 +73,7 @@ def conditional_divergence(student_logits: torch.Tensor, teacher_log_probs: torc
     `student_logits` is (N, K), on S, up to a constant per position; `teacher_log_probs` is (N, K+1). Returns (N,).
     """
     if student_logits.ndim != 2 or teacher_log_probs.shape != (len(student_logits), student_logits.shape[1] + 1):
-        raise ValueError(
+        raise FirstTrlError(
             f"student_logits {tuple(student_logits.shape)} must be (N, K) and teacher_log_probs "
             f"{tuple(teacher_log_probs.shape)} must be (N, K+1): the teacher's last column is its tail"
         )
@@ -112,7 +113,7 @@ def _log_mean_prob(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 def _checked_rows(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if student.ndim != 2 or student.shape != teacher.shape or student.shape[1] < 2:
-        raise ValueError(
+        raise FirstTrlError(
             f"student_log_probs {tuple(student.shape)} and teacher_log_probs {tuple(teacher.shape)} must both be "
             "(N, K+1): K kept tokens, then the tail"
         )

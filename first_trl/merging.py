@@ -83,9 +83,9 @@ def _folder_job(options: argparse.Namespace) -> dict[str, Any]:
 
     student = Path(options.source)
     if not student.is_dir():
-        raise ValueError(f"there is no folder {student}; give a recipe, or a student's folder such as students/first")
+        raise FirstTrlError(f"there is no folder {student}; give a recipe, or a student's folder, e.g. students/first")
     if options.data is None:
-        raise ValueError("--data is missing: a merged student must be measured again; give a file of labelled rows")
+        raise FirstTrlError("--data is missing: a merged student must be measured again; give a file of labelled rows")
     task, description = read_student(student)
     return {
         "student": student,
@@ -127,9 +127,11 @@ def merge(
     from .training import load_arguments
 
     if output.exists():
-        raise ValueError(f"{output} is there already; remove it, or give another folder with --output")
+        raise FirstTrlError(f"{output} is there already; remove it, or give another folder with --output")
     if not (student / "adapter_config.json").is_file():
-        raise ValueError(f"{student} holds no adapter, so there is nothing to merge; give a student trained with LoRA")
+        raise FirstTrlError(
+            f"{student} holds no adapter, so nothing is to be merged; give a student trained with LoRA"
+        )
     arguments, tokenizer = load_arguments(loading), load_tokenizer(student)
     sets = {name: (load_split(config, "test"), task) for name, (config, task) in tests.items()}
     sizes = {"top_k": top_k, "tokens_per_batch": tokens_per_batch}

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from .errors import FirstTrlError
+
 COVERAGES = (0.8, 0.9, 0.95)
 REPORTED = ("accuracy", "ece", "ece_15_bins", "ece_equal_mass", "trust_score", "nll", "brier", "auroc", "aurc")
 # A probability that came out of float32 arithmetic may exceed 1 by a few units in the last place.
@@ -54,9 +56,9 @@ def _as_array(values: Any, name: str) -> np.ndarray:
         values = values.float() if values.is_floating_point() else values  # numpy knows no bfloat16
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
-        raise ValueError(f"{name} has shape {array.shape}; it must have one dimension, one entry per example.")
+        raise FirstTrlError(f"{name} has shape {array.shape}; it must have one dimension, one entry per example.")
     if array.size == 0:
-        raise ValueError(f"{name} is empty; metrics need at least one example.")
+        raise FirstTrlError(f"{name} is empty; metrics need at least one example.")
     _refuse(np.isnan(array), array, name, "NaN; look for the model that produced it")
     return array
 
@@ -65,14 +67,14 @@ def _refuse(wrong: np.ndarray, array: np.ndarray, name: str, what: str) -> None:
     if wrong.any():
         place = int(wrong.argmax())
         value = "" if what.startswith("NaN") else f"{array[place]}, "
-        raise ValueError(f"{name}[{place}] is {value}{what}.")
+        raise FirstTrlError(f"{name}[{place}] is {value}{what}.")
 
 
 def _check(confidence: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
     """Both inputs as (n,) float64, checked: confidence in [0, 1], correct in {0, 1}, one length."""
     confidence, correct = _as_array(confidence, "confidence"), _as_array(correct, "correct")
     if len(confidence) != len(correct):
-        raise ValueError(f"confidence has {len(confidence)} entries but correct has {len(correct)}; pass one each.")
+        raise FirstTrlError(f"confidence has {len(confidence)} entries but correct has {len(correct)}; pass one each.")
     outside = (confidence < -ROUNDING) | (confidence > 1 + ROUNDING)
     _refuse(outside, confidence, "confidence", "outside [0, 1]; pass probabilities, not logits or logs")
     _refuse((correct != 0) & (correct != 1), correct, "correct", "and must be true or false (1 or 0)")
@@ -83,7 +85,7 @@ def _check_log_prob(label_log_prob: Any, length: int) -> np.ndarray:
     """(n,) float64 log-probabilities in nats; -inf (the label was ruled out) is allowed."""
     values = _as_array(label_log_prob, "label_log_prob")
     if len(values) != length:
-        raise ValueError(f"label_log_prob has {len(values)} entries for {length} examples; pass one each.")
+        raise FirstTrlError(f"label_log_prob has {len(values)} entries for {length} examples; pass one each.")
     _refuse(values > ROUNDING, values, "label_log_prob", "above 0; pass log-probabilities in nats")
     return values.clip(max=0)
 
@@ -91,13 +93,13 @@ def _check_log_prob(label_log_prob: Any, length: int) -> np.ndarray:
 def _bin_edges(confidence: np.ndarray, num_bins: int, binning: str) -> np.ndarray:
     """(M + 1,) bin edges: equal width over [0, 1], or quantiles of the confidences."""
     if isinstance(num_bins, bool) or not isinstance(num_bins, int | np.integer) or num_bins < 1:
-        raise ValueError(f"num_bins is {num_bins!r}; it must be a whole number of at least 1.")
+        raise FirstTrlError(f"num_bins is {num_bins!r}; it must be a whole number of at least 1.")
     fractions = np.arange(num_bins + 1) / num_bins  # not linspace: 3 / 10 is the float that people write as 0.3
     if binning == "uniform":
         return fractions
     if binning == "equal_mass":
         return np.quantile(confidence, fractions)
-    raise ValueError(f"binning is {binning!r}; choose 'uniform' or 'equal_mass'.")
+    raise FirstTrlError(f"binning is {binning!r}; choose 'uniform' or 'equal_mass'.")
 
 
 def bin_indices(confidence: np.ndarray, num_bins: int = 10, binning: str = "uniform") -> np.ndarray:
@@ -254,7 +256,7 @@ def aurc(confidence: Any, correct: Any) -> float:
 def accuracy_at_coverage(confidence: Any, correct: Any, coverage: float) -> float:
     """Accuracy of the most confident share `coverage` of the examples (rounded up), in expectation over ties."""
     if not 0 < coverage <= 1:
-        raise ValueError(f"coverage is {coverage!r}; it must be in (0, 1], the share of examples that are answered.")
+        raise FirstTrlError(f"coverage is {coverage!r}; it must be in (0, 1], the share of examples answered.")
     _, size, errors = _groups_once(confidence, correct)
     return float(_accuracy_at_coverage(size, errors, coverage)[0])
 
@@ -411,14 +413,14 @@ def compare(
         {arm: as `summarize`}, {arm: {other: as `paired_difference` of the two}}.
     """
     if isinstance(bootstrap, bool) or not isinstance(bootstrap, int | np.integer) or bootstrap < 0:
-        raise ValueError(f"bootstrap is {bootstrap!r}; it must be a number of replicates, 0 for no intervals.")
+        raise FirstTrlError(f"bootstrap is {bootstrap!r}; it must be a number of replicates, 0 for no intervals.")
     samples = {
         arm: [_Sample(one, num_bins) for one in (values if isinstance(values, list) else [values])]
         for arm, values in arms.items()
     }
     sizes = {arm: sample.size for arm, seeds in samples.items() for sample in seeds}
     if len({sample.size for seeds in samples.values() for sample in seeds}) > 1:
-        raise ValueError(f"the arms have different numbers of examples, {sizes}; compare them on the same examples.")
+        raise FirstTrlError(f"the arms have different numbers of examples, {sizes}; compare them on the same ones.")
     points = {arm: {name: float(v[0]) for name, v in _measure(seeds).items()} for arm, seeds in samples.items()}
     blocks: dict[str, list[dict]] = {arm: [] for arm in samples}
     for weights in _resamples(next(iter(sizes.values())), bootstrap, seed):

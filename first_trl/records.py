@@ -75,7 +75,7 @@ def _difference(kind: str, place: tuple[str, ...], before: Any, now: Any) -> str
         of = ".".join(place[: place.index("files")])
         return f"{place[-1]} of {of} " + ("is new" if before is None else "is gone" if now is None else "has changed")
     if kind == "jobs":
-        return f"{place[-1]} was made again since"
+        return f"{place[-1]} has changed since"
     values = ["not set" if value is None else repr(value) for value in (now, before)]
     return f"{'.'.join(place)} is {values[0]}, and was {values[1]} when it was made"
 

@@ -11,6 +11,8 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from .errors import FirstTrlError
+
 # The words of prompts and answers may look like paths ("/", "~") and are none.
 TEXT_KEYS = frozenset({"prompt", "completion", "choices", "chat_template_kwargs", "commit_message"})
 # Where the files of a model name other files; all else in them (tokens, templates) is left alone.
@@ -80,12 +82,12 @@ def refuse_leaks(name: str, text: str) -> None:
             The message names the file and the kind of leak, and never repeats a secret.
     """
     if _HUB_TOKEN.search(text):
-        raise ValueError(f"{name} holds a Hub access token; remove it from the recipe or the data, and revoke it")
+        raise FirstTrlError(f"{name} holds a Hub access token; remove it from the recipe or the data, and revoke it")
     for secret, variable in _secret_values().items():
         if secret in text:
-            raise ValueError(
+            raise FirstTrlError(
                 f"{name} holds the value of the environment variable {variable}; remove it from the recipe"
             )
     for place in {str(Path.home()), str(Path.cwd())} - {"/"}:
         if re.search(re.escape(place) + r"(?![\w.-])", text):
-            raise ValueError(f"{name} holds the path {place} of this machine; write a relative path in the recipe")
+            raise FirstTrlError(f"{name} holds the path {place} of this machine; write a relative path in the recipe")

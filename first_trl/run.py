@@ -4,7 +4,7 @@ A stage is a command; a job is what it makes: one per stage, and one per student
 them. The record of a finished job, a JSON file in `<run>/.records`, holds what it was made from (settings, digests of
 data and base models, identities of earlier jobs) and the size and SHA-256 of every file that it made. A job is current
 when these inputs are today's, its files are as they were written, and the jobs that it reads are current too. The
-identity of a job follows from its inputs and the content of its weights, shards and values: a job that is made again
+identity of a job follows from its inputs and the content of its weights, shards and values: a job that is redone
 and comes out the same makes nothing after it stale.
 
 What takes long is made in a new folder (`new_folder`), which takes the place of the finished one when its record is
@@ -317,7 +317,7 @@ class Run:
             damaged = stale.damaged or record is None
             if damaged and job.stage == "cache" and target.is_dir() and not new.exists():
                 new.parent.mkdir(parents=True, exist_ok=True)
-                target.resolve().rename(new)  # its whole shards need not be made again
+                target.resolve().rename(new)  # its whole shards are kept
         write_atomically(self.file(name, ".started"), json.dumps(inputs, indent=1))
         return continues
 

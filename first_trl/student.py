@@ -168,7 +168,7 @@ def threshold_for_accuracy(confidence, correct, target_accuracy: float, slack: f
     which a handful of right answers cannot.
     """
     if not 0 < target_accuracy <= 1:
-        raise ValueError(f"target_accuracy is {target_accuracy!r}; it must be in (0, 1].")
+        raise FirstTrlError(f"target_accuracy is {target_accuracy!r}; it must be in (0, 1].")
     curve = risk_coverage_curve(confidence, correct)
     enough = 1 - curve.risk >= target_accuracy - 1e-12
     if slack is not None:

@@ -66,7 +66,7 @@ def _as_cache(dataset, tokenizer) -> TeacherCache:
     names = dataset.dataset.column_names
     missing = [name for name in COLUMNS if name not in names]
     if missing:
-        raise ValueError(
+        raise FirstTrlError(
             f"The dataset lacks {', '.join(missing)}; it has {', '.join(names)}. FIRSTTrainer trains on a teacher "
             "cache, written by `first-trl cache`."
         )
@@ -114,7 +114,7 @@ class FIRSTTrainer(SFTTrainer):
             raise TypeError(f"args is a {type(args).__name__}; FIRSTTrainer needs a FIRSTConfig.")
         for name in ("data_collator", "formatting_func", "compute_loss_func", "compute_metrics"):
             if kwargs.pop(name, None) is not None:
-                raise ValueError(
+                raise FirstTrlError(
                     f"{name} has no place in FIRSTTrainer: the cache is already tokenised, and no logits are built."
                 )
         if processing_class is None:
@@ -123,7 +123,7 @@ class FIRSTTrainer(SFTTrainer):
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset} if eval_dataset else {}
         train_cache = _as_cache(train_dataset, processing_class)
         if args.ce_weight > 0 and train_cache.manifest.get("labels") == "teacher":
-            raise ValueError(
+            raise FirstTrlError(
                 f"ce_weight is {args.ce_weight}, and the rows of {train_cache.path} have no labels but the teacher's "
                 "own answers: set it to 0, or make the cache from labelled rows."
             )
@@ -163,12 +163,12 @@ class FIRSTTrainer(SFTTrainer):
     def _refuse_unsupported_parallelism(self):
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
+            raise FirstTrlError(
                 "Context and sequence parallelism cut a document between devices, and the teacher's rows are not cut "
                 "with it. Use data parallelism (DDP, FSDP2, ZeRO), or shorter documents."
             )
         if self.aux_loss_enabled:
-            raise ValueError(
+            raise FirstTrlError(
                 f"router_aux_loss_coef is {self.router_aux_loss_coef}: the mixture-of-experts auxiliary loss is not "
                 "added to a distillation loss here. Set router_aux_loss_coef: 0.0."
             )

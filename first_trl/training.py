@@ -44,7 +44,7 @@ def training_arguments(section: dict, config_class: type, folder: Path, seed: in
         ValueError: 4-bit weights are to be shared out over processes, and are not stored so that they can be.
     """
     if launched_sharded() and (problem := missing_quant_storage(section)):
-        raise ValueError(f"bnb_4bit_quant_storage: {problem}.")
+        raise FirstTrlError(f"bnb_4bit_quant_storage: {problem}.")
     settings, model_args = split_section(section, config_class)
     defaults = {
         "output_dir": str(folder),
@@ -123,14 +123,14 @@ def save_whole(trainer, folder: Path) -> None:
     """Save the model in one piece, however it is sharded.
 
     Raises:
-        RuntimeError: no weights were written.
+        FirstTrlError: no weights were written.
     """
     if trainer.is_fsdp_enabled:  # checkpoints may be in pieces; a model that is set to be so, Trainer does not save
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(folder)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero() and not any(folder.glob("*model*.safetensors")):
-        raise RuntimeError(f"training has ended and {folder} has no weights; its checkpoints are kept")
+        raise FirstTrlError(f"training has ended and {folder} has no weights; its checkpoints are kept")
 
 
 def load_arguments(section: dict) -> dict:

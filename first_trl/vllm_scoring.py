@@ -179,7 +179,7 @@ def _choice(answer: dict, url: str, name: str):
 
 def _number(log_prob) -> float:
     if isinstance(log_prob, bool) or not isinstance(log_prob, int | float):
-        raise ValueError(f"log-probability {log_prob!r}")
+        raise FirstTrlError(f"log-probability {log_prob!r}")
     return -np.inf if log_prob <= MINUS_INFINITY else float(log_prob)
 
 

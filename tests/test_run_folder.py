@@ -79,7 +79,7 @@ def test_a_job_made_again_with_the_same_content_makes_nothing_after_it_stale(rec
     assert make(recipe, *ALL) == [False, None, None, None, None]
     weights.unlink()
     assert make(recipe, "cache", content="others") == [False]
-    assert stale(recipe) == {"calibrate": "cache was made again since"}
+    assert stale(recipe) == {"calibrate": "cache has changed since"}
 
 
 def test_a_file_of_the_same_size_and_times_is_found_out_by_a_full_check_or_its_ctime(recipe, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from trl import SFTConfig
 
 from first_trl.checkpoints import LIST, ListFiles, last_whole_checkpoint
+from first_trl.errors import FirstTrlError
 from first_trl.files import write_atomically
 from first_trl.recipe import load_recipe
 from first_trl.training import (
@@ -96,7 +97,7 @@ def test_a_model_that_was_not_written_is_an_error_and_not_a_finished_training(tm
         accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
         is_world_process_zero=lambda: True,
     )
-    with pytest.raises(RuntimeError, match="has no weights; its checkpoints are kept"):
+    with pytest.raises(FirstTrlError, match="has no weights; its checkpoints are kept"):
         save_whole(trainer, tmp_path)
     (tmp_path / "adapter_model.safetensors").touch()
     save_whole(trainer, tmp_path)

@@ -79,11 +79,11 @@ class Manifest(Job):
     def _shards_add_up(self) -> "Manifest":
         for index, shard in enumerate(self.shards):
             if shard.name != shard_name(index):
-                raise ValueError(f"shard {index} is named {shard.name!r}; expected {shard_name(index)!r}")
+                raise FirstTrlError(f"shard {index} is named {shard.name!r}; expected {shard_name(index)!r}")
         for name in ("rows", "supervised_positions"):
             total, found = getattr(self.totals, name), sum(getattr(shard, name) for shard in self.shards)
             if total != found:
-                raise ValueError(f"{name} is {total}, its shards have {found}")
+                raise FirstTrlError(f"{name} is {total}, its shards have {found}")
         return self
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.loading import source_identity
+from ..errors import FirstTrlError
 from ..files import file_digest
 from ..settings import DatasetConfig
 from .format import fingerprint, tokenizer_fingerprint
@@ -167,7 +168,7 @@ def weights_fingerprint(folder: str | Path) -> str:
     folder = Path(folder)
     files = sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)})
     if not any(file.suffix in (".safetensors", ".bin") for file in files):
-        raise ValueError(
+        raise FirstTrlError(
             f"{folder} holds no model weights (*.safetensors, pytorch_model*.bin, adapter_model*.bin). "
             "Name the folder that save_pretrained wrote."
         )

@@ -340,7 +340,7 @@ def _json_lines_problem(file: Path) -> str | None:
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if doubled := [name for number, name in enumerate(names) if name in names[:number]]:
-        raise ValueError(f"the key {doubled[0]!r} stands twice")
+        raise FirstTrlError(f"the key {doubled[0]!r} stands twice")
     return dict(pairs)
 
 

@@ -19,6 +19,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..errors import FirstTrlError
+
 TEAMS = ("billing", "network", "hardware", "account")
 STRONG_VOTE, WEAK_VOTE = 2.5, 1.0
 
@@ -120,7 +122,7 @@ def write_task(folder: str | Path, seed: int = 0, rows: dict[str, int] | None = 
     """
     unknown = sorted(set(rows or {}) - set(SPLITS))
     if unknown:
-        raise ValueError(f"rows: there is no split {unknown[0]!r}; choose from {', '.join(SPLITS)}")
+        raise FirstTrlError(f"rows: there is no split {unknown[0]!r}; choose from {', '.join(SPLITS)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)

@@ -20,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ..constants import ARMS, FOCUS, POST_HOC
+from ..errors import FirstTrlError
 from ..files import write_atomically
 from ..metrics import compare, expected_calibration_error, percent, reliability_bins, risk_coverage_curve
 from ..redaction import visible
@@ -70,7 +71,7 @@ def write_report(
         ValueError: no predictions, arms with different numbers of examples, or what `metrics` refuses.
     """
     if not any(predictions.values()):
-        raise ValueError("there are no predictions to report on; evaluate at least one arm on one test set.")
+        raise FirstTrlError("there are no predictions to report on; evaluate at least one arm on one test set.")
     predictions = {arm: predictions[arm] for arm in order_arms(predictions)}
     metrics = measure(predictions, calibration, out_of_domain, num_bins, bootstrap, seed) | notes
     for arm, values in (validation or {}).items():

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import PurePath
 
+from first_trl.errors import FirstTrlError
 from first_trl.records import new_folder
 from first_trl.run import LONG, cached_roles, require, run_job, status, teacher_path
 from first_trl.stages.command import stage_command
@@ -143,7 +144,7 @@ def row_encoder(recipe, role: str, tokenizer, first_row: dict) -> tuple[Callable
     if place != "datasets.transfer" or has_answer(recipe.task, first_row):
         return encode, asked
     if recipe.cache.backend != "hf":
-        raise ValueError(f"{place}: rows without labels need cache.backend: hf, not {recipe.cache.backend}.")
+        raise FirstTrlError(f"{place}: rows without labels need cache.backend: hf, not {recipe.cache.backend}.")
     encode_answered = encode
     encode, candidates = unlabelled_encoder(recipe.task, tokenizer, first_row, place)
     encode_answered(with_answer(first_row, recipe.task, recipe.task.choices[0]), 0)  # refuses what labels would be

@@ -5,6 +5,7 @@
 Reads the recipe's `task`, `datasets.train` and `sft`; writes `runs/<name>/teacher/`, an adapter or a whole model.
 """
 
+from first_trl.errors import FirstTrlError
 from first_trl.records import new_folder
 from first_trl.run import run_job
 from first_trl.stages.command import stage_command
@@ -13,7 +14,7 @@ from first_trl.stages.command import stage_command
 @stage_command("sft")
 def main(recipe, options) -> None:
     if recipe.cache.teacher is not None:
-        raise ValueError(f"cache.teacher gives a teacher ({recipe.cache.teacher}); run `first-trl cache` instead.")
+        raise FirstTrlError(f"cache.teacher gives a teacher ({recipe.cache.teacher}); run `first-trl cache` instead.")
     run_job(recipe, options, "sft", lambda continues: fine_tune(recipe, continues))
 
 
