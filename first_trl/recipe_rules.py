@@ -95,10 +95,8 @@ def _model_rules(recipe: "Recipe", broken: set[tuple]) -> Iterator[Problem]:
         elif not looks_local(model) and not HUB_ID.fullmatch(model):
             what = "it is neither a folder nor the id of a model on the Hub"
             yield Problem(path, model, what, "write owner/name or a path")
-    for role, needed, whose in (
-        ("sft", recipe.cache.teacher is None, "teacher"),
-        ("distill", bool(recipe.arms), "student"),
-    ):
+    needs = ("sft", recipe.cache.teacher is None, "teacher"), ("distill", bool(recipe.arms), "student")
+    for role, needed, whose in needs:
         where = (role, "model_name_or_path")
         if needed and models[where] is None and not touched(broken, where):
             yield Problem(where, MISSING, f"there is no {whose}", f"write the {whose}'s Hub id or folder")
@@ -118,9 +116,7 @@ def _data_rules(recipe: "Recipe", broken: set[tuple]) -> Iterator[Problem]:
         if problem := source_problem(split):
             yield Problem((*where, problem[0]), getattr(split, problem[0]), *problem[1:])
             continue
-        files = tuple(
-            str(file.resolve()) for file in local_files(split) if looks_local(split.path) or split.data_files
-        )
+        files = tuple(str(file.resolve()) for file in local_files(split))
         source = files or (split.path, split.name, split.revision or "main", str(split.data_files))
         other = readers.setdefault((source, split.split or ("" if files else path[0])), ".".join(where))
         if other != ".".join(where):
@@ -133,14 +129,13 @@ def _name_rules(recipe: "Recipe", broken: set[tuple]) -> Iterator[Problem]:
     for arm in recipe.arms:
         if not FOLDER_NAME.fullmatch(arm):
             yield Problem(("arms", arm), MISSING, "an arm's name is the name of a folder", NAME_REMEDY)
-        if arm in REPORT_ARMS or arm.endswith(POST_HOC):
-            what = "the report has a column of its own with this name"
-            yield Problem(("arms", arm), MISSING, what, "choose another name")
+        if arm in (*REPORT_ARMS, "best") or arm.endswith(POST_HOC):
+            yield Problem(("arms", arm), MISSING, "report and push mean something else by it", "choose another name")
     trained = {("distill",): recipe.distill} | {("arms", arm): own for arm, own in recipe.arms.items()}
-    for path, section in trained.items() if recipe.seeds is not None else ():
-        if "seed" in section:
-            what = "the recipe has seeds for every student"
-            yield Problem((*path, "seed"), section["seed"], what, "remove one of them")
+    for path, section in trained.items():
+        if recipe.seeds is not None and "seed" in section:
+            where = (*path, "seed")
+            yield Problem(where, section["seed"], "the recipe has seeds for every student", "remove one of them")
     if recipe.push.model_fields_set and recipe.arms and recipe.push.arm not in (*recipe.arms, "best"):
         remedy = f"choose one of {', '.join(recipe.arms)}"
         yield Problem(("push", "arm"), recipe.push.arm, "there is no such arm", remedy)

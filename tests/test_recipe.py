@@ -323,6 +323,7 @@ BROKEN = [
     ("completion is missing", '  completion: " {label}"\n', "", ["task.prompt", "without completion"]),
     ("arm's name is a path", "push:", "arms: {first: {}, a/b: {}}\npush:", ["arms.a/b", "name of a folder"]),
     ("arm's name is taken", "push:", "arms: {first: {}, teacher: {}}\npush:", ["arms.teacher", "choose another name"]),
+    ("arm's name means another thing", "push:", "arms: {first: {}, best: {}}\npush:", ["arms.best", "another name"]),
     ("unknown key in an arm", "push:", "arms: {first: {tial: bucket}}\npush:",
      ["arms.first.tial", "did you mean tail?"]),
     ("unknown trainer", "push:", "arms: {first: {trainer: dpo}}\npush:", ["arms.first.trainer = 'dpo'", "first, sft"]),
