@@ -80,12 +80,7 @@ def inspect(options: argparse.Namespace) -> str:
 
 
 def describe(cache, tokenizer=None) -> str:
-    """A page about a cache: what it is made from, its size, the teacher's confidence, and ten of its rows.
-
-    Args:
-        cache (`TeacherCache`): as `open_cache` gives it.
-        tokenizer (*optional*): the teacher's, to show tokens as text; without it they are numbers.
-    """
+    """A page about a cache: what it is made from, its size, the teacher's confidence, and ten of its rows."""
     import numpy as np
 
     from .cache.arrays import row_blocks
@@ -173,12 +168,9 @@ def verify(options: argparse.Namespace) -> str:
 
 
 def check_keys(cache) -> None:
-    """Compare every row with its key, and their fingerprint and totals with the manifest.
+    """Compare every row with its key, and their fingerprint and totals with the manifest; CacheError if one differs.
 
     The bytes and contents of an opened cache are checked; this finds a manifest that was made for other rows.
-
-    Raises:
-        CacheError: one differs.
     """
     import pyarrow.parquet as pq
 
@@ -201,16 +193,10 @@ def check_keys(cache) -> None:
 
 
 def compare_with_teacher(cache, model, vocab_limit: int, num_rows: int = 32) -> str:
-    """Run the teacher again over rows spread evenly over a cache; returns the largest difference of probabilities.
+    """Run the teacher again over rows spread evenly over a cache; CacheError where a probability differs by too much.
 
     Both the probabilities of the cached tokens and the K largest are compared: tokens of the right probability are not
     enough, nor are tokens that were once among the largest. A cache of the choices holds them whatever their rank.
-
-    Args:
-        vocab_limit (`int`): size of the tokenizer, as for `first_trl.scoring.teacher_rows`.
-
-    Raises:
-        CacheError: the sample has no supervised position, or a probability differs by more than is allowed.
     """
     import numpy as np
     import torch
@@ -272,12 +258,7 @@ def _load_teacher(cache, path: str):
 
 
 def push(options: argparse.Namespace) -> str:
-    """Upload a cache to the Hub, its card beside its shards; returns the address.
-
-    Raises:
-        ValueError: the card or the manifest would publish a token or a path of this machine.
-        first_trl.hub.upload.PushError: the Hub refused or could not be reached.
-    """
+    """Upload a cache to the Hub, its card beside its shards, unless that would publish a token or a local path."""
     from .cache.format import MANIFEST
     from .cache.reader import open_cache
     from .errors import FirstTrlError

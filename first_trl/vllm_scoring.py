@@ -65,18 +65,11 @@ class PromptServer:
     def ask(
         self, place: str, content: dict | None = None, give_up: threading.Event | None = None, limit: int = 2**20
     ) -> dict:
-        """The JSON that is at `place`, or that it answers to `content`.
+        """The JSON at `place`, or its answer to `content`, of at most `limit` bytes.
 
-        What may pass is tried again, after longer and longer waits: no connection, a broken one, a timeout, status 429
-        and 5xx. With `FIRST_TRL_SERVER_KEY` in the environment, it is sent as the bearer token, and no redirect is
-        followed with it.
-
-        Args:
-            give_up: set where another request has failed for good, so that this one need not be tried again.
-            limit: the most bytes that the answer may have.
-
-        Raises:
-            ServerError: the last attempt failed, or the server refused the request.
+        No connection, a broken one, a timeout, status 429 and 5xx are tried again after longer and longer waits,
+        unless `give_up` is set: another request has failed for good. The key in `FIRST_TRL_SERVER_KEY` is sent as the
+        bearer token, and no redirect is followed with it. Raises ServerError: refused, or the last attempt failed.
         """
         for wait in (*self.waits, None):
             try:
@@ -197,15 +190,10 @@ def _refusal(url: str, place: str, status: int, headers, said: object) -> str:
 
 
 def connect(url: str, teacher: str, top_k: int = 1, max_length: int = 1, **options) -> PromptServer:
-    """The server at `url`, if it serves the teacher and can say what a cache keeps.
+    """The server at `url`, if it serves `teacher` (an id or a folder, or its last part) and gives what a cache keeps.
 
-    Args:
-        teacher: its id, or its folder; the server must know it by that name, or by the last part of it.
-        top_k, max_length: of the cache: K, and the tokens of the longest example.
-        options: of `PromptServer`.
-
-    Raises:
-        ServerError: there is no server, it serves something else, or it cannot give `prompt_logprobs` of that many.
+    `top_k` and `max_length` are the cache's: K, and the tokens of the longest example. Raises ServerError: there is no
+    server, it serves something else, or it cannot give `prompt_logprobs` of that many.
     """
     # At the start, a wrong address is likelier than a server that pauses
     server = PromptServer(url, **{"waits": WAITS[:2]} | options)
@@ -250,14 +238,8 @@ def server_teacher_rows(
     """The columns of `first_trl.scoring.teacher_rows`, from a server, at most `requests` of them under way at once.
 
     An answer of one token, and its end, is asked for as the next token of the prompt: the server then computes one row
-    of logits and keeps the prompt's prefix. Other examples are asked for as whole prompts.
-
-    Args:
-        examples, top_k, vocab_limit, progress: as there.
-
-    Raises:
-        ServerError: the server stopped answering, or answered with something else than the log-probabilities of these
-            tokens at temperature 1.
+    of logits and keeps the prompt's prefix. Other examples are asked for as whole prompts. Arguments as there; raises
+    ServerError: no answer, or other ones than log-probabilities of these tokens at temperature 1.
     """
     give_up = threading.Event()
 
@@ -325,14 +307,8 @@ def prompt_row(
 ) -> dict:
     """One row of the cache from the log-probabilities of a prompt.
 
-    Args:
-        example: `input_ids` and `labels` (-100 outside the loss).
-        entries: for each token, the log-probabilities (nats) of the most probable tokens in its place and of itself;
-            None for the first, which nothing comes before.
-        vocab_limit: size of the tokenizer.
-
-    Raises:
-        ServerError: the entries are not those of this prompt, or no log-probabilities at temperature 1.
+    `entries` are, for each token, those (nats) of the most probable tokens in its place and of itself; None for the
+    first. Raises ServerError: they are not those of this prompt, or no log-probabilities at temperature 1.
     """
     tokens, labels = example["input_ids"], example["labels"]
     if len(entries) != len(tokens):

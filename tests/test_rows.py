@@ -71,7 +71,7 @@ def test_a_token_that_is_always_right_is_refused_by_name(tmp_path, on_cpu, capsy
     file = tmp_path / "validation.jsonl"
     file.write_text(file.read_text().replace('"bad"', '"good"'))
     cache.main([str(path)])
-    with pytest.raises(SystemExit, match=r"43 of 43 validation targets are the token 'good'") as raised:
+    with pytest.raises(SystemExit, match=r"43 of 43 targets of validation are 'good'") as raised:
         calibrate.main([str(path), "--positions=answer"])
     assert remedy in str(raised.value) and "positions: all" in str(raised.value)
 

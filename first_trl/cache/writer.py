@@ -172,11 +172,7 @@ class CacheWriter:
         return [canonical_json(self.job).encode(), str(index).encode()]
 
     def shard_is_complete(self, index: int, row_keys: Sequence[str] | None = None) -> bool:
-        """Whether a shard of this very job is on disk, whole: every page is read and its checksum compared.
-
-        Args:
-            row_keys: the keys of the rows that it must hold, in order; without them they are not compared.
-        """
+        """Whether a shard of this very job is on disk, whole (every page's checksum is compared), with these rows."""
         table = self._read_shard(index)
         return table is not None and (row_keys is None or table.column("row_key").to_pylist() == list(row_keys))
 
@@ -215,11 +211,7 @@ class CacheWriter:
     def finish(self, num_rows: int) -> dict:
         """Check every shard, seal them in `manifest.json`, and return its content. For the main process, in `hold`.
 
-        Args:
-            num_rows: rows of the dataset.
-
-        Raises:
-            CacheError: a shard is missing, damaged or has the wrong number of rows, or the system refused to write.
+        Raises CacheError: a shard is missing, damaged or has the wrong number of rows, or the system refused to write.
         """
         if num_rows < 1:
             raise CacheError(f"The dataset has {num_rows} rows: nothing to cache. Check the recipe's datasets.")
