@@ -153,6 +153,9 @@ def merge(
             (folder / PREDICT_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
         after = _answers(load_model(str(folder), dtype=arguments["dtype"]), tokenizer, sets, **sizes)
         result = {name: compared(before[name], after[name]) for name in sets}
+        exact = arguments["dtype"] == "float32" and arguments["quantization_config"] is None
+        if not calibrated:
+            refuse_other_answers(result, 1e-3 if exact else 0.03)
         (folder / "merge.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         shutil.move(folder, output)
     status(f"merge: read {student}; wrote {output}, a whole model; next: first-trl predict {output}")
@@ -163,15 +166,25 @@ def merged_model(student: Path, arguments: dict, temperature: float = 1.0):
     """The adapter's base, dequantised, with the adapter added to its weights, in the dtype of the arguments."""
     import torch
     from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from .modeling import load_model
 
     config = PeftConfig.from_pretrained(str(student))
-    base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **arguments)
+    pinned = {"revision": config.revision or arguments["revision"]}
+    base = load_model(config.base_model_name_or_path, **{**arguments, **pinned})
     if arguments["quantization_config"] is not None:
         base = base.dequantize()
     dtype = base.dtype if arguments["dtype"] == "auto" else getattr(torch, arguments["dtype"])
     # Added in float32 and rounded once, so that nothing of the adapter is lost to a narrow type on the way.
-    merged = PeftModel.from_pretrained(base.float(), str(student)).merge_and_unload(safe_merge=True)
+    base = base.float()
+    model = PeftModel.from_pretrained(base, str(student))
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if isinstance(embeddings, BaseTunerLayer) and head.weight is embeddings.weight:
+        # The adapter changed what tokens are embedded as, and not the head that has the same weights
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = False
+    merged = model.merge_and_unload(safe_merge=True)
     if temperature != 1:
         divide_logits(merged, temperature)
     return merged.to(dtype)
@@ -241,6 +254,18 @@ def compared(before: dict, after: dict) -> dict[str, Any]:
         "same_answer": float((before["answer"] == after["answer"]).mean()),
         "confidence_moved": {"mean": float(moves.mean()), "max": float(moves.max())},
     }
+
+
+def refuse_other_answers(result: dict[str, dict], limit: float) -> None:
+    """Raise where confidences moved, on average, by more than the rounding of merged weights can move them."""
+    for name, measured in result.items():
+        mean = measured["confidence_moved"]["mean"]
+        if mean > limit:
+            raise FirstTrlError(
+                f"on {name} the merged model's confidence moves by {100 * mean:.2f} points on average, where rounding "
+                f"moves it by {100 * limit:g} at most: it is another model than the student, and nothing was written. "
+                "Use the adapter as it is."
+            )
 
 
 def table(result: dict[str, dict]) -> str:

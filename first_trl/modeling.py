@@ -249,6 +249,9 @@ def check_head(model: torch.nn.Module, fused: bool = False) -> None:
         logger.info(f"The head of {type(inner).__name__} is not checked: its weights are shared out over processes.")
         return
     model.eval()
+    for module in inner.modules():
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+            module.training = True  # else bitsandbytes repacks 4-bit weights on a CPU, for good, for inference alone
     embeddings = inner.get_input_embeddings().weight
     ids_BT = torch.arange(10, 18, device=embeddings.device)[None] % len(embeddings)
     logits_TV = inner(input_ids=ids_BT, use_cache=False).logits[0]
