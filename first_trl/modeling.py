@@ -249,9 +249,7 @@ def check_head(model: torch.nn.Module, fused: bool = False) -> None:
         logger.info(f"The head of {type(inner).__name__} is not checked: its weights are shared out over processes.")
         return
     model.eval()
-    for module in inner.modules():
-        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
-            module.training = True  # else bitsandbytes repacks 4-bit weights on a CPU, for good, for inference alone
+    keep_gradients(inner)
     embeddings = inner.get_input_embeddings().weight
     ids_BT = torch.arange(10, 18, device=embeddings.device)[None] % len(embeddings)
     logits_TV = inner(input_ids=ids_BT, use_cache=False).logits[0]
@@ -341,6 +339,17 @@ def _project(
             logits_M2 = selected_logits(hidden_ND, head.weight, ids_M2, *head[1:], check_ids=False)
             output["label_log_probs"] = logits_M2[:, 0] - logits_M2[:, 1] + log_probs_MK1[:, 0]
     return output
+
+
+def keep_gradients(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU, for good, at the first forward without gradient.
+
+    The kernels for repacked weights return no gradient: a training that is evaluated once would go on without those of
+    every layer but the last, and nothing would say so. Nor can repacked weights be dequantised.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def adapters_to_float32(model: torch.nn.Module) -> None:

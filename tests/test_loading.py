@@ -100,6 +100,28 @@ def test_the_base_of_an_adapter_is_loaded_at_the_revision_that_it_names(student,
     assert asked == ["abc123", "v2"]
 
 
+def test_a_four_bit_model_on_a_cpu_has_its_gradients_after_an_evaluation(student):
+    """bitsandbytes repacked the weights where the CPU has AVX512-BF16, and lower layers then had no gradient."""
+    from transformers import BitsAndBytesConfig
+
+    build_model(hidden_size=64, intermediate_size=128).save_pretrained(student.parent / "wide")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = load_model(student.parent / "wide", quantization_config=nf4)
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(model, adapter)
+
+    def gradients():
+        model.train().zero_grad()
+        model(input_ids=torch.arange(8)[None]).logits.square().sum().backward()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=torch.arange(8)[None])
+    after = gradients()
+    assert all(torch.allclose(after[name], before[name], rtol=1e-4) for name in before)
+
+
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
