@@ -19,10 +19,8 @@ from .errors import FirstTrlError
 
 COVERAGES = (0.8, 0.9, 0.95)
 REPORTED = ("accuracy", "ece", "ece_15_bins", "ece_equal_mass", "trust_score", "nll", "brier", "auroc", "aurc")
-# A probability that came out of float32 arithmetic may exceed 1 by a few units in the last place.
-ROUNDING = 1e-5
-# Bootstrap weights are made in blocks of at most this many numbers (float64: 32 MB), whatever n is.
-BLOCK_SIZE = 4_000_000
+ROUNDING = 1e-5  # float32 probabilities may exceed 1 by a few units in the last place
+BLOCK_SIZE = 4_000_000  # numbers in a block of bootstrap weights (float64: 32 MB), whatever n is
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,7 @@ class ReliabilityBins:
 
 @dataclass(frozen=True)
 class RiskCoverage:
-    """Risk-coverage curve, all of shape (G,), from the most confident group down.
-
-    Answering only where confidence >= `threshold[g]` answers the share `coverage[g]` of the examples and errs on the
-    share `risk[g]` of those answered.
-    """
+    """Risk-coverage curve (G,): confidence >= `threshold` answers the share `coverage`, and errs on `risk` of them."""
 
     threshold: np.ndarray
     coverage: np.ndarray
@@ -103,10 +97,7 @@ def _bin_edges(confidence: np.ndarray, num_bins: int, binning: str) -> np.ndarra
 
 
 def bin_indices(confidence: np.ndarray, num_bins: int = 10, binning: str = "uniform") -> np.ndarray:
-    """(n,) index in 0..M-1 of each confidence's bin (lower, upper]; confidence 0 goes to the first bin.
-
-    `confidence` must be an array of valid probabilities: the metrics below check it, this function does not.
-    """
+    """(n,) index in 0..M-1 of each confidence's bin (lower, upper]; confidence 0 goes to the first bin."""
     return np.searchsorted(_bin_edges(confidence, num_bins, binning)[1:-1], confidence, side="left")
 
 
@@ -144,8 +135,7 @@ def percent(share: float) -> str:
 def trust_score(confidence: Any, correct: Any, num_bins: int = 10) -> float:
     """Accuracy - ECE, in [-1, 1].
 
-    The paper reports a "trust score" that rewards accuracy and punishes miscalibration, but gives no formula in any
-    copy that we could read; this is our reading of it, not its definition.
+    The paper gives no formula for its trust score in any copy that we could read; this is our reading of it.
     """
     _, checked = _check(confidence, correct)
     return float(checked.mean()) - expected_calibration_error(confidence, correct, num_bins)
@@ -159,9 +149,8 @@ def negative_log_likelihood(label_log_prob: Any) -> float:
 def ece_noise_floor(confidence: Any, num_bins: int = 10, draws: int = 1000, seed: int = 0) -> dict[str, float]:
     """The ECE that perfect calibration would show with these confidences, by chance alone.
 
-    Draws the gap of each bin `draws` times from a normal of its standard deviation under the stated confidences.
     Returns {"mean", "p95"}: an ECE below "p95" cannot be told from perfect calibration with this many examples (a
-    consistency test, Broecker and Smith 2007).
+    consistency test, Broecker and Smith 2007, with normal gaps in the bins).
     """
     confidence, _ = _check(confidence, np.zeros(np.shape(confidence)))
     variance = np.bincount(bin_indices(confidence, num_bins), confidence * (1 - confidence), minlength=num_bins)
@@ -207,9 +196,8 @@ def _auroc(size: np.ndarray, errors: np.ndarray) -> np.ndarray:
 def _aurc(size: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """(B, G) -> (B,) mean over k = 1..n of the expected error rate of the k most confident examples.
 
-    Within a group of m ties with e errors, after k examples with E errors, the expected error rate at k + j is
-    (E + e j / m) / (k + j). Its sum over j = 1..m has a closed form in the harmonic numbers H:
-    E dH + e / m (m - k dH), dH = H(k + m) - H(k).
+    Within a group of m ties with e errors, after k examples with E errors, it is (E + e j / m) / (k + j) at k + j. Its
+    sum over j = 1..m has a closed form in the harmonic numbers H: E dH + e / m (m - k dH), dH = H(k + m) - H(k).
     """
     before = (size.cumsum(1) - size).astype(np.int64)
     total = size.sum(1)
@@ -240,15 +228,13 @@ def _groups_once(confidence: Any, correct: Any) -> tuple[_Groups, np.ndarray, np
 
 
 def auroc(confidence: Any, correct: Any) -> float:
-    """Probability that a right answer has more confidence than a wrong one (ties count half); NaN if all are right or
-    all are wrong, where it is undefined."""
+    """Probability that a right answer has more confidence than a wrong one (a tie is half); NaN without both."""
     _, size, errors = _groups_once(confidence, correct)
     return float(_auroc(size, errors)[0])
 
 
 def aurc(confidence: Any, correct: Any) -> float:
-    """Area under the risk-coverage curve, in [0, 1], lower is better: the error rate of the k most confident examples,
-    averaged over k = 1..n (Geifman et al. 2019), in expectation over the order of ties."""
+    """Area under the risk-coverage curve in [0, 1]: the error rate of the k most confident, averaged over k = 1..n."""
     _, size, errors = _groups_once(confidence, correct)
     return float(_aurc(size, errors)[0])
 
@@ -269,11 +255,10 @@ def risk_coverage_curve(confidence: Any, correct: Any) -> RiskCoverage:
 
 
 class _Sample:
-    """One arm's predictions on one set, ready to be measured under many weights at once.
+    """One student's predictions on one set, ready to be measured under many weights at once.
 
-    One formula serves the estimate (weights 1) and its bootstrap replicates (counts of a resample). With `example`
-    the n predictions are tokens of U answers, which are resampled whole because the tokens of an answer are not
-    independent; ranks (AUROC, AURC, accuracy at coverage) then have no intervals. Otherwise U = n.
+    With `example` the n predictions are tokens of U answers, which are resampled whole because the tokens of an answer
+    are not independent; ranks (AUROC, AURC, accuracy at coverage) then have no intervals. Otherwise U = n.
     """
 
     def __init__(self, values: dict, num_bins: int):
@@ -289,12 +274,9 @@ class _Sample:
         if self.label_log_prob is not None and np.isfinite(self.label_log_prob).all():
             self.sums["nll"] = self._by_unit(-self.label_log_prob)
         # (U, M): correct - confidence summed in the column of its bin; ECE = sum_m |column sum| / n
-        schemes = (
-            ("ece", num_bins, "uniform"),
-            ("ece_15_bins", 15, "uniform"),
-            ("ece_equal_mass", num_bins, "equal_mass"),
-        )
-        self.gaps = {name: self._by_unit(correct - confidence, bins, kind) for name, bins, kind in schemes}
+        gap, kinds = correct - confidence, {"ece": (num_bins, "uniform"), "ece_15_bins": (15, "uniform")}
+        kinds["ece_equal_mass"] = num_bins, "equal_mass"
+        self.gaps = {name: self._by_unit(gap, *kind) for name, kind in kinds.items()}
         self.variance = self._by_unit(confidence * (1 - confidence), num_bins, "uniform")
 
     def _by_unit(self, values: np.ndarray, bins: int | None = None, binning: str = "uniform") -> np.ndarray:
@@ -325,10 +307,9 @@ class _Sample:
 def _debiased(gaps: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """(B, M) gaps of the bins and their standard deviations under perfect calibration -> (B,) an ECE without its bias.
 
-    E|gap| is too large by sqrt(2 / pi) noise where the true gap is 0, and by nothing where it is far larger than the
-    noise: that is subtracted, fading as exp(-2 (gap / noise)^2), and scaled to be exact at 0. Otherwise the blunter of
-    two calibrated arms, which fills fewer bins, would seem the better one. It may be slightly negative: it is for
-    differences between arms, never a figure of its own.
+    E|gap| is too large by sqrt(2 / pi) noise where the true gap is 0, and by nothing where it is far larger: this is
+    subtracted, fading as exp(-2 (gap / noise)^2), exact at 0. Otherwise the blunter of two calibrated arms, which
+    fills fewer bins, would seem the better one. For differences alone: it may be slightly negative.
     """
     ratio = np.divide(gaps, noise, out=np.zeros_like(gaps), where=noise > 0)
     return (np.abs(gaps) - np.sqrt(2 / np.pi * 5) * noise * np.exp(-2 * ratio**2)).sum(1)
@@ -358,13 +339,17 @@ def _interval(estimate: float, replicates: np.ndarray) -> list[float] | None:
 
 
 def _measure(seeds: list[_Sample], weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """{metric: (B,)}: means over the seeds, all measured on the same resampled examples."""
+    """{metric: (B,)}: means over the seeds, on the same resampled examples."""
     measured = [sample.measure(weights) for sample in seeds]
     return {
         name: np.mean([one[name] for one in measured], axis=0)
         for name in measured[0]
         if all(name in one for one in measured)
     }
+
+
+def _defined(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def _summary(seeds: list[_Sample], point: dict[str, float], replicates: dict, num_bins: int, seed: int) -> dict:
@@ -392,10 +377,6 @@ def _summary(seeds: list[_Sample], point: dict[str, float], replicates: dict, nu
             lowest, highest = {"trust_score": (-1.0, 1.0), "nll": (0.0, np.inf)}.get(name, (0.0, 1.0))
             result["ci"][name] = [max(interval[0], lowest), min(interval[1], highest)]
     return result
-
-
-def _defined(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
 
 
 def compare(

@@ -39,9 +39,8 @@ def push_folder(
     Args:
         folder: every file in it that is not hidden is uploaded.
         repo_id: `owner/name`.
-        private: make a new repository private; an existing one stays as it is.
-        revision: branch to push to, made from the main branch if need be.
-        create_pr: open a pull request against the main branch; excludes `revision`.
+        private: make a new repository private.
+        revision: branch to push to, made from the main branch if need be; excludes `create_pr`.
         repo_type: `model` or `dataset`.
 
     Raises:
@@ -59,13 +58,14 @@ def push_folder(
     if create_pr and revision is not None:
         raise FirstTrlError(f"push.revision = {revision!r} and push.create_pr exclude each other; remove one of them")
     api = HfApi()
+    where: dict = {"repo_type": repo_type, "revision": revision}
     message = commit_message or "Upload a student distilled with first-trl, its card and its measurements"
     try:
         url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(url.repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
         if sum(file.stat().st_size for file in files) > LARGE and not create_pr:
-            api.upload_large_folder(url.repo_id, folder, repo_type=repo_type, revision=revision)
+            api.upload_large_folder(repo_id=url.repo_id, folder_path=folder, **where)
             return str(url)
         operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
         commit = api.create_commit(
