@@ -109,7 +109,7 @@ def settings_tables() -> str:
         section = section_of(field.annotation)
         if section is None or name == "sft":
             continue
-        own = [key for key in section.model_fields if key not in trl.model_fields]
+        own = [key for key in section.model_fields if name != "distill" or key not in trl.model_fields]
         tables.append(_table(f"`{name}`", field.description or section.__doc__ or "", section, own))
         if name == "datasets":
             about = "`train`, `validation`, `transfer`, or a name under `test`."

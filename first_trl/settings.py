@@ -95,9 +95,7 @@ class TaskConfig(Section):
     supervise: Literal["last", "all"] = Field(
         "last", description="Turns of a conversation that are learned: the assistant's last, or all."
     )
-    chat_template_kwargs: dict | None = Field(
-        None, description="Arguments of the chat template, for conversational rows, e.g. {enable_thinking: false}."
-    )
+    chat_template_kwargs: dict | None = Field(None, description="Of the chat template, e.g. {enable_thinking: false}.")
 
     def conflicts(self) -> Iterator[Problem]:
         for key, other in (("prompt", "completion"), ("completion", "prompt")):
@@ -138,12 +136,8 @@ class DatasetConfig(Section):
     columns: dict[str, str] | None = Field(None, description="Name used in the templates -> column of the dataset.")
     max_rows: Count | None = Field(None, description="Keep this many rows.")
     shuffle_seed: Seed | None = Field(None, description="Shuffle with this seed before max_rows is taken.")
-    bad_rows: Literal["refuse", "drop"] = Field(
-        "refuse", description="Rows that cannot be used (no answer, not a choice): refuse or drop them, counted."
-    )
-    overlap: Literal["refuse", "drop"] = Field(
-        "refuse", description="Test sets: rows that a model was fitted on, refuse or drop them, counted."
-    )
+    bad_rows: Literal["refuse", "drop"] = Field("refuse", description="Rows that cannot be used, counted.")
+    overlap: Literal["refuse", "drop"] = Field("refuse", description="Test sets: rows also fitted on, counted.")
     out_of_domain: bool = Field(False, description="Test sets: reported as out of domain.")
     task: dict | None = Field(None, description="Test sets: settings of `task` that this set needs otherwise.")
 
@@ -249,12 +243,8 @@ class PushConfig(Section):
     """Where an adapter goes on the Hub."""
 
     hub_model_id: str | None = Field(None, description="Repository, e.g. my-name/my-student.")
-    arm: str = Field(
-        "first", description="The arm whose student is pushed; best: the one with the lowest NLL on validation."
-    )
-    license: str | None = Field(
-        None, description="Licence of the student, e.g. apache-2.0. Default: that of its base model's card."
-    )
+    arm: str = Field("first", description="Whose student is pushed; best: of the lowest NLL on validation.")
+    license: str | None = Field(None, description="Licence, e.g. apache-2.0. Default: that of the base model.")
     private: bool = Field(False, description="Create the repository as private.")
     revision: str | None = Field(None, description="Branch to push to.")
     create_pr: bool = Field(False, description="Open a pull request instead of pushing.")

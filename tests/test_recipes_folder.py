@@ -9,6 +9,7 @@ import yaml
 from first_trl.constants import DEFAULT_ARMS
 from first_trl.recipe import load_recipe
 from first_trl.schema import recipe_schema, settings_tables
+from first_trl.settings import CacheConfig, CalibrateConfig, DatasetConfig, EvaluateConfig, PushConfig, TaskConfig
 from first_trl.templates import render_template
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +164,9 @@ def test_the_schema_and_the_reference_page_are_those_of_the_settings():
     """`first-trl schema > recipes/schema.json`, and `first-trl schema --markdown` for the end of docs/recipes.md."""
     assert (FOLDER / "schema.json").read_text() == json.dumps(recipe_schema(), indent=1) + "\n"
     page = (ROOT / "docs" / "recipes.md").read_text()
+    for section in (TaskConfig, DatasetConfig, CacheConfig, CalibrateConfig, EvaluateConfig, PushConfig):
+        assert all(f"| `{key}` |" in page for key in section.model_fields)
+    assert page.count("| `max_length` |") == 2 and page.count("| `load_in_4bit` |") == 2  # task, cache, and TRL's
     assert page.partition("<!-- first-trl schema --markdown -->\n\n")[2] == settings_tables() + "\n"
 
 
