@@ -191,17 +191,11 @@ def teacher_path(recipe: Recipe) -> str:
 
 @dataclass(frozen=True)
 class Stale:
-    """Why a job is not current.
-
-    Args:
-        job: the first of it and the jobs that it needs that is not.
-        reason: in words.
-        damaged: it was finished from today's inputs, and a file of it is missing or changed.
-    """
+    """Why a job is not current: which one, of it and those that it needs, and the reason in words."""
 
     job: Job
     reason: str
-    damaged: bool = False
+    damaged: bool = False  # finished from today's inputs, and a file of it is missing or changed
 
 
 class Run:
@@ -212,8 +206,9 @@ class Run:
         source: the recipe's file, where something is to be made.
     """
 
-    def __init__(self, recipe: Recipe, full: bool = False, source: str = ""):
-        self.recipe, self.path, self.source = recipe, Path(recipe.run_folder), source
+    def __init__(self, recipe: Recipe, full: bool = False, source: str = "."):
+        self.recipe, self.path = recipe, Path(recipe.run_folder)
+        self.source = os.path.relpath(source, self.path)  # the same wherever both were moved to together
         self.jobs = jobs(recipe)
         self.digests = Digests(self.path / ".records" / "digests.json", full)
         self._stale: dict[str, Stale | None] = {}
@@ -250,10 +245,8 @@ class Run:
         """A dataset: its settings, and the content of its files, whatever pattern or folder names them."""
         settings, files = _plain(config), local_files(config)
         if files:
-            settings |= {
-                "path": Path(config.path).name,
-                "data_files": [Path(name).name for name in _named_files(config)],
-            }
+            named = [Path(name).name for name in _named_files(config)]
+            settings |= {"path": Path(config.path).name, "data_files": named}
         return {**settings, "commit": source_commit(config), "files": self._contents(files)}
 
     def _contents(self, files: list[Path]) -> dict[str, str]:
@@ -276,11 +269,9 @@ class Run:
         return self._stale[name]
 
     def _why_stale(self, job: Job) -> Stale | None:
-        earlier = next(filter(None, map(self.stale, job.needs)), None)
-        record = self.record(job.name)
-        if earlier is not None:
+        if earlier := next(filter(None, map(self.stale, job.needs)), None):
             return earlier
-        if record is None:
+        if (record := self.record(job.name)) is None:
             return Stale(job, "it is not finished")
         if found := differences(record["inputs"], self.inputs(job.name)):
             more = f"; and {len(found) - 3} more" * (len(found) > 3)
@@ -304,7 +295,7 @@ class Run:
         stale = self.stale(name)
         if stale is None:
             return None
-        if record and record.get("recipe") != self._source() and not stale.damaged and not overwrite:
+        if record and record.get("recipe") != self.source and not stale.damaged and not overwrite:
             raise FirstTrlError(
                 f"{self.path} holds the finished {name} of another recipe, {record.get('recipe')} ({stale.reason}). "
                 "Give this run a --name of its own, or replace that work with --overwrite."
@@ -321,8 +312,8 @@ class Run:
         write_atomically(self.file(name, ".started"), json.dumps(inputs, indent=1))
         return continues
 
-    def finish(self, name: str, seconds: float, **notes: Any) -> list[str]:
-        """Record that a job is done, and put what it made in its place; returns the paths."""
+    def finish(self, name: str, seconds: float, **notes: Any) -> None:
+        """Record that a job is done, and put what it made in its place."""
         job = self.jobs[name]
         outputs = self._made(job)
         assert outputs, f"{name} ended without writing anything"
@@ -332,7 +323,7 @@ class Run:
             "identity": hashlib.sha256(json.dumps([inputs, content], sort_keys=True).encode()).hexdigest(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(seconds, 1),
-            "recipe": self._source(),
+            "recipe": self.source,
             "settings": self.recipe.to_dict(),
             **notes,
             "outputs": outputs,
@@ -342,31 +333,22 @@ class Run:
         exchange(self.path, job.folders)
         self.file(name, ".started").unlink(missing_ok=True)
         self._stale.clear()
-        return [*job.folders, *job.outputs]
 
     def _made(self, job: Job) -> dict[str, dict]:
         """{path relative to the run folder: size and SHA-256} of what a job has made, where it lies now."""
-        made = {}
+        made: dict[str, Path] = {}
         for folder in job.folders:
             new = new_folder(self.path / folder)
             place = new if new.is_dir() else self.path / folder
-            made.update({f"{folder}/{name}": self._describe(place / name) for name in files_of(place)})
+            made |= {f"{folder}/{name}": place / name for name in files_of(place)}
         for file in (file for pattern in job.outputs for file in sorted(self.path.glob(pattern))):
             if file.is_file() and not file.name.startswith("."):
-                made[file.relative_to(self.path).as_posix()] = self._describe(file)
-        return made
-
-    def _describe(self, file: Path) -> dict:
-        return {"size": file.stat().st_size, "sha256": self.digests.of(file)}
-
-    def _source(self) -> str:
-        """The recipe's file, as seen from the run folder: the same wherever both were moved to together."""
-        return os.path.relpath(self.source, self.path)
+                made[file.relative_to(self.path).as_posix()] = file
+        return {name: {"size": file.stat().st_size, "sha256": self.digests.of(file)} for name, file in made.items()}
 
 
 def _named_files(config) -> list[str]:
-    files = config.data_files or []
-    return [files] if isinstance(files, str) else list(files)
+    return [config.data_files] if isinstance(config.data_files, str) else config.data_files or []
 
 
 def _plain(value: Any) -> Any:

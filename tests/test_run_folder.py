@@ -109,13 +109,13 @@ def test_a_finished_folder_stays_until_its_successor_is_finished(recipe):
     make(recipe, "cache")
     recipe.cache.top_k = 3
     old = recipe.run_folder / "cache" / "train" / "model.safetensors"
-    run = Run(recipe, source=str(recipe.run_folder.parent.parent / "recipe.yaml"))
-    assert run.begin("cache") is False
+    source = str(recipe.run_folder.parent.parent / "recipe.yaml")
+    assert Run(recipe, source=source).begin("cache") is False
     write_atomically(new_folder(old.parent) / "model.safetensors", "half of it")
     assert old.read_text() == "weights"
-    assert Run(recipe, source=run.source).begin("cache") is True, "the same inputs continue"
+    assert Run(recipe, source=source).begin("cache") is True, "the same inputs continue"
     recipe.cache.top_k = 4
-    assert Run(recipe, source=run.source).begin("cache") is False and not new_folder(old.parent).exists()
+    assert Run(recipe, source=source).begin("cache") is False and not new_folder(old.parent).exists()
     make(recipe, "cache", content="whole")
     assert old.read_text() == "whole" and not new_folder(old.parent).parent.exists()
 
