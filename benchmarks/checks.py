@@ -33,7 +33,7 @@ def write_job(folder: Path, rows: int, tokens: int) -> Path:
     for split, count in shares.items():
         with open(folder / f"{split}.jsonl", "w") as file:
             for _ in range(count):
-                text = f"{len(seen)} " + " ".join(dice.choices(words, k=max(tokens // 2 - 4, 1)))
+                text = f"{len(seen)} " + " ".join(dice.choices(words, k=tokens * 9 // 20))
                 seen.add(text)
                 file.write(json.dumps({"text": text, "label": dice.choice(task.TEAMS)}) + "\n")
     source = {split: {"path": "json", "data_files": str(folder / f"{split}.jsonl")} for split in shares}

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stderr, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -142,7 +142,7 @@ def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
             is_here = config.data_files is not None or Path(config.path).exists()
             text = str(error) if str(error).startswith(place) else f"{place}: {str(error).partition(': ')[2] or error}"
             (report.problems if is_here else report.unknown).append(text)
-    report.problems += _overlaps(recipe, encoded)
+    report.problems += _overlaps(report, recipe, encoded)
     tokenizer = next(iter(tokenizers.values()), None)
     report.problems += _model_problems(recipe, stages, configs, tokenizer, splits)
     report.costs = costs(recipe, machine, splits, configs, len(tokenizer) if tokenizer is not None else 0)
@@ -390,19 +390,22 @@ def _grouped(place: str, rows: int, wrong: dict[int, str]) -> Iterator[str]:
         yield f"{place}: {count}: {wrong[members[0]]}"
 
 
-def _overlaps(recipe: Recipe, encoded: dict[str, Any]) -> Iterator[str]:
+def _overlaps(report: Report, recipe: Recipe, encoded: dict[str, Any]) -> Iterator[str]:
     """Test rows that something was fitted on: their figures would flatter."""
     from .data.rows import check_disjoint
 
     for found in check_disjoint(encoded) if not recipe.evaluate.allow_overlap else ():
-        test = found.second.removeprefix("test.")
-        if test == found.second or recipe.datasets.test[test].overlap == "drop":
+        if not found.second.startswith("test."):
             continue
         named = ", ".join(str(here) for _, here in found.rows[:3]) + ", ..." * (found.count > 3)
-        yield (
+        shared = (
             f"datasets.{found.second}: {found.count:,} of its {len(encoded[found.second]):,} prompts are in datasets."
-            f"{found.first} too (rows {named}); remove them, set overlap: drop there, or evaluate.allow_overlap: true"
+            f"{found.first} too (rows {named})"
         )
+        if recipe.datasets.test[found.second.removeprefix("test.")].overlap == "drop":
+            report.lost.append(f"{shared}; they are dropped")
+        else:
+            yield f"{shared}; remove them, set overlap: drop there, or evaluate.allow_overlap: true"
 
 
 # This machine
@@ -489,13 +492,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="first-trl plan", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("recipe", help="the experiment's YAML file")
     parser.add_argument("--config_file", help="an accelerate configuration; without one, a single process")
-    parser.add_argument("--accelerator", default="h100", help=f"one of {', '.join(ACCELERATORS)} (default h100)")
-    parser.add_argument(
-        "--utilisation", type=float, default=UTILISATION, help=f"share of its peak that is reached ({UTILISATION})"
-    )
+    parser.add_argument("--accelerator", default="h100", choices=ACCELERATORS, help="(default h100)")
+    parser.add_argument("--utilisation", type=float, default=UTILISATION, help=f"share of its peak ({UTILISATION})")
     options, overrides = parser.parse_known_args(argv)
-    recipe = load_recipe(options.recipe, overrides)
-    machine = read_machine(options.config_file, options.accelerator, options.utilisation)
+    if not 0 < options.utilisation <= 1:
+        parser.error(f"--utilisation is {options.utilisation}; it is a share, above 0 and at most 1")
+    recipe, machine = load_recipe(options.recipe, overrides), read_machine(options.config_file)
+    machine = replace(machine, accelerator=options.accelerator, utilisation=options.utilisation)
     report = check_recipe(recipe, machine=machine, here=False)
     report.problems += machine_limits(recipe, machine, report.costs)
     print("\n".join([*describe(report.costs, machine), "", *report.lines()]))

@@ -63,19 +63,14 @@ class Machine:
         return None if tflops is None else flops / (tflops * 1e12 * self.utilisation * self.processes) / 3600
 
 
-def read_machine(config_file: str | None, accelerator: str = "h100", utilisation: float = UTILISATION) -> Machine:
+def read_machine(config_file: str | None) -> Machine:
     """The devices of an accelerate configuration; one process without a file.
 
     Raises:
-        FirstTrlError: there is no such file, or it is no accelerate configuration; or an option is out of range.
+        FirstTrlError: there is no such file, or it is no accelerate configuration.
     """
-    if accelerator not in ACCELERATORS:
-        raise FirstTrlError(f"--accelerator {accelerator!r} is not known; choose one of {', '.join(ACCELERATORS)}.")
-    if not 0 < utilisation <= 1:
-        raise FirstTrlError(f"--utilisation is {utilisation}; it is a share of the peak, above 0 and at most 1.")
-    chosen: dict[str, Any] = {"accelerator": accelerator, "utilisation": utilisation}
     if config_file is None:
-        return Machine(**chosen)
+        return Machine()
     if not Path(config_file).is_file():
         raise FirstTrlError(f"There is no {config_file}; give an accelerate configuration, such as configs/cpu.yaml.")
     from accelerate.commands.config.config_args import load_config_from_file
@@ -86,7 +81,7 @@ def read_machine(config_file: str | None, accelerator: str = "h100", utilisation
         raise FirstTrlError(f"--config_file {config_file} is no accelerate configuration: {error}") from error
     kind = str(getattr(config.distributed_type, "value", config.distributed_type))
     stage = int((getattr(config, "deepspeed_config", None) or {}).get("zero_stage", 0))
-    return Machine(config.num_processes or 1, kind, stage, **chosen)
+    return Machine(config.num_processes or 1, kind, stage)
 
 
 @dataclass
@@ -345,54 +340,34 @@ def machine_limits(recipe: Recipe, machine: Machine, found: list[Cost]) -> Itera
         if bfloat16 is None and (section.get("bf16") or section.get("dtype") == "bfloat16"):
             yield f"{name}: {title} has no bfloat16; write float16 or choose another"
     for cost in found:
-        if (needed := sum(cost.memory.values())) > memory * 1e9:
+        if sum(cost.memory.values()) > memory * 1e9:
+            parts = ", ".join(f"{part} {_bytes(size)}" for part, size in cost.memory.items() if size)
             yield (
-                f"{cost.name}: needs {needed / 1e9:.0f} GB on each device, more than {title} has; lower "
-                "per_device_train_batch_size or tokens_per_batch, write gradient_checkpointing: true or load_in_4bit: "
-                "true, or shard the weights (configs/fsdp2.yaml)"
+                f"{cost.name}: needs {_bytes(sum(cost.memory.values()))} on each device ({parts}), more than {title} "
+                "has; lower per_device_train_batch_size or tokens_per_batch, write gradient_checkpointing: true or "
+                "load_in_4bit: true, or shard the weights (configs/fsdp2.yaml)"
             )
 
 
 def describe(found: list[Cost], machine: Machine) -> list[str]:
-    """The costs as lines of text: a table of the jobs, and one of their memory."""
+    """The costs as lines of text."""
     title, bfloat16, float32, _ = ACCELERATORS[machine.accelerator]
-    counts = [["", "rows", "tokens", "supervised", "steps", "on disk", "FLOPs", "hours"]]
-    parts = ["weights", "adapter", "gradients", "optimizer", "activations", "head"]
-    memory = [["", *parts, "in all"]]
+    table: list[tuple] = [("", "rows", "tokens", "supervised", "steps", "on disk", "memory", "FLOPs", "hours")]
     for cost in found:
-        hours = (
-            "-" if cost.hours is None else f"{cost.hours:.1f}" if cost.hours > 0.1 else f"{3600 * cost.hours:.1f} s"
-        )
-        flops = "-" if cost.flops is None else f"{cost.flops:.2g}"
-        numbers = ("-" if n is None else f"{n:,}" for n in (cost.rows, cost.tokens, cost.supervised, cost.steps))
-        counts.append([cost.name, *numbers, _bytes(cost.disk), flops, hours])
-        if cost.memory:
-            held = [*(cost.memory.get(part, 0) for part in parts), sum(cost.memory.values())]
-            memory.append([cost.name, *map(_bytes, held)])
+        counts = ("-" if n is None else f"{n:,}" for n in (cost.rows, cost.tokens, cost.supervised, cost.steps))
+        sizes = map(_bytes, (cost.disk, sum(cost.memory.values()) or None))
+        floats = ("-" if n is None else f"{n:.2g}" for n in (cost.flops, cost.hours))
+        table.append((cost.name, *counts, *sizes, *floats))
+    first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
     half = "no bfloat16" if bfloat16 is None else f"{bfloat16:g} TFLOPS bfloat16"
-    lines = [
-        *_table(counts),
+    return [
+        *("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in table),
         "",
-        "Rows, tokens and supervised positions are a split's, once. FLOPs are the whole job's, padding included.",
+        "Rows, tokens and supervised positions are a split's, once; FLOPs are the whole job's, padding included.",
+        f"Memory: of each device at its peak ({machine.kind}, {machine.processes} processes), within 30 %; libraries "
+        "and the driver take up to 1 GB more.",
         f"Hours: {machine.processes} x {title}, at {100 * machine.utilisation:.0f} % of the published peak (an "
         f"assumption; {half}, {float32:g} float32).",
-        "",
-    ]
-    if len(memory) == 1:
-        return [*lines, "Memory: not known without the models' configurations and the rows."]
-    return [
-        *lines,
-        f"Memory of each device at its peak ({machine.kind}, {machine.processes} processes), within 30 %; libraries "
-        "and the driver take up to 1 GB more.",
-        *_table(memory),
-    ]
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return [
-        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
-        for row in rows
     ]
 
 

@@ -352,6 +352,8 @@ def test_rows_that_the_recipe_lets_go_are_counted_and_many_of_them_are_a_warning
     def change(folder, recipe):
         recipe["task"]["too_long"] = "drop"
         recipe["datasets"]["validation"]["bad_rows"] = "drop"
+        recipe["datasets"]["test"]["films"]["overlap"] = "drop"
+        share_rows("transfer", "test")(folder, recipe)
         change_row("train", 3, text=LONG)(folder, recipe)
         for number in range(8):
             change_row("validation", number, label="fine")(folder, recipe)
@@ -359,6 +361,7 @@ def test_rows_that_the_recipe_lets_go_are_counted_and_many_of_them_are_a_warning
     status, printed, started = run(write_recipe(tmp_path, change))
     assert (status, started) == (3, ["sft"])
     assert "datasets.train: of 40 rows 1 dropped (too long)" in printed.partition("Warnings")[0]
+    assert "3 of its 30 prompts are in datasets.transfer too (rows 27, 28, 29); they are dropped" in printed
     assert "datasets.validation: of 120 rows 8 dropped" in printed.partition("Warnings")[2]
 
 

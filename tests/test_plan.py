@@ -184,13 +184,16 @@ def test_hours_are_operations_over_peak_utilisation_and_devices():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--accelerator", "abacus"], "choose one of h100"),
+        (["--accelerator", "abacus"], "choose from"),
         (["--utilisation", "30"], "above 0 and at most 1"),
         (["--config_file", "absent.yaml"], "There is no absent.yaml"),
     ],
 )
 def test_a_wrong_option_is_refused_with_its_remedy(options, message, tmp_path, capsys):
-    assert command.main(["plan", str(write_recipe(tmp_path)), *options]) == 2
+    try:
+        assert command.main(["plan", str(write_recipe(tmp_path)), *options]) == 2
+    except SystemExit as stop:
+        assert stop.code == 2
     assert message in capsys.readouterr().err
 
 
@@ -200,4 +203,4 @@ def test_memory_and_types_that_an_accelerator_lacks_are_problems(tmp_path, capsy
     assert "no bfloat16" in capsys.readouterr().out
     monkeypatch.setitem(__import__("first_trl.plan").plan.ACCELERATORS, "l4", ("tiny", 1, 1, 1e-6))
     assert command.main(["plan", str(recipe), "--accelerator", "l4"]) == 2
-    assert capsys.readouterr().out.count("on each device, more than tiny has") == 3
+    assert capsys.readouterr().out.count("more than tiny has") == 3
