@@ -1,4 +1,4 @@
-"""Every command of the README is one that the project has: none is run, all are parsed."""
+"""What the pages say can be typed and run: commands, recipes, and the README's Python, whose effect is checked."""
 
 import ast
 import importlib
@@ -9,64 +9,45 @@ from pathlib import Path
 
 import pytest
 
-from first_trl import __main__ as command
-from first_trl.recipe import STAGES
+from first_trl.__main__ import CACHE_COMMANDS, OTHERS
+from first_trl.constants import STAGES
+from tests.test_docs import PAGES, ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.split("#")[0].strip()
-]
-OURS = [line for line in COMMANDS if line.startswith(("first-trl", "accelerate launch"))]
 
 
-def test_the_readme_has_the_commands_that_these_tests_read():
-    assert len(COMMANDS) >= 13 and len(OURS) >= 9
+def blocks(kind: str, pages=PAGES) -> list[str]:
+    return [found for page in pages for found in re.findall(rf"```{kind}\n(.*?)```", page.read_text(), re.DOTALL)]
 
 
-@pytest.mark.parametrize("line", OURS)
-def test_a_command_names_a_stage_a_recipe_and_a_configuration_that_exist(line, monkeypatch):
+LINES = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+COMMANDS = sorted({line for line in LINES if line.startswith(("first-trl", "accelerate launch"))})
+
+
+def test_the_pages_have_the_commands_that_these_tests_read():
+    assert len(COMMANDS) >= 12
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_names_a_stage_a_recipe_and_a_configuration_that_exist(line):
     words = shlex.split(line.partition(" < ")[0])
     files = [word for word in words if word.endswith(".yaml")]
-    assert all((ROOT / file).is_file() for file in files), files
+    assert [file for file in files if file != "my-recipe.yaml" and not (ROOT / file).is_file()] == []
     if words[0] == "accelerate":
-        from accelerate.commands.launch import launch_command_parser
-
-        arguments, _ = launch_command_parser().parse_known_args(words[2:])
-        assert arguments.module and arguments.training_script.removeprefix("first_trl.stages.") in STAGES
-        return
-    started = []
-    monkeypatch.setattr(command, "launch", lambda stage, *_: started.append(stage) or 0)
-    monkeypatch.setattr(command, "run_pipeline", lambda recipe, *_: started.append(recipe) or 0)
-    monkeypatch.setattr("first_trl.merging._recipe_job", lambda options: {})  # it would look for the recipe's data
-    monkeypatch.setattr("first_trl.merging.merge", lambda **job: started.append(job) or {})
-    monkeypatch.setattr("first_trl.prediction.main", lambda argv: started.append(argv[0]) or 0)
-    cache_command = command.cache_tools._parser().parse_args
-    monkeypatch.setattr(command.cache_tools, "main", lambda words: started.append(cache_command(words)) or 0)
-    monkeypatch.setattr("first_trl.demo.prepare_demo", lambda *_: ROOT / "first_trl/demo/demo.yaml")
-    assert command.main(words[1:]) == 0 and len(started) == 1
+        assert words[words.index("-m") + 1].removeprefix("first_trl.stages.") in STAGES
+    else:
+        known = {*STAGES, *OTHERS, "run", "demo", "report"}
+        assert words[1] in known or words[1:3] == ["cache", words[2]] and words[2] in CACHE_COMMANDS
 
 
 def test_the_targets_of_make_exist():
-    targets = {word for line in COMMANDS if line.startswith("make") for word in line.split()[1:]}
-    assert targets >= {"demo", "test"}
+    targets = {word for line in LINES if line.startswith("make") for word in re.findall(r"\b[a-z-]+\b", line)[1:]}
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    assert targets >= {"demo", "test", "lint", "slow"}
+    assert [target for target in targets if not re.search(rf"^{target}\b.*:", makefile, re.MULTILINE)] == []
 
 
-def test_files_that_the_readme_names_exist():
-    named = re.findall(r"(?:configs|recipes|docs)/[\w./-]+\.(?:yaml|png)", README)
-    assert len(named) >= 8
-    assert [file for file in named if not (ROOT / file).is_file()] == []
-
-
-BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL) for kind in ("python", "yaml")}
-
-
-@pytest.mark.parametrize("code", BLOCKS["python"])
+@pytest.mark.parametrize("code", blocks("python"))
 def test_the_python_compiles_and_takes_names_and_arguments_that_exist(code):
     tree = ast.parse(code)
     names = {}
@@ -84,34 +65,98 @@ def test_the_python_compiles_and_takes_names_and_arguments_that_exist(code):
     assert looked
 
 
+def readme_script() -> str:
+    (script,) = [code for code in blocks("python", [ROOT / "README.md"]) if "# 5:" in code]
+    return script
+
+
 def test_the_sft_script_needs_five_changed_lines():
-    (script,) = [code for code in BLOCKS["python"] if "# 5:" in code]
-    assert re.findall(r"# (\d):", script) == ["1", "2", "3", "4", "5"]
-    unmarked = "".join(line for line in script.splitlines(True) if not re.search(r"# \d:", line))
-    assert not re.search("FIRST|recalib|cache", unmarked)
+    assert re.findall(r"# (\d):", readme_script()) == ["1", "2", "3", "4", "5"]
+    unmarked = "".join(line for line in readme_script().splitlines(True) if not re.search(r"# \d:", line))
+    assert not re.search("FIRST|recalib|cache|calibration", unmarked)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """The folders that the README's script names: a base model, a cache of its rows, a calibration of T = 3."""
+    import json
+
+    import pyarrow.parquet as pq
+
+    from tests.test_trainer import cache_of, random_examples
+    from tests.tiny import build_model, build_tokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("readme"), build_tokenizer()
+    wide = {"hidden_size": 128, "intermediate_size": 256}  # what the 4-bit kernels take in blocks
+    for name, seed in (("student", 1), ("teacher", 0)):
+        build_model(len(tokenizer), seed=seed, **wide).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rows = cache_of(build_model(len(tokenizer), seed=0, **wide), random_examples(8, len(tokenizer)))
+    pq.write_table(rows.data.table, folder / "rows.parquet")
+    found = {"method": "temperature", "value": 3.0, "families": {"temperature": {"value": 3.0}}}
+    (folder / "calibration.json").write_text(json.dumps(found))
+    return folder
+
+
+def first_kl(script: str, folder: Path, tmp_path, monkeypatch) -> tuple[float, object]:
+    """Run the README's script with the tiny folder in place of its names: the first step's KL, and the trainer."""
+    from datasets import load_dataset
+
+    rows = load_dataset("parquet", data_files=str(folder / "rows.parquet"))["train"]
+    names = {
+        '"Qwen/Qwen3-0.6B-Base"': f'"{folder / "student"}"',
+        '"runs/reviews/calibration.json"': f'"{folder / "calibration.json"}"',
+        '"runs/reviews/cache/train"': "rows",
+        'output_dir="student",': 'output_dir="student", max_steps=1, logging_steps=1, report_to="none", seed=0,',
+    }
+    for name, ours in names.items():
+        assert name in script or "calibration" in name
+        script = script.replace(name, ours)
+    monkeypatch.chdir(tmp_path)
+    space = {"rows": rows}
+    exec(script, space)
+    trainer = space["trainer"]
+    return next(entry["kl"] for entry in trainer.state.log_history if "kl" in entry), trainer
+
+
+def test_the_script_runs_and_distils_from_the_recalibrated_teacher(tiny_run, tmp_path, monkeypatch):
+    script = readme_script()
+    recalibrated, trainer = first_kl(script, tiny_run, tmp_path, monkeypatch)
+    assert (trainer.args.recalibration_method, trainer.args.recalibration_value) == ("temperature", 3.0)
+    (line,) = [line for line in script.splitlines(True) if "# 4:" in line]
+    plain, trainer = first_kl(script.replace(line, ""), tiny_run, tmp_path, monkeypatch)
+    assert trainer.args.recalibration_method in (None, "none")
+    assert abs(recalibrated - plain) > 0.01
+    assert trainer.model.get_base_model().config.quantization_config.bnb_4bit_compute_dtype is not None
 
 
 def test_the_recipes_of_the_examples_are_recipes(tmp_path, monkeypatch):
     from first_trl.recipe import load_recipe
 
-    whole, arms, alone = BLOCKS["yaml"]
+    (whole,) = blocks("yaml", [ROOT / "README.md"])
+    arms, alone = blocks("yaml", [ROOT / "docs" / "python.md"])
     (tmp_path / "data").mkdir()
     for name in ("train", "more", "validation", "test", "other"):
         (tmp_path / "data" / f"{name}.jsonl").write_text("{}\n")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(whole)
-    assert load_recipe("recipe.yaml").name == "reviews"
-    (tmp_path / "recipe.yaml").write_text(whole[: whole.index("arms:")] + arms)
-    students = load_recipe("recipe.yaml")
-    assert [students.arm_section(arm)["model_name_or_path"][-4:] for arm in students.arms] == ["0.6B", "1.7B", "3-4B"]
-    (tmp_path / "recipe.yaml").write_text(alone)
-    assert load_recipe("recipe.yaml").arms == {}
+    recipes = {}
+    for name, text in (("whole", whole), ("arms", whole + arms), ("alone", alone)):
+        (tmp_path / f"{name}.yaml").write_text(text)
+        recipes[name] = load_recipe(f"{name}.yaml")
+    assert recipes["whole"].name == "reviews" and list(recipes["whole"].arms) == ["fine_tuned", "distilled", "first"]
+    students = recipes["arms"]
+    assert [students.arm_section(arm)["model_name_or_path"] for arm in list(students.arms)[1:]] == [
+        "Qwen/Qwen3-1.7B",
+        "Qwen/Qwen3-4B",
+    ]
+    assert recipes["alone"].arms == {}
 
 
-def test_the_metrics_that_the_readme_names_are_those_that_are_logged(make_model, tokenizer, tmp_path):
+def test_the_metrics_that_the_pages_name_are_those_that_are_logged(make_model, tokenizer, tmp_path):
     from tests.test_trainer import cache_of, random_examples, trainer_for
 
-    table = README[README.index("these names are logged") : README.index("In evaluation they begin")]
+    page = (ROOT / "docs" / "python.md").read_text()
+    table = page[page.index("these are logged") : page.index("## Calibrate only")]
     named = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
     rows = cache_of(make_model(), random_examples(4, 27))
     trainer = trainer_for(
