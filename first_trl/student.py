@@ -24,7 +24,7 @@ TARGETS = (0.8, 0.9, 0.95)
 DEFAULT_TARGET = 0.9
 # How far below its target a threshold may lie, with 90 % certainty, on rows like those that it was fitted on.
 SLACK = 0.02
-TEMPERATURES = np.exp(np.arange(-46, 47) * 0.03)  # of the closing calibration: 0.25 to 4, 3 % apart
+TEMPERATURES = np.exp(np.arange(-100, 101) * 0.03)  # of the closing calibration: 0.05 to 20, 3 % apart
 FEWEST_EXAMPLES = 50  # fewer say nothing of a temperature
 LONGEST = 2**20  # tokens of a prompt that a predict.json may ask for
 
@@ -90,8 +90,8 @@ def closing_calibration(
 
     Returns:
         "temperature", what `predict` divides log-probabilities by: "fitted", the minimum of the NLL, or 1 where its
-        bootstrap 95 % "interval" contains 1, where it lies at the edge of the search, or where there are too few
-        examples; "why" says which. NLL (nats) and ECE are those among the choices, at 1 and at "temperature".
+        bootstrap 95 % "interval" contains 1, where the NLL falls towards temperature 0 (no answer is wrong), or where
+        there are too few examples; "why" says which. NLL (nats) and ECE, among the choices: at 1, at "temperature".
     """
     if not is_label_NC.any(axis=1).all():
         raise FirstTrlError(
@@ -112,10 +112,9 @@ def closing_calibration(
         for _ in range(bootstrap if size else 0)
     ]
     low, high = np.percentile([_lowest(draw / size) for draw in draws], [2.5, 97.5]) if draws else (fitted, fitted)
-    at_edge = not TEMPERATURES[1] < fitted < TEMPERATURES[-2]
     reasons = {
         f"there are fewer than {FEWEST_EXAMPLES} validation examples": size < FEWEST_EXAMPLES,
-        "the NLL has no minimum between 0.25 and 4": at_edge,
+        "the NLL still falls at the smallest temperature tried": fitted <= TEMPERATURES[1],
         "the interval contains 1": low <= 1 <= high,
     }
     why = next((reason for reason, holds in reasons.items() if holds), None)
