@@ -35,7 +35,6 @@ from .recipe import Recipe, load_recipe
 from .run import Run, positions_of
 
 SMALLEST_VALIDATION = 100  # rows; a calibration on fewer is a guess within a wide interval
-MANY_ROWS = 20_000  # rows of a split that several processes encode faster than one
 SMALL_MODEL = 50_000_000  # parameters; two random blocks of no more are made to try the head
 # Larger numbers in a config.json are no model's; transformers would make lists and layers of them for hours.
 LARGEST = {"layer": 10_000, "head": 2**16, "size": 2**24, "embd": 2**24}
@@ -304,11 +303,10 @@ def _check_split(
     except FirstTrlError as error:
         whose = "" if str(error).startswith(("datasets.", "task.")) and task == recipe.task else f"{place}: "
         report.problems.append(f"{whose}{error}")
-    processes = min(os.cpu_count() or 1, 8) if len(rows) >= MANY_ROWS else None
     with redirect_stderr(screen()) if screen().isatty() else nullcontext():
         if screen().isatty():
             datasets.enable_progress_bars()
-        encoded = encode_rows(rows, task, tokenizer, place=place, labelled=labelled, num_proc=processes)
+        encoded = encode_rows(rows, task, tokenizer, place=place, labelled=labelled)
         datasets.disable_progress_bars()
     refused, lost = lost_rows(encoded, task, config.bad_rows)
     report.problems += _grouped(place, len(rows), {number: encoded[number]["problem"] for number in refused})

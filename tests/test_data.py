@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from first_trl.data.choices import choice_token_ids, single_token_ids
 from first_trl.data.encoding import TooLongError, encode_example, encode_prompt
 from first_trl.data.loading import load_split, local_files, source_identity
-from first_trl.data.rows import check_disjoint, tokenize_dataset
+from first_trl.data.rows import check_disjoint, usable_rows
 from first_trl.errors import FirstTrlError
 from first_trl.settings import DatasetConfig, TaskConfig
 from first_trl.templates import render_template, template_fields
@@ -476,7 +476,7 @@ def test_a_choice_that_melts_into_the_text_after_it_is_refused(tok):
 def test_a_label_outside_the_choices_is_refused_with_its_row_value_and_choices(tok):
     task = reviews(choices=["good", "awful"])
     with pytest.raises(ValueError, match=r"row 1: the column 'label' holds 'bad'.*\['good', 'awful'\]"):
-        tokenize_dataset(datasets.Dataset.from_list(ROWS), task, tok)
+        usable_rows(datasets.Dataset.from_list(ROWS), task, tok)
     with pytest.raises(ValueError, match="remove the spaces"):
         encode_example(task, tok, {"text": "a film", "label": " good"})
 
@@ -491,7 +491,7 @@ def write_lines(path, rows):
 
 def test_a_tokenised_dataset_has_two_columns_and_every_row_in_order(tok):
     dataset = datasets.Dataset.from_list(ROWS * 3)
-    tokenised = tokenize_dataset(dataset, reviews(), tok)
+    tokenised = usable_rows(dataset, reviews(), tok).tokenized
     assert tokenised.column_names == ["input_ids", "labels"]
     assert str(tokenised.features["input_ids"].feature.dtype) == "int32"
     expected = [encode_example(reviews(), tok, row) for row in dataset]
@@ -501,18 +501,18 @@ def test_a_tokenised_dataset_has_two_columns_and_every_row_in_order(tok):
 
 def test_the_fingerprint_of_a_tokenised_dataset_follows_what_decides_the_tokens(tok):
     dataset = datasets.Dataset.from_list(ROWS)
-    first = tokenize_dataset(dataset, reviews(), tok)._fingerprint
+    first = usable_rows(dataset, reviews(), tok).tokenized._fingerprint
     tok(["used", "with padding"], padding=True)
-    assert tokenize_dataset(dataset, reviews(), tok)._fingerprint == first
-    assert tokenize_dataset(dataset, reviews(append_eos=False), tok)._fingerprint != first
-    assert tokenize_dataset(dataset, reviews(), byte_level_tokenizer(bos=True))._fingerprint != first
-    assert tokenize_dataset(dataset.select([0, 1]), reviews(), tok)._fingerprint != first
+    assert usable_rows(dataset, reviews(), tok).tokenized._fingerprint == first
+    assert usable_rows(dataset, reviews(append_eos=False), tok).tokenized._fingerprint != first
+    assert usable_rows(dataset, reviews(), byte_level_tokenizer(bos=True)).tokenized._fingerprint != first
+    assert usable_rows(dataset.select([0, 1]), reviews(), tok).tokenized._fingerprint != first
 
 
 def test_a_row_that_is_too_long_is_named(tok):
     with pytest.raises(ValueError, match=r"row 2: the prompt is \d+ tokens"):
         lengths = [len(encode_example(reviews(), tok, row)["input_ids"]) for row in ROWS]
-        tokenize_dataset(datasets.Dataset.from_list(ROWS), reviews(max_length=max(lengths[:2])), tok)
+        usable_rows(datasets.Dataset.from_list(ROWS), reviews(max_length=max(lengths[:2])), tok)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
@@ -634,7 +634,7 @@ def test_class_labels_become_their_names_and_a_missing_one_is_refused(tmp_path, 
     loaded = load_split(DatasetConfig(path=str(tmp_path / "rows.parquet")), "train")
     assert loaded["label"][:] == ["good", None]
     with pytest.raises(ValueError, match="row 1: .* is missing"):
-        tokenize_dataset(loaded, reviews(), tok)
+        usable_rows(loaded, reviews(), tok)
 
 
 GOOD = '{"text": "x", "label": "good"}\n'
@@ -724,7 +724,7 @@ def test_nothing_ever_asks_for_the_code_of_a_dataset(monkeypatch):
 def test_prompts_shared_between_splits_are_counted_and_pointed_at(tok):
     def split(*texts):
         rows = [{"text": text, "label": "good"} for text in texts]
-        return tokenize_dataset(datasets.Dataset.from_list(rows), reviews(), tok)
+        return usable_rows(datasets.Dataset.from_list(rows), reviews(), tok).tokenized
 
     splits = {
         "train": split("a", "b", "c"),

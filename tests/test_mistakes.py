@@ -58,14 +58,14 @@ def data(*lines, tokenizer=None, source=None, **task):
 
     def act(folder):
         from first_trl.data.loading import load_split
-        from first_trl.data.rows import tokenize_dataset
+        from first_trl.data.rows import usable_rows
 
         text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
         (folder / "data" / "rows.jsonl").write_text(text)
         rows = load_split(
             DatasetConfig(**({"path": "json", "data_files": "data/rows.jsonl"} | (source or {}))), "train"
         )
-        tokenize_dataset(rows, TaskConfig(**TASK | task), (tokenizer or build_tokenizer)(), place="datasets.train")
+        usable_rows(rows, TaskConfig(**TASK | task), (tokenizer or build_tokenizer)(), place="datasets.train")
 
     return act
 

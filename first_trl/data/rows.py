@@ -6,6 +6,7 @@ everywhere. How one row is encoded is `first_trl.data.encoding`.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -52,7 +53,6 @@ def load_rows(
     *,
     place: str = "",
     streaming: bool = False,
-    num_proc: int | None = None,
 ) -> UsableRows:
     """Load a split and keep the rows that can be used; with `datasets.*.bad_rows` and `task.too_long` as they say.
 
@@ -65,9 +65,7 @@ def load_rows(
     rows = load_split(config, role, streaming=streaming)
     if not streaming:
         labelled = place != "datasets.transfer"
-        return usable_rows(
-            rows, task, tokenizer, place=place, bad_rows=config.bad_rows, labelled=labelled, num_proc=num_proc
-        )
+        return usable_rows(rows, task, tokenizer, place=place, bad_rows=config.bad_rows, labelled=labelled)
     if "drop" in (config.bad_rows, task.too_long):
         key = f"{place}.bad_rows" if config.bad_rows == "drop" else "task.too_long"
         raise FirstTrlError(
@@ -85,7 +83,6 @@ def usable_rows(
     place: str = "",
     bad_rows: str = "refuse",
     labelled: bool = True,
-    num_proc: int | None = None,
 ) -> UsableRows:
     """Encode every row, in order, and drop those that the task and `bad_rows` let go.
 
@@ -96,7 +93,7 @@ def usable_rows(
     Raises:
         FirstTrlError: rows that cannot be used, or none that can; the first is named with its problem.
     """
-    encoded = encode_rows(dataset, task, tokenizer, place=place, labelled=labelled, num_proc=num_proc)
+    encoded = encode_rows(dataset, task, tokenizer, place=place, labelled=labelled)
     refused, lost = lost_rows(encoded, task, bad_rows)
     if refused:
         others = f" (and {len(refused) - 1:,} more of {len(encoded):,} rows cannot be used)" * (len(refused) > 1)
@@ -118,7 +115,6 @@ def encode_rows(
     *,
     place: str = "",
     labelled: bool = True,
-    num_proc: int | None = None,
 ) -> "Dataset":
     """Encode every row, in order: `input_ids`, `labels` and `cut` as `Example`, or why a row cannot be used.
 
@@ -141,25 +137,23 @@ def encode_rows(
         batched=True,
         remove_columns=answered.column_names,
         features=datasets.Features(features),
-        num_proc=num_proc if num_proc and len(answered) >= 1000 * num_proc else None,
+        num_proc=min(os.cpu_count() or 1, 8) if len(answered) >= 20_000 else None,
         new_fingerprint=datasets.fingerprint.Hasher.hash(parts),
         desc=f"Encoding {place}".strip(),
     )
 
 
 def _encode_batch(batch: dict[str, list], task: TaskConfig, tokenizer) -> dict[str, list]:
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    encoded = [_encode(row, task, tokenizer) for row in rows]
-    return {name: [example[name] for example in encoded] for name in encoded[0]}
-
-
-def _encode(row: Mapping[str, Any], task: TaskConfig, tokenizer) -> dict[str, Any]:
-    try:
-        example = encode_example(task, tokenizer, row)
-    except FirstTrlError as error:
-        reason = "too_long" if isinstance(error, TooLongError) else "bad"
-        return {"input_ids": [], "labels": [], "cut": "", "reason": reason, "problem": str(error)}
-    return {name: example[name] for name in ("input_ids", "labels", "cut")} | {"reason": "", "problem": ""}
+    found: dict[str, list] = {name: [] for name in ("input_ids", "labels", "cut", "reason", "problem")}
+    for values in zip(*batch.values(), strict=True):
+        try:
+            example: dict = {**encode_example(task, tokenizer, dict(zip(batch, values, strict=True)))}
+        except FirstTrlError as error:
+            reason = "too_long" if isinstance(error, TooLongError) else "bad"
+            example = {"input_ids": [], "labels": [], "cut": "", "reason": reason, "problem": str(error)}
+        for name, column in found.items():
+            column.append(example.get(name, ""))
+    return found
 
 
 def lost_rows(encoded: "Dataset", task: TaskConfig, bad_rows: str) -> tuple[list[int], dict[str, Any]]:
@@ -206,15 +200,6 @@ def describe_lost(place: str, lost: Mapping[str, Any]) -> str | None:
         return None
     warning = "warning: " * (sum(dropped.values()) > MOST_LOST * lost["rows"])
     return f"{warning}{place}: of {lost['rows']:,} rows {', '.join(told)}"
-
-
-def tokenize_dataset(
-    dataset: "Dataset", task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", place: str = ""
-) -> "Dataset":
-    """The `tokenized` of `usable_rows` where no row may be dropped for what it holds."""
-    tokenized = usable_rows(dataset, task, tokenizer, place=place).tokenized
-    assert tokenized is not None
-    return tokenized
 
 
 @lru_cache(maxsize=1)
