@@ -184,11 +184,20 @@ def run_recipe(options: argparse.Namespace, overrides: list[str]) -> int:
             return code
     report = recipe.run_folder / "report"
     if "evaluate" in wanted:
-        print("\n".join((report / name).read_text(encoding="utf-8") for name in ("table.md", "summary.md")))
+        print(_result(report))
     with recording(path, quiet=options.quiet):
         where = f"; the report is {report / 'index.html'}" if "evaluate" in wanted else ""
         status(f"done in {time.monotonic() - started:.0f} s{where}")
     return 0
+
+
+def _result(report: Path) -> str:
+    """The tables of the report's first view, and its answers in words; the page has the rest."""
+    first, *tables = (report / "table.md").read_text(encoding="utf-8").split("\n### ")
+    view = tables[0].partition("\n")[0].rpartition(", ")[2]
+    shown = [table for table in tables if table.partition("\n")[0].endswith(view)]
+    answers = (report / "summary.md").read_text(encoding="utf-8").partition("\n**")[0]
+    return "\n### ".join([first, *shown]) + "\n" + answers
 
 
 def _explain_end(path: Path, size: int, job: str, code: int) -> None:

@@ -135,8 +135,8 @@ def test_an_automatic_choice_of_the_family_is_what_the_students_and_the_controls
     assert calibration["value"] == calibration["families"][chosen]["value"]
     said = capsys.readouterr().err
     assert f"calibrate: auto chooses {chosen}: lowest ECE on rows" in said
-    assert f"evaluate: teacher_recalibrated is measured with {chosen} {calibration['value']:.3g}" in said
-    assert "evaluate: fine_tuned_post_hoc is measured with" in said
+    assert f"teacher_recalibrated with {chosen} {calibration['value']:.3g}" in said
+    assert "fine_tuned_post_hoc with " in said
 
 
 def test_a_smoothing_that_test_rows_do_not_allow_is_left_out_of_the_report_with_its_reason(tmp_path, capsys):
@@ -154,7 +154,7 @@ def test_a_smoothing_that_test_rows_do_not_allow_is_left_out_of_the_report_with_
     assert "label smoothing takes 0.9 from the first token" in metrics["omitted"]["teacher_recalibrated"]
     said = capsys.readouterr().err
     assert "evaluate: teacher_recalibrated is left out: label smoothing takes 0.9" in said
-    assert "teacher_recalibrated is measured" not in said and "fine_tuned_post_hoc is measured" in said
+    assert "teacher_recalibrated with" not in said and "fine_tuned_post_hoc with" in said
     summary = (recipe.run_folder / "report" / "summary.md").read_text()
     assert "`teacher_recalibrated` is left out: label smoothing takes 0.9" in summary
 

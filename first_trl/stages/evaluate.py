@@ -9,6 +9,7 @@ processes of the job. `teacher_recalibrated` and `<arm>_post_hoc` are the same a
 import json
 
 from first_trl.errors import FirstTrlError
+from first_trl.log import Progress
 from first_trl.run import LONG, jobs, require, run_job, status, teacher_path
 from first_trl.stages.command import stage_command
 
@@ -31,8 +32,10 @@ def evaluate(recipe) -> None:
         if line := describe_lost(name, lost[name]):
             status(f"evaluate: {line}")
     arms = ["teacher", *(["base"] if "model_name_or_path" in recipe.distill else []), *recipe.students]
-    for arm in arms:
-        answer_all_sets(recipe, arm, sets)
+    with Progress("evaluate", len(arms), "models") as progress:
+        for arm in arms:
+            answer_all_sets(recipe, arm, sets)
+            progress.update(note=arm)
     if state.is_main_process:
         report(recipe, arms, lost)
 
@@ -47,8 +50,8 @@ def report(recipe, arms: list[str], lost: dict[str, dict]) -> None:
     calibration = json.loads((recipe.run_folder / "calibration.json").read_text(encoding="utf-8"))
     closing = closing_temperatures(recipe)
     found = collect(folder / "answers", arms, closing, tests, calibration)
-    for name, (method, value) in found.fitted.items():
-        status(f"evaluate: {name} is measured with {method} {value:.3g}, fitted on validation")
+    fitted = (f"{name} with {method} {value:.3g}" for name, (method, value) in found.fitted.items())
+    status(f"evaluate: measured as fitted on validation: {', '.join(fitted) or 'nothing'}")
     for name, reason in found.omitted.items():
         status(f"evaluate: {name} is left out: {reason}; another calibrate.method serves every row")
     predictions = by_arm(found.predictions)
@@ -140,7 +143,6 @@ def answer_all_sets(recipe, arm: str, sets: dict) -> None:
     else:
         path, section = recipe.run_folder / "students" / arm, recipe.arm_section(arm)
     answer_sets(path, section, sets, recipe.run_folder / "report" / "answers" / arm, recipe)
-    status(f"evaluate: {arm} answered {', '.join(sets)}")
 
 
 def training_log(recipe, arm: str) -> list[dict]:
