@@ -106,7 +106,7 @@ def reliability_bins(confidence: Any, correct: Any, num_bins: int = 10, binning:
 
     Args: `confidence` (n,) in [0, 1]; `correct` (n,) true or false; `binning` "uniform" (equal width) or "equal_mass"
     (edges at quantiles; equal confidences stay in one bin). Bins are (lower, upper], confidence 0 goes to the first.
-    Raises ValueError on NaN, emptiness, values outside [0, 1] and different lengths.
+    Raises ValueError on NaN, emptiness, values outside [0, 1], different lengths.
     """
     confidence, correct = _check(confidence, correct)
     edges = _bin_edges(confidence, num_bins, binning)
@@ -120,11 +120,14 @@ def reliability_bins(confidence: Any, correct: Any, num_bins: int = 10, binning:
 def expected_calibration_error(confidence: Any, correct: Any, num_bins: int = 10, binning: str = "uniform") -> float:
     """ECE = sum_m |B_m| / n * |acc(B_m) - conf(B_m)|, in [0, 1] (the paper, section 2.1; Guo et al. 2017).
 
-    Reads the same bins as the diagram (`reliability_bins`). On a finite sample it is biased upwards: a perfectly
-    calibrated model of 1,000 examples still shows about 0.02.
+    On a finite sample it is biased upwards: a perfectly calibrated model of 1,000 examples still shows about 0.02.
     """
     bins = reliability_bins(confidence, correct, num_bins, binning)
     return float(np.nansum(bins.count * np.abs(bins.accuracy - bins.confidence)) / bins.count.sum())
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def percent(share: float) -> str:
@@ -329,7 +332,7 @@ def _interval(estimate: float, replicates: np.ndarray) -> list[float] | None:
     """95 % bootstrap interval, shifted so that its mean is the estimate.
 
     A resample repeats examples, which inflates a calibration error: the plain percentile interval of a well calibrated
-    model lies above its own estimate. The shift leaves unbiased metrics as they were. None where it is undefined.
+    model lies above its own estimate. None where the metric is undefined.
     """
     replicates = replicates[~np.isnan(replicates)]
     if np.isnan(estimate) or not replicates.size:
@@ -348,10 +351,6 @@ def _measure(seeds: list[_Sample], weights: np.ndarray | None = None) -> dict[st
     }
 
 
-def _defined(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
 def _summary(seeds: list[_Sample], point: dict[str, float], replicates: dict, num_bins: int, seed: int) -> dict:
     """The dict that `summarize` describes."""
     floors = [ece_noise_floor(sample.confidence, num_bins, seed=seed) for sample in seeds]
@@ -359,12 +358,12 @@ def _summary(seeds: list[_Sample], point: dict[str, float], replicates: dict, nu
     result: dict[str, Any] = {"num_examples": seeds[0].size}
     if seeds[0].example is not None:
         result["num_tokens"] = len(seeds[0].confidence)
-    result |= {name: _defined(point.get(name, np.nan)) for name in REPORTED}
+    result |= {name: _number(point.get(name, np.nan)) for name in REPORTED}
     if len(seeds) > 1:
         points = [{name: values[0] for name, values in sample.measure().items()} for sample in seeds]
         columns = {name: [one.get(name, np.nan) for one in points] for name in REPORTED}
         result["seeds"] = {
-            name: {"values": [_defined(value) for value in values], "spread": _defined(np.std(values, ddof=1))}
+            name: {"values": [_number(value) for value in values], "spread": _number(np.std(values, ddof=1))}
             for name, values in columns.items()
         }
     result["ece_noise_floor"] = {name: float(np.mean([floor[name] for floor in floors])) for name in floors[0]}
@@ -451,6 +450,6 @@ def paired_difference(
     """`first` - `second` of every metric, for two arms that answered the same examples in the same order.
 
     Args: as the arms of `compare`.
-    Returns {metric: {"difference": float, "interval": [low, high] or None}}; an interval that contains 0 is noise.
+    Returns {metric: {"difference": float, "interval": [low, high] or None}}; one that contains 0 is noise.
     """
     return compare({"first": first, "second": second}, num_bins, bootstrap, seed)[1]["first"]["second"]

@@ -114,6 +114,19 @@ def train_sharded(job: dict) -> None:
     train({**job, "settings": {**job.get("settings", {}), "use_cpu": False}})
 
 
+def answer(job: dict) -> None:
+    """The teacher's answers to validation and the test set, into the job's folder."""
+    from first_trl.evaluation import answer_sets
+    from first_trl.recipe import load_recipe
+    from first_trl.run import init_distributed
+    from first_trl.stages.evaluate import measured_sets
+
+    init_distributed()
+    recipe = load_recipe(job["recipe"])
+    answer_sets(recipe.cache.teacher, {}, measured_sets(recipe), Path(job["folder"]), recipe)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"train": train, "distill": distill, "train_sharded": train_sharded}[sys.argv[1]](json.loads(sys.argv[2]))
+    jobs = {"train": train, "distill": distill, "train_sharded": train_sharded, "answer": answer}
+    jobs[sys.argv[1]](json.loads(sys.argv[2]))

@@ -243,3 +243,21 @@ def test_four_processes_on_two_nodes_write_the_bytes_of_one(tmp_path):
         folders = [tmp_path / kind / "tiny" / "cache" / role for kind in ("nodes", "one")]
         assert contents(folders[0]) == contents(folders[1])
         assert len(list(folders[0].glob("*.parquet"))) >= 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choices", [None, ["good", "bad"]])
+def test_processes_share_the_rows_of_a_set_and_write_the_answers_of_one(tmp_path, choices):
+    import pyarrow.parquet as pq
+
+    task = {"prompt": "Review : {text} Sentiment :", "completion": " {label}", "choices": choices, "max_length": 60}
+    recipe = write_recipe(tmp_path / "data", rows=6, task=task)
+    for processes in (1, 3):  # the test set has 2 rows: one process has none
+        finish(processes, "answer", {"recipe": str(recipe), "folder": str(tmp_path / str(processes))})
+    for name in ("validation", "test"):
+        one, three = (pq.read_table(tmp_path / count / f"{name}.parquet").to_pydict() for count in ("1", "3"))
+        assert one.keys() == three.keys() and ("example" in one) == (choices is None)
+        for column in ("label_id", "target", *(["example"] if choices is None else [])):
+            assert one[column] == three[column]
+        assert one["label_log_prob"] == pytest.approx(three["label_log_prob"], abs=1e-5)
+    assert not [file.name for file in tmp_path.glob("*/.*.parquet")]
