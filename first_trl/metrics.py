@@ -4,8 +4,7 @@ Numpy only: it knows no model, no tokenizer and no file. Examples with the same 
 curves together, so that a shuffled input gives the same numbers.
 
 Legend: n examples, M bins, B bootstrap replicates, G groups of examples with the same confidence, U units to resample.
-`confidence` is the probability of the predicted token (or answer), `correct` whether the prediction was right.
-Arrays, lists and torch tensors are all accepted.
+`confidence` is the probability of the predicted token or answer; arrays, lists and torch tensors are accepted.
 """
 
 import itertools
@@ -385,19 +384,16 @@ def compare(
 
     Args:
         arms: {name: {"confidence", "correct" and, optionally, "label_log_prob" and "example"}}, (n,) each, for the
-            same examples in the same order; or a list of those, one per seed, of which every metric is the mean (and
-            "seeds" has each). Every arm is measured on the same resampled examples, which removes the difficulty of
-            the examples from the differences. "example" numbers the answer that a token belongs to.
+            same examples in the same order; or a list of those, one per seed, whose means are taken. "example" numbers
+            the answer that a token belongs to. All arms are measured on the same resamples.
 
     Returns:
         {arm: as `summarize`}, {arm: {other: as `paired_difference` of the two}}.
     """
     if isinstance(bootstrap, bool) or not isinstance(bootstrap, int | np.integer) or bootstrap < 0:
         raise FirstTrlError(f"bootstrap is {bootstrap!r}; it must be a number of replicates, 0 for no intervals.")
-    samples = {
-        arm: [_Sample(one, num_bins) for one in (values if isinstance(values, list) else [values])]
-        for arm, values in arms.items()
-    }
+    listed = {arm: values if isinstance(values, list) else [values] for arm, values in arms.items()}
+    samples = {arm: [_Sample(one, num_bins) for one in values] for arm, values in listed.items()}
     sizes = {arm: sample.size for arm, seeds in samples.items() for sample in seeds}
     if len({sample.size for seeds in samples.values() for sample in seeds}) > 1:
         raise FirstTrlError(f"the arms have different numbers of examples, {sizes}; compare them on the same ones.")

@@ -238,8 +238,8 @@ def _checked_output(output: Path | None, source: Path | None) -> Path | None:
 
 def _write(lines: Iterator[str], file) -> None:
     failed = total = 0
-    for total, line in enumerate(lines, start=1):
-        failed += line.startswith('{"error":')
+    for line in lines:
+        failed, total = failed + line.startswith('{"error":'), total + 1
         print(line, end="", file=file, flush=True)
     if failed:
         said = f'[first-trl] predict: {failed} of {total} lines have no answer; each says why in "error"'
