@@ -468,8 +468,8 @@ def test_two_choices_with_one_token_and_a_choice_without_one_are_refused(tokeniz
         choice_token_ids(reviews(choices=["good", "GOOD"]), tokenizer_lower)
 
 
-def test_a_choice_that_melts_into_the_text_after_it_is_refused(tok):
-    with pytest.raises(ValueError, match="melts into"):
+def test_a_choice_that_is_tokenised_with_the_text_after_it_is_refused(tok):
+    with pytest.raises(ValueError, match="is tokenised with the text"):
         choice_token_ids(reviews(completion=" {label}d", choices=["goo", "ba"]), tok)
 
 

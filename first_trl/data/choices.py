@@ -86,7 +86,8 @@ def _answer_ids(
     check_prefix(tokenizer, prompt_ids, answered)
     if ended[: len(answered)] != answered:
         raise FirstTrlError(
-            f"task.choices: {choice!r} melts into the text after it ({tokenizer.convert_ids_to_tokens(ended[-3:])}); "
+            f"task.choices: {choice!r} is tokenised with the text after it "
+            f"({tokenizer.convert_ids_to_tokens(ended[-3:])}); "
             "end the completion template with the answer"
         )
     if not (row is not None and is_conversational(task, row)):
