@@ -105,7 +105,6 @@ def reliability_bins(confidence: Any, correct: Any, num_bins: int = 10, binning:
 
     Args: `confidence` (n,) in [0, 1]; `correct` (n,) true or false; `binning` "uniform" (equal width) or "equal_mass"
     (edges at quantiles; equal confidences stay in one bin). Bins are (lower, upper], confidence 0 goes to the first.
-    Raises ValueError on NaN, emptiness, values outside [0, 1], different lengths.
     """
     confidence, correct = _check(confidence, correct)
     edges = _bin_edges(confidence, num_bins, binning)
