@@ -20,17 +20,25 @@ class FIRSTConfig(SFTConfig):
     """Settings of [`FIRSTTrainer`]: those of `trl.SFTConfig` and these.
 
     Args:
-        divergence: `forward_kl` (the paper's), `reverse_kl` or `jsd` between the teacher's and the student's rows.
-        tail: `bucket` keeps the mass outside the K tokens as one more outcome, a true KL divergence; `renormalize`
+        divergence (`str`, *optional*, defaults to `"forward_kl"`):
+            `forward_kl` (the paper's), `reverse_kl` or `jsd` between the teacher's and the student's rows.
+        tail (`str`, *optional*, defaults to `"bucket"`):
+            `bucket` keeps the mass outside the K tokens as one more outcome, a true KL divergence; `renormalize`
             reproduces the authors' code, which ignores it.
-        ce_weight: weight w in [0, 1] of cross-entropy on the label: loss = (1 - w) * divergence + w * cross-entropy.
-        mass_fraction: fraction of the positions at which the mass term of the bucket loss is evaluated, rescaled so
-            that the loss stays unbiased. 1.0 is exact.
-        recalibration_method: how the teacher's rows are recalibrated before the loss sees them. Default: `temperature`
-            where a value is given, otherwise `none`, which is plain distillation.
-        recalibration_value: the value found by `first_trl.calibration.search`; required by every method but `none`.
-        calibration: the `calibration.json` that `first-trl calibrate` wrote, for both of these.
-        max_length: tokens in a packed row; only used with `packing`. The cache is already truncated.
+        ce_weight (`float`, *optional*, defaults to `0.0`):
+            Weight w in [0, 1] of cross-entropy on the label: loss = (1 - w) * divergence + w * cross-entropy.
+        mass_fraction (`float`, *optional*, defaults to `1.0`):
+            Fraction of the positions at which the mass term of the bucket loss is evaluated, rescaled so that the loss
+            stays unbiased. 1.0 is exact.
+        recalibration_method (`str`, *optional*):
+            How the teacher's rows are recalibrated before the loss sees them. By default `temperature` where a value
+            is given, otherwise `none`, which is plain distillation.
+        recalibration_value (`float`, *optional*):
+            The value found by `first_trl.calibration.search`; required by every method but `none`.
+        calibration (`str`, *optional*):
+            The `calibration.json` that `first-trl calibrate` wrote, for both of these.
+        max_length (`int`, *optional*):
+            Tokens in a packed row; only used with `packing`. The cache is already truncated.
 
     Raises:
         ValueError: a value out of range, or a setting of SFTConfig that this trainer cannot honour.

@@ -77,12 +77,19 @@ class FIRSTTrainer(SFTTrainer):
     """Distil a cached teacher into a student: `SFTTrainer` whose dataset is a teacher cache.
 
     Args:
-        model: model id, folder, `PreTrainedModel` or `PeftModel`, as for SFTTrainer.
-        args: [`FIRSTConfig`].
-        train_dataset: a cache folder, a `TeacherCache`, or a `datasets.Dataset` with the cache's columns.
-        eval_dataset: the same, or a dict of them.
-        processing_class: the student's tokenizer; refused if its token -> id mapping is not the teacher's.
-        **kwargs: everything else that SFTTrainer takes (`peft_config`, `quantization_config`, `callbacks`, ...).
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The student: a Hub id, a folder, or a model that is loaded already.
+        args ([`FIRSTConfig`], *optional*):
+            Settings. If `None`, the defaults, written to `first-student`.
+        train_dataset (`str`, `Path`, [`TeacherCache`] or [`~datasets.Dataset`]):
+            A cache: its folder, what `open_cache` gives, or a dataset with its columns.
+        eval_dataset (the same, or a `dict` of them, *optional*):
+            Caches to evaluate on.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The student's tokenizer, by default the one beside `model`; refused where it makes other tokens than the
+            teacher's.
+        **kwargs:
+            Everything else that SFTTrainer takes (`peft_config`, `quantization_config`, `callbacks`, ...).
 
     Logged beside SFTTrainer's: `kl` (nats per position), `teacher_mass` and `student_mass` (probability on the K
     tokens), `teacher_agreement` (student's argmax is the teacher's first token), and `cross_entropy` with `ce_weight`.
