@@ -54,10 +54,8 @@ def _as_cache(dataset, tokenizer) -> TeacherCache:
         dataset = TeacherCache(Path("given as a Dataset"), {}, dataset)  # no manifest: columns and ids are checked
     elif isinstance(dataset, TeacherCache):
         check_cache(dataset, tokenizer=tokenizer)
-        if "task" in dataset.manifest:
+        if "task" in dataset.manifest:  # written by the cache stage, and not by hand with a CacheWriter
             check_first_row(dataset.manifest.get("first_row"), TaskConfig(**dataset.manifest["task"]), tokenizer)
-        if "first_row" in dataset.manifest:  # a cache of another writer may not hold it
-            check_first_row(dataset.manifest["first_row"], TaskConfig(**dataset.manifest["task"]), tokenizer)
     else:
         raise TypeError(
             f"FIRSTTrainer trains on a teacher cache (a folder, a TeacherCache, or its Dataset), not on a "
