@@ -7,14 +7,13 @@ Shapes: B rows of T tokens in one step of one device, D hidden, L layers, I inte
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import FirstTrlError
 from .recipe import Recipe
-from .run import jobs
 
 # Devices by their makers' dense peak: title, TFLOPS in bfloat16 (None: it has none) and in float32, memory in GB.
 ACCELERATORS: dict[str, tuple[str, float | None, float, float]] = {
@@ -209,16 +208,19 @@ def training_steps(args, rows: int, processes: int) -> int:
     return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
 
 
-def costs(recipe: Recipe, machine: Machine, splits: dict[str, Split], configs: dict[str, Any], vocab_size: int):
-    """The [`Cost`] of every job of a recipe, in order.
+def costs(
+    recipe: Recipe, jobs: Iterable[Any], machine: Machine, splits: dict[str, Split], configs: dict, vocab_size: int
+) -> list[Cost]:
+    """The cost of every job of a recipe, in order.
 
     Args:
+        jobs: those of `first_trl.run.jobs`.
         splits: `train`, `transfer`, `validation` and `test.NAME`, those that could be loaded.
         configs: model's id or folder -> its configuration, of those that could be read.
         vocab_size: of the tokenizer; 0 where it could not be read.
     """
     found = []
-    for job in jobs(recipe).values():
+    for job in jobs:
         names = [place.removeprefix("datasets.") for place in job.data]
         if job.stage in ("sft", "distill"):
             on_labels = job.stage == "sft" or recipe.arm_trainer(job.name.removeprefix("distill.")) == "sft"

@@ -13,8 +13,8 @@ FLOORS = (  # a folder stands for its files, which import one another in the ord
     ("settings", "calibration", "modeling", "hub", "vllm_scoring"),
     ("data", "scoring"),
     ("recipe", "training", "cache"),
-    ("run", "collator", "evaluation", "cache_tools"),
-    ("trainer", "checks", "plan", "predict", "merging", "report"),
+    ("run", "collator", "evaluation", "cache_tools", "plan", "model_checks"),
+    ("trainer", "checks", "predict", "merging", "report"),
     ("stages", "__main__"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
