@@ -33,6 +33,7 @@ from .plan import ACCELERATORS, UTILISATION, Cost, Machine, Split, costs, descri
 from .recipe import Recipe, load_recipe
 from .run import Run, positions_of
 
+MOST_SHARED = 0.01  # of two splits to fit on: short texts repeat by chance; slices that overlap share more
 SMALLEST_VALIDATION = 100  # rows; a calibration on fewer is a guess within a wide interval
 # Settings -> the modules, any of which serves them, where that is not one of their own name.
 PACKAGES = {
@@ -267,18 +268,24 @@ def _grouped(place: str, rows: int, wrong: dict[int, str]) -> Iterator[str]:
 
 
 def _overlaps(report: Report, recipe: Recipe, encoded: dict[str, Any]) -> Iterator[str]:
-    """Test rows that something was fitted on: their figures would flatter."""
+    """Rows of one split that another has too: figures on them flatter, and a calibration on learned rows is wrong."""
     from .data.rows import check_disjoint
 
-    for found in check_disjoint(encoded) if not recipe.evaluate.allow_overlap else ():
-        if not found.second.startswith("test."):
+    for found in check_disjoint(encoded):
+        is_test = found.second.startswith("test.")
+        if is_test and recipe.evaluate.allow_overlap:
             continue
+        size = len(encoded[found.second])
         named = ", ".join(str(here) for _, here in found.rows[:3]) + ", ..." * (found.count > 3)
         shared = (
-            f"datasets.{found.second}: {found.count:,} of its {len(encoded[found.second]):,} prompts are in datasets."
-            f"{found.first} too (rows {named})"
+            f"datasets.{found.second}: {found.count:,} of its {size:,} prompts are in datasets.{found.first} too "
+            f"(rows {named})"
         )
-        if recipe.datasets.test[found.second.removeprefix("test.")].overlap == "drop":
+        if not is_test and found.count <= MOST_SHARED * size:
+            report.warnings.append(shared)
+        elif not is_test:
+            yield f"{shared}; give it rows of its own: a model is over-confident on what it has learned"
+        elif recipe.datasets.test[found.second.removeprefix("test.")].overlap == "drop":
             report.lost.append(f"{shared}; they are dropped")
         else:
             yield f"{shared}; remove them, set overlap: drop there, or evaluate.allow_overlap: true"

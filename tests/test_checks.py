@@ -198,6 +198,8 @@ LONG = "film " * 60
 # name -> (what breaks the recipe, words of the place, of the value, of the remedy)
 CASES = {
     "choices of two tokens under support: choices": (two_token_choices, "task.choices", "good film", "top_k"),
+    "validation rows of train": (share_rows("train", "validation"), "datasets.validation", "3 of its", "of its own"),
+    "transfer rows of train": (share_rows("train", "transfer"), "datasets.transfer", "3 of its", "of its own"),
     "test rows of train": (share_rows("train", "test"), "datasets.test.films", "3 of its 30", "allow_overlap"),
     "test rows of transfer": (share_rows("transfer", "test"), "datasets.transfer", "3 of its 30", "allow_overlap"),
     "test rows of validation": (share_rows("validation", "test"), "datasets.validation", "3 of its", "allow_overlap"),
