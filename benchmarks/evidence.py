@@ -521,7 +521,7 @@ READING = """## What limits these figures
   scalars of 1.33 to 1.46) and `first` under-confident (0.70 to 0.78): the teacher's T of 2.0 is too soft for it.
 * The teacher was still improving at the last of its three epochs. `weak_teacher` is hardly above chance (51 %): the
   regime shows what a useless teacher costs, not what a mediocre one does.
-* `under_fit`: 60 steps leave the students between 51 and 63 % right, far apart by seed: little is said of those that
+* `under_fit`: 60 steps leave the students between 50 and 63 % right, far apart by seed: little is said of those that
   have learned half a task.
 * `same_labels`: 300 steps are less than one pass over 5,400 rows, so that `fine_tuned` had no time to over-fit, and
   the paper's finding, which is about over-confident students, could not appear. Its hypothesis was wrong for these
