@@ -217,7 +217,7 @@ def read_answers(path: str | Path) -> dict[str, np.ndarray]:
     for name in table.column_names:
         column = table[name].combine_chunks()
         is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-        values = (column.flatten() if is_list else column).to_numpy(zero_copy_only=False)
+        values = np.array((column.flatten() if is_list else column).to_numpy(zero_copy_only=False))  # ours to write to
         arrays[name] = values.reshape(table.num_rows, -1) if is_list else values
     return arrays
 

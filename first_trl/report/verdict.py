@@ -186,18 +186,21 @@ def _diagnosis(metrics: dict, focus: str, name: str) -> list[dict]:
     result = outcome(pairs.get(shipped(focus, arms), {}).get("teacher", {}).get("accuracy"), False)
     gap = raw["mean_confidence"] - raw["accuracy"]
     errs = f"{'over' if gap > 0 else 'under'}-confident by {100 * abs(gap):.1f} points as trained"
-    if result == "win" and gap < 0:
+    temperature = metrics.get("closing", {}).get(focus, 1.0)
+    if result == "win" and gap < 0 and temperature != 1:
         text += f": a student that knows more than its teacher learns targets that are too soft for it, and is {errs}"
-    elif result == "loss" and gap > 0:
+    elif result == "loss" and gap > 0 and temperature != 1:
         text += f": a student that knows less than its teacher learns targets that are too sharp for it, and is {errs}"
     else:
         text += f". `{focus}` is {errs}"
-    temperature = metrics.get("closing", {}).get(focus, 1.0)
     corrects = f"; its closing temperature {temperature:.3g} corrects that" if (temperature - 1) * gap > 0 else ""
     sentences = [_say("note", f"{text}{corrects}.", name)]
     control = shipped("fine_tuned", arms)
     pair, found = pairs.get("teacher", {}).get(control), measured(metrics, control, name)
-    if focus != "fine_tuned" and pair and found and outcome(pair.get("accuracy"), False) not in ("win", "unknown"):
+    bought = pairs.get(shipped(focus, arms), {}).get(control, {})
+    won = "win" in (outcome(bought.get("accuracy"), False), outcome(bought.get("nll"), True))
+    stronger = not pair or outcome(pair.get("accuracy"), False) in ("win", "unknown")
+    if focus != "fine_tuned" and found and not stronger and not won:
         text = (
             f"The teacher, {percent(teacher['accuracy'])} right, is not better beyond noise than the student "
             f"fine-tuned on labels, {percent(found['accuracy'])} right: distilling from it buys nothing here."
