@@ -6,7 +6,7 @@ here: modules import each other directly, lower floors only.
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "FIRSTConfig": "first_trl.first_config",

@@ -24,7 +24,7 @@ TARGETS = (0.8, 0.9, 0.95)
 DEFAULT_TARGET = 0.9
 # How far below its target a threshold may lie, with 90 % certainty, on rows like those that it was fitted on.
 SLACK = 0.02
-TEMPERATURES = np.exp(np.arange(-100, 101) * 0.03)  # of the closing calibration: 0.05 to 20, 3 % apart
+TEMPERATURES = np.exp(np.arange(-100, 131) * 0.03)  # of the closing calibration: 0.05 to 49, 3 % apart
 FEWEST_EXAMPLES = 50  # fewer say nothing of a temperature
 LONGEST = 2**20  # tokens of a prompt that a predict.json may ask for
 

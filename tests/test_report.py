@@ -235,6 +235,8 @@ def test_a_teacher_that_is_no_better_than_the_fine_tuned_student_buys_nothing():
     arms = {"first": knowing(2000, 0.5), "fine_tuned": strong}
     assert "distilling from it buys nothing here" in text_of(sentences(arms | {"teacher": weak}))
     assert "buys nothing" not in text_of(sentences(arms | {"teacher": knowing(2000, 0.95)}))
+    better = {"first": knowing(2000, 0.95), "fine_tuned": strong}
+    assert "buys nothing" not in text_of(sentences(better | {"teacher": weak})), "the student gained all the same"
 
 
 def test_the_student_to_ship_has_the_lowest_nll_on_validation_as_shipped(tmp_path):
