@@ -6,7 +6,7 @@
     first-trl show RECIPE               the recipe as it runs: `extends` and variables resolved, defaults included
     first-trl report RECIPE             where the report of a run is
     first-trl predict STUDENT           answers with their confidence, abstaining below the fitted threshold
-    first-trl merge STUDENT FOLDER      a whole model out of a student's adapter, measured again
+    first-trl merge RECIPE              a whole model out of a student's adapter, measured again
     first-trl cache COMMAND PATH        inspect, verify or push a finished cache
 
 The stages, each a command too, `first-trl STAGE RECIPE`:

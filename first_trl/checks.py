@@ -187,6 +187,10 @@ def _check_split(
             datasets.enable_progress_bars()
         encoded = encode_rows(rows, task, tokenizer, place=place, labelled=labelled)
         datasets.disable_progress_bars()
+    if place == "datasets.validation" and len(rows) < SMALLEST_VALIDATION:
+        report.warnings.append(
+            f"{place} has {len(rows)} rows: a calibration on fewer than {SMALLEST_VALIDATION} is a guess"
+        )
     refused, lost = lost_rows(encoded, task, config.bad_rows)
     report.problems += _grouped(place, len(rows), {number: encoded[number]["problem"] for number in refused})
     if line := describe_lost(place, lost):

@@ -369,8 +369,8 @@ def collect(
         arm, slash, seed = model.partition("/")
         name = f"{arm}{POST_HOC}{slash}{seed}"
         found.fitted[name] = "temperature", temperature
-        found.predictions[name] = {
-            test: predictions(shipped_answers(rows, temperature), f"{name} on {test}")
+        found.predictions[name] = {  # a set without choices is answered as trained: the temperature is theirs
+            test: predictions(shipped_answers(rows, temperature) if "choice_log_probs" in rows else rows, name)
             for test, rows in answers[model].items()
         }
     return found

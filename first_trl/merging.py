@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="RECIPE|ADAPTER", help="a recipe, or the folder of a student")
-    parser.add_argument("--arm", help="which student of the recipe (default: push.arm)")
+    parser.add_argument("--arm", help="which student of the recipe (default: push.arm, or first)")
     parser.add_argument("--data", help="labelled rows to measure on; needed for an ADAPTER")
     parser.add_argument(
         "--calibrated",
@@ -66,11 +66,13 @@ def _recipe_job(options: argparse.Namespace) -> dict[str, Any]:
     from .recipe import load_recipe
 
     recipe = load_recipe(options.source)
-    arm = options.arm or recipe.push.arm
+    arm = options.arm or ("first" if recipe.push.arm == "best" else recipe.push.arm)
+    section = recipe.arm_section(arm)
+    arm = arm if arm in recipe.students else recipe.students_of(arm)[0]  # of several seeds, the first
     tests = {name: (config, test_task(recipe.task, config.task)) for name, config in recipe.datasets.test.items()}
     return {
         "student": recipe.run_folder / "students" / arm,
-        "loading": recipe.arm_section(arm),
+        "loading": section,
         "tests": {"data": (_rows(options.data), recipe.task)} if options.data else tests,
         "output": Path(options.output or recipe.run_folder / "merged" / arm),
         "top_k": recipe.cache.top_k,
@@ -145,6 +147,12 @@ def merge(
             else {}
         )
         temperature = content.get("temperature", 1.0) if calibrated else 1.0
+        if temperature != 1 and not _has_single_token_choices(student):
+            raise FirstTrlError(
+                f"--calibrated: the closing temperature {temperature:.3g} of {student} is that of whole answers of "
+                "several tokens, and dividing every logit is not the same; leave --calibrated out and use first-trl "
+                "predict"
+            )
         merged_model(student, arguments, temperature).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if content:
@@ -160,6 +168,13 @@ def merge(
         shutil.move(folder, output)
     status(f"merge: read {student}; wrote {output}, a whole model; next: first-trl predict {output}")
     return result
+
+
+def _has_single_token_choices(student: Path) -> bool:
+    from .student import CLOSING_FILE
+
+    file = student / CLOSING_FILE
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("choice_token_ids"))
 
 
 def merged_model(student: Path, arguments: dict, temperature: float = 1.0):

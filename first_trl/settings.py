@@ -171,8 +171,8 @@ class Datasets(Section):
         for name in self.test:
             if not FOLDER_NAME.fullmatch(name):
                 yield Problem(("test", name), MISSING, "a test set's name is the name of a file", NAME_REMEDY)
-            if name == "validation":
-                what = "the report keeps the answers to the validation split under this name"
+            if name in ("train", "transfer", "validation"):
+                what = "a split of the recipe has this name in records and reports"
                 yield Problem(("test", name), MISSING, what, "choose another name")
 
 
@@ -265,6 +265,16 @@ RESERVED_KEYS = {
         ("trust_remote_code", "code that comes with a model is never run", "remove it"),
         ("hub_token", "recipes are published", "run `hf auth login` instead"),
         ("output_dir", "the stages choose their own folders", "write output_dir and name at the top of the recipe"),
+        (
+            "model_init_kwargs",
+            "only training would read it",
+            "write dtype, attn_implementation or model_revision itself",
+        ),
+        (
+            "calibration",
+            "the calibrate stage writes and reads it",
+            "write recalibration_method and recalibration_value",
+        ),
         ("dataset_kwargs dataset_text_field", "the task section decides what is trained on", "remove it"),
         ("completion_only_loss assistant_only_loss", "the task section decides what is trained on", "remove it"),
         ("truncation_mode", "task.max_length decides where a row ends", "remove it"),

@@ -61,7 +61,7 @@ class Student(BaseModel):
     task: dict[str, Any]
     loading: Loading
     base_is_local: bool
-    temperature: Annotated[float, Field(ge=0.1, le=10)] = 1.0
+    temperature: Annotated[float, Field(ge=float(TEMPERATURES[0]), le=float(TEMPERATURES[-1]))] = 1.0
     num_examples: int
     thresholds: list[Threshold]
 

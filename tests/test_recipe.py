@@ -408,14 +408,14 @@ BROKEN = [
     # code that comes with a model
     *((f"remote code in {place}", old, new, ["trust_remote_code", "never run"]) for place, old, new in (
         ("sft", "learning_rate: 1e-4", "trust_remote_code: true"),
-        ("model_init_kwargs", "learning_rate: 1e-4", "model_init_kwargs: {trust_remote_code: true}"),
-        ("a list", "divergence: jsd", "model_init_kwargs: {a: [{trust_remote_code: true}]}"),
+        ("model_init_kwargs", "learning_rate: 1e-4", "lr_scheduler_kwargs: {trust_remote_code: true}"),
+        ("a list", "divergence: jsd", "lr_scheduler_kwargs: {a: [{trust_remote_code: true}]}"),
     )),
     *((f"the kernel {name} as {new[:12]} for {old[:5]}", old, new.format(name),
        ["attn_implementation = ", "kernel on the Hub"])
       for name in ("kernels-community/flash-attn", "someone/attention:v1") for old, new in (
         ("learning_rate: 1e-4", "attn_implementation: {}"), ("top_k: 5", "attn_implementation: {}"),
-        ("divergence: jsd", "model_init_kwargs: {{attn_implementation: {}}}"),
+        ("divergence: jsd", "lr_scheduler_kwargs: {{attn_implementation: {}}}"),
     )),
     # credentials, which are never repeated
     *((f"the credential {value[:6]}", "me/student", f"me/{value}", ["hub_model_id = (not shown)", "hf auth login"])
@@ -425,7 +425,7 @@ BROKEN = [
        ["cache.server_url = (not shown)", "hf auth login"])
       for what, url in (("a password", "http://me:letmein@h:1"), ("a token", "http://h:1/v1?token=letmein"),
                         ("a key", "http://h:1/v1?a=b&api_key=letmein"))),
-    *((f"a setting called {key}", "learning_rate: 1e-4", f"model_init_kwargs: {{{key}: letmein}}",
+    *((f"a setting called {key}", "learning_rate: 1e-4", f"lr_scheduler_kwargs: {{{key}: letmein}}",
        [f"{key} = (not shown)", "hf auth login"])
       for key in ("password", "pass", "pwd", "pat", "auth", "dsn", "api_key", "access_token", "credentials")),
     *((f"a variable called {name}", "models/teacher", f"${{{name}:-x}}", [name, "looks like a secret"])
