@@ -8,7 +8,7 @@ votes give the probability of each team, and the recorded team is *drawn* from t
       softmax(billing 1, network 2.5, hardware 0, account 0) = 0.16, 0.72, 0.06, 0.06
 
 No reader, however clever, can be right more often than those probabilities allow. A model that learns the recorded
-teams by heart, weekdays and wording included, becomes surer than it should be: that is what the demo shows.
+teams with weekdays and wording memorised, becomes surer than it should be: that is what the demo shows.
 
 This is not a benchmark of language understanding, and it says nothing about how well a real model would do.
 """
@@ -46,7 +46,7 @@ NAMES = (
     *("Cora", "Dirk", "Elsa", "Finn", "Greta", "Hugo", "Inga", "Joel", "Kurt", "Lina", "Max", "Nora"),
 )
 
-# split -> (rows, style). `transfer` is for distillation: rows that the teacher has not learnt by heart.
+# split -> (rows, style). `transfer` is for distillation: rows that the teacher has not memorised.
 SPLITS = {
     "train": (600, "written"),
     "transfer": (4000, "written"),
