@@ -202,7 +202,7 @@ def overview_figure(
             axes.set(xlabel="calibration error (ECE)", ylabel="accuracy")
             axes.xaxis.set_major_formatter(PERCENT)
             axes.yaxis.set_major_formatter(PERCENT)
-            axes.set_title(title, fontsize=9)
+            axes.set_title(title.replace(" domain, ", " domain,\n"), fontsize=9)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return figure
