@@ -251,8 +251,11 @@ def _load_teacher(cache, path: str):
     known = local and made_by["weights_sha256"] is not None
     weights = {"teacher": {"weights_sha256": weights_fingerprint(path)}} if known else {}
     check_cache(cache, tokenizer=tokenizer, **weights)
-    section = {"dtype": made_by["dtype"] or "auto", "load_in_4bit": made_by["quantization"] is not None}
-    section["model_revision"] = revision or "main"
+    section: dict = {"dtype": made_by["dtype"] or "auto", "model_revision": revision or "main"}
+    if made_by["quantization"] == "int8":
+        section["load_in_8bit"] = True
+    elif made_by["quantization"] is not None:
+        section |= {"load_in_4bit": True, "bnb_4bit_quant_type": made_by["quantization"]}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return load_model(path, device=device, **load_arguments(section)), tokenizer
 

@@ -19,8 +19,11 @@ def loss_conflicts(settings: Mapping[str, Any]) -> Iterator[Conflict]:
     if settings.get("mass_fraction", 1) < 1 and (tail, divergence) != ("bucket", "forward_kl"):
         what = "only tail: bucket with divergence: forward_kl has a mass term to sample"
         yield Conflict("mass_fraction", what, "write these two, or remove it")
-    if (divergence, tail, method) == ("reverse_kl", "bucket", "probability"):
-        what = "the recalibration `probability` leaves the teacher's tail nothing: every loss would be infinite"
+    if (divergence, tail) == ("reverse_kl", "bucket") and method in ("probability", "auto"):
+        chosen = ", which `auto` may choose," if method == "auto" else ""
+        what = (
+            f"the recalibration `probability`{chosen} leaves the teacher's tail nothing: every loss would be infinite"
+        )
         yield Conflict("divergence", what, "write forward_kl or jsd, or recalibrate by temperature")
     if value is not None and method == "none":
         what = "it has no effect with recalibration_method: none"

@@ -308,7 +308,7 @@ def _train(recipe: Recipe, cost: Cost, on_labels: bool, split: Split, machine: M
 
 def _score(recipe: Recipe, cost: Cost, read: list[Split], machine: Machine, configs: dict) -> None:
     """The teacher over the cached splits, or every model over validation and the test sets."""
-    from .training import teacher_section
+    from .recipe import teacher_section
 
     section, caching = teacher_section(recipe), cost.name == "cache"
     models = [(recipe.cache.teacher or recipe.sft["model_name_or_path"], section, 1)]

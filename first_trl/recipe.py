@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 
 from .constants import DEFAULT_ARMS, FOLDER_NAME, STAGES
 from .errors import FirstTrlError
+from .files import write_atomically
 from .recipe_file import COMMAND_LINE, ErrorCollector, RecipeError, is_secret, read_recipe_file, read_value
 from .recipe_rules import conflicts_of, recipe_conflicts, touched
 from .settings import (
@@ -134,7 +135,32 @@ class Recipe(Section):
 
     def write_resolved(self, path: str | Path) -> None:
         """Write the recipe as it runs, as YAML."""
-        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+        write_atomically(path, self.to_yaml())
+
+
+QUANTIZATION = (
+    "load_in_4bit",
+    "load_in_8bit",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
+    "bnb_4bit_quant_storage",
+)
+
+
+def teacher_section(recipe) -> dict:
+    """How the teacher is loaded for inference: as `sft` trained it, unless `cache` says otherwise."""
+    settings = recipe.cache
+    quantization = {name: recipe.sft[name] for name in QUANTIZATION if name in recipe.sft}
+    if settings.load_in_4bit is not None:
+        quantization |= {"load_in_4bit": settings.load_in_4bit, "load_in_8bit": False}
+    return {
+        "model_revision": settings.teacher_revision or "main",
+        "dtype": settings.teacher_dtype or recipe.sft.get("dtype", "float32"),
+        "attn_implementation": settings.attn_implementation or recipe.sft.get("attn_implementation"),
+        "load_in_4bit": False,
+        **quantization,
+        "backend": settings.backend,
+    }
 
 
 def _plain(value: Any, escape: bool = False) -> Any:

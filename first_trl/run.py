@@ -28,7 +28,7 @@ from .data.loading import hub_commit, local_files, source_commit
 from .errors import FirstTrlError
 from .files import Digests, files_of, locked, write_atomically
 from .log import status
-from .recipe import Recipe
+from .recipe import Recipe, teacher_section
 from .records import differences, exchange, finish_exchange, new_folder, read_json
 from .settings import SPEED_SETTINGS
 
@@ -81,6 +81,7 @@ def jobs(recipe: Recipe) -> dict[str, Job]:
     data, plain = recipe.datasets, recipe.to_dict()
     given = recipe.cache.teacher
     teacher = {"cache.teacher": (given, recipe.cache.teacher_revision)} if given else {}
+    runs = {"teacher": teacher_section(recipe)} if given else {}  # how, which `sft` has a part in
     after_sft = () if given else ("sft",)
     table = []
     if not given:
@@ -92,7 +93,8 @@ def jobs(recipe: Recipe) -> dict[str, Job]:
     rows = {f"datasets.{'transfer' if data.transfer else 'train'}": data.transfer or data.train}
     rows["datasets.validation"] = data.validation
     folders = tuple(f"cache/{role}" for role in cached_roles(recipe))
-    table.append(Job("cache", {"task": plain["task"], "cache": cache}, rows, teacher, after_sft, folders))
+    settings = {"task": plain["task"], "cache": cache, **runs}
+    table.append(Job("cache", settings, rows, teacher, after_sft, folders))
     settings = {"calibrate": plain.get("calibrate", {}), "methods": calibration_methods(recipe)}
     table.append(Job("calibrate", settings, needs=("cache",), outputs=("calibration.json",)))
     table += [_student_job(recipe, student, plain["task"]) for student in recipe.students]
@@ -100,7 +102,7 @@ def jobs(recipe: Recipe) -> dict[str, Job]:
     rows = {"datasets.validation": data.validation}
     rows |= {f"datasets.test.{name}": config for name, config in data.test.items()}
     models = teacher | _model_of("distill", recipe.distill)
-    settings = {"task": plain["task"], "evaluate": plain.get("evaluate", {}), "distill": recipe.distill}
+    settings = {"task": plain["task"], "evaluate": plain.get("evaluate", {}), "distill": recipe.distill, **runs}
     needs = (*after_sft, "calibrate", *students)
     table.append(Job("evaluate", settings, rows, models, needs, outputs=("report/*.*",)))
     return {job.name: job for job in table}
@@ -421,7 +423,8 @@ def run_job(
         decision: list = [None]
         if state.is_main_process:
             decision = [run.begin(name, options.overwrite)]
-            recipe.write_resolved(run.path / "recipe.resolved.yaml")
+            if decision[0] is not None:
+                recipe.write_resolved(run.path / "recipe.resolved.yaml")
         (continues,) = broadcast_object_list(decision)
         if continues is None:
             status(f"{name}: up to date, nothing to do")

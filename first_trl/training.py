@@ -20,14 +20,6 @@ from .log import status
 from .modeling import keep_to_text, load_model
 from .settings import STAGE_DEFAULTS
 
-QUANTIZATION = (
-    "load_in_4bit",
-    "load_in_8bit",
-    "bnb_4bit_quant_type",
-    "use_bnb_nested_quant",
-    "bnb_4bit_quant_storage",
-)
-
 
 def split_section(section: dict, config_class: type) -> tuple[dict, ModelConfig]:
     """Split a recipe section into the fields of `config_class` and a `trl.ModelConfig`."""
@@ -144,22 +136,6 @@ def _load_arguments(model_args: ModelConfig) -> dict:
         "dtype": model_args.dtype,
         "attn_implementation": model_args.attn_implementation,
         "quantization_config": get_quantization_config(model_args),
-    }
-
-
-def teacher_section(recipe) -> dict:
-    """How the teacher is loaded for inference: as `sft` trained it, unless `cache` says otherwise."""
-    settings = recipe.cache
-    quantization = {name: recipe.sft[name] for name in QUANTIZATION if name in recipe.sft}
-    if settings.load_in_4bit is not None:
-        quantization |= {"load_in_4bit": settings.load_in_4bit, "load_in_8bit": False}
-    return {
-        "model_revision": settings.teacher_revision or "main",
-        "dtype": settings.teacher_dtype or recipe.sft.get("dtype", "float32"),
-        "attn_implementation": settings.attn_implementation or recipe.sft.get("attn_implementation"),
-        "load_in_4bit": False,
-        **quantization,
-        "backend": settings.backend,
     }
 
 

@@ -23,7 +23,7 @@ from first_trl.cache.format import CacheError, shard_name
 from first_trl.cache.identity import library_versions, open_recipe_cache, teacher_identity
 from first_trl.cache.reader import parquet_files
 from first_trl.cache.writer import write_shards
-from first_trl.recipe import load_recipe
+from first_trl.recipe import load_recipe, teacher_section
 from first_trl.records import new_folder
 from first_trl.run import Run
 from first_trl.stages import cache as stage
@@ -520,8 +520,6 @@ def test_a_student_is_not_trained_on_a_cache_of_something_else(finished, tmp_pat
 
 @pytest.mark.parametrize("name", [name for name in MISMATCHES if "student" not in name])
 def test_a_cache_of_something_else_is_not_opened(finished, tmp_path, name):
-    from first_trl.training import teacher_section
-
     path, arguments, message = changed_copy(finished, tmp_path, name)
     recipe = load_recipe(path, arguments)
     with pytest.raises(ValueError, match=message) as raised:
@@ -531,8 +529,6 @@ def test_a_cache_of_something_else_is_not_opened(finished, tmp_path, name):
 
 @pytest.mark.parametrize("kind", ["plain", "adapter"])
 def test_a_cache_of_this_recipe_is_taken_wherever_the_run_lies_and_without_its_teacher(finished, tmp_path, kind):
-    from first_trl.training import teacher_section
-
     recipe = load_recipe(finished[kind] / "recipe.yaml")
     assert len(open_recipe_cache(recipe, "train", recipe.cache.teacher, teacher_section(recipe)).dataset) == 40
     gone = str(tmp_path / "elsewhere" / "teacher")

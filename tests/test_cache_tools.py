@@ -232,3 +232,18 @@ def test_a_cache_with_a_token_or_a_path_in_its_manifest_is_not_published(tmp_pat
     with pytest.raises(ValueError, match="the card holds"):
         run_push(tmp_path / "cache")
     assert not hub.repos
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4", "fp4", "int8"])
+def test_verify_loads_the_teacher_as_its_manifest_says(folder, path, monkeypatch, quantization):
+    loaded = {}
+    monkeypatch.setattr("first_trl.modeling.load_model", lambda path, **arguments: loaded.update(arguments))
+    cache = open_cache(path)
+    cache.manifest["teacher"]["quantization"] = quantization
+    cache_tools._load_teacher(cache, str(folder / "teacher"))
+    config = loaded["quantization_config"]
+    if quantization is None:
+        assert config is None
+    else:
+        assert config.load_in_8bit == (quantization == "int8") and config.load_in_4bit == (quantization != "int8")
+        assert quantization == "int8" or config.bnb_4bit_quant_type == quantization

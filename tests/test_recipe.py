@@ -467,6 +467,14 @@ def test_a_broken_recipe_is_refused_with_place_value_and_remedy(what, old, new, 
     assert "; " in problem  # what is wrong; what to do
 
 
+def test_a_reverse_divergence_is_refused_where_auto_may_choose_probability():
+    path = write("method: temperature", "method: auto")
+    with pytest.raises(RecipeError, match="`probability`, which `auto` may choose,.* write forward_kl or jsd"):
+        load_recipe(path, ["--distill.divergence", "reverse_kl"])
+    for allowed in (["--distill.tail", "renormalize"], ["--distill.recalibration_method", "temperature"]):
+        load_recipe(path, ["--distill.divergence", "reverse_kl", *allowed])
+
+
 def test_all_problems_come_at_once_in_the_order_of_the_file():
     path = write("  top_k: 5", "  topk: 5\n  dtype: float64\n  load_in_4bit: 1")
     with pytest.raises(RecipeError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,7 +10,7 @@ from first_trl.errors import FirstTrlError
 from first_trl.files import Digests, files_of, locked, write_atomically
 from first_trl.recipe import load_recipe
 from first_trl.records import differences, new_folder
-from first_trl.run import Run, jobs, require
+from first_trl.run import Run, jobs, require, run_job
 from tests.cache_recipe import write_recipe
 from tests.tiny import build_model
 
@@ -61,6 +62,31 @@ def test_finished_jobs_are_current_and_changed_settings_make_their_job_stale_and
     assert found["distill.first"] == "distill.learning_rate is 0.5, and was not set when it was made"
     with pytest.raises(FirstTrlError, match=r"distill.first .* not up to date: .*`first-trl distill RECIPE --arm"):
         require(recipe, "evaluate")
+
+
+@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"load_in_8bit": True}, {"attn_implementation": "eager"}])
+def test_how_a_given_teacher_runs_is_an_input_although_sft_says_it(recipe, change):
+    make(recipe, *ALL)
+    recipe.sft.update(change)
+    found, (setting,) = stale(recipe), change
+    assert f"teacher.{setting} is" in found["cache"]
+    Run(recipe).begin("cache", overwrite=True)
+    assert f"teacher.{setting}" in str(
+        differences(Run(recipe).record("evaluate")["inputs"], Run(recipe).inputs("evaluate"))
+    )
+
+
+def test_the_recipe_as_it_ran_is_written_with_a_job_and_not_beside_a_current_one(recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    resolved, options = recipe.run_folder / "recipe.resolved.yaml", SimpleNamespace(overwrite=False, skip_checks=False)
+    options.recipe = str(recipe.run_folder.parent.parent / "recipe.yaml")
+    make(recipe, "cache")
+    run_job(recipe, options, "cache", pytest.fail)
+    assert not resolved.exists()
+    run_job(
+        recipe, options, "calibrate", lambda continues: write_atomically(recipe.run_folder / "calibration.json", "{}")
+    )
+    assert load_recipe(resolved) == recipe
 
 
 def test_changed_data_is_noticed_whatever_names_it(recipe):

@@ -10,11 +10,10 @@ from first_trl.cache.arrays import calibration_rows
 from first_trl.cache.format import CacheError
 from first_trl.cache.identity import open_recipe_cache
 from first_trl.evaluation import answer_set, predictions, read_answers, recalibrated_answers
-from first_trl.recipe import RecipeError, load_recipe
+from first_trl.recipe import RecipeError, load_recipe, teacher_section
 from first_trl.scoring import teacher_rows
 from first_trl.settings import TaskConfig
 from first_trl.stages import cache, calibrate
-from first_trl.training import teacher_section
 from tests.cache_recipe import write_recipe
 from tests.test_trainer import random_examples
 

@@ -8,13 +8,12 @@ from trl import SFTConfig
 from first_trl.checkpoints import LIST, ListFiles, last_whole_checkpoint
 from first_trl.errors import FirstTrlError
 from first_trl.files import write_atomically
-from first_trl.recipe import load_recipe
+from first_trl.recipe import load_recipe, teacher_section
 from first_trl.training import (
     label_arguments,
     load_arguments,
     model_arguments,
     save_whole,
-    teacher_section,
     training_arguments,
 )
 from tests.cache_recipe import write_recipe

@@ -46,7 +46,7 @@ def teacher_identity(path: str, section: dict) -> dict:
 
     Args:
         path: its folder, or its id on the Hub.
-        section: how it is run, from `first_trl.training.teacher_section`.
+        section: how it is run, from `first_trl.recipe.teacher_section`.
 
     Returns:
         `id` (a folder's name alone), `revision` (as asked for) and `commit` (as found, on the Hub), `weights_sha256`

@@ -312,8 +312,8 @@ def unlabelled_encoder(task: TaskConfig, tokenizer, first_row: Mapping[str, Any]
     """How rows without answers become examples, and the answers that a teacher may give them.
 
     Returns:
-        A function from a row and its number to an example that ends in the first choice, and
-        `first_trl.scoring.Candidates` as a pair: the tokens by which the choices are compared, and their completions.
+        A function from a row and its number to an example that ends in the first choice, and the answers as a pair:
+        the tokens by which the choices are compared, and their completions.
     Raises:
         FirstTrlError: there are no choices.
     """

@@ -3,7 +3,7 @@
 Training, caching and evaluation all encode here, so the prompt that a student is tested on is the prompt that it was
 trained on. The tokens of a prompt are always exactly those that inference would see: they must be a prefix of the
 tokens of prompt and completion together, and a template for which they are not is refused, never repaired. This is not
-a collator (batches are made by `first_trl.trainer`) and not a store (`first_trl.cache.reader`).
+a collator (batches are made by `first_trl.collator`) and not a store (`first_trl.cache.reader`).
 """
 
 from collections.abc import Callable, Mapping

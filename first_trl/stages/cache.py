@@ -31,7 +31,7 @@ def cache_splits(recipe) -> None:
 
     from first_trl.cache.identity import cache_identity, teacher_identity
     from first_trl.modeling import load_tokenizer
-    from first_trl.training import teacher_section
+    from first_trl.recipe import teacher_section
 
     state, path, section = PartialState(), teacher_path(recipe), teacher_section(recipe)
     tokenizer = load_tokenizer(path, recipe.cache.teacher_revision)

@@ -87,7 +87,7 @@ def read_caches(recipe) -> tuple:
     from first_trl.calibration import largest_smoothing
     from first_trl.data.choices import refuse_forced
     from first_trl.modeling import load_tokenizer
-    from first_trl.training import teacher_section
+    from first_trl.recipe import teacher_section
 
     teacher, max_smoothing, positions = {}, 1.0, positions_of(recipe)
     is_main = PartialState().is_main_process

@@ -43,7 +43,7 @@ def open_for_students(recipe, role: str):
     from accelerate import PartialState
 
     from first_trl.cache.identity import open_recipe_cache
-    from first_trl.training import teacher_section
+    from first_trl.recipe import teacher_section
 
     is_main = PartialState().is_main_process
     return open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe), verify=is_main)

@@ -134,7 +134,7 @@ def measured_sets(recipe) -> dict:
 def answer_all_sets(recipe, arm: str, sets: dict) -> None:
     """One model's answers to validation and to every test set, in `report/answers/<arm>/`."""
     from first_trl.evaluation import answer_sets
-    from first_trl.training import teacher_section
+    from first_trl.recipe import teacher_section
 
     if arm == "teacher":
         path, section = teacher_path(recipe), teacher_section(recipe)
