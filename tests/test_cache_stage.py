@@ -547,3 +547,19 @@ def test_a_teacher_of_the_hub_is_known_by_the_commit_that_was_downloaded(tmp_pat
     teacher = teacher_identity("org/teacher", section)
     assert (teacher["id"], teacher["revision"], teacher["commit"]) == ("org/teacher", "main", commit)
     assert teacher["weights_sha256"] is None
+
+
+@pytest.mark.parametrize(
+    ("how", "dtype", "quantization"),
+    [
+        ({}, "bfloat16", None),
+        ({"load_in_4bit": True}, "bfloat16", "nf4"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bfloat16", "fp4"),
+        ({"load_in_8bit": True}, "bfloat16", "int8"),
+        ({"load_in_4bit": True, "backend": "server"}, None, None),
+    ],
+)
+def test_a_manifest_says_how_the_teacher_was_quantized_and_nothing_of_a_servers(tmp_path, how, dtype, quantization):
+    section = {"model_revision": "main", "dtype": "bfloat16", "load_in_4bit": False, "backend": "hf", **how}
+    found = teacher_identity(str(write_recipe(tmp_path).parent / "teacher"), section)
+    assert (found["dtype"], found["quantization"]) == (dtype, quantization)

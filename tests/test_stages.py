@@ -171,6 +171,34 @@ def test_smoothing_takes_no_more_than_the_rows_to_learn_from_allow(tmp_path, mon
     assert max(point["value"] for point in found["curve"]) <= 0.01
 
 
+def test_smoothing_fits_every_position_of_both_caches(tmp_path, monkeypatch):
+    import first_trl.cache.arrays as arrays
+
+    path = tiny_recipe(tmp_path, arms={"smoothed": {"recalibration_method": "label_smoothing"}})
+    cache.main([str(path)])
+    sizes, blocks = [], arrays.row_blocks
+
+    def row_blocks(dataset, positions, *args):
+        sizes.extend([len(dataset)] if positions == "all" else [])
+        return blocks(dataset, positions, *args)
+
+    monkeypatch.setattr(arrays, "row_blocks", row_blocks)
+    monkeypatch.setattr("first_trl.calibration.largest_smoothing", lambda rows: 0.2 / len(sizes))
+    recipe = load_recipe(path)
+    assert calibrate.read_caches(recipe)[1] == 0.1 and len(sizes) == 2
+
+
+def test_the_checkpoints_of_a_finished_training_are_removed_when_its_student_is_continued(tmp_path, monkeypatch):
+    recipe = load_recipe(tiny_recipe(tmp_path, arms={"first": {}}))
+    folder = distill.new_folder(recipe.run_folder / "students" / "first")
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    monkeypatch.setattr(distill, "train_arm", pytest.fail)
+    monkeypatch.setattr(distill, "close_student", lambda *args: None)
+    distill.make_student(recipe, "first", None, continues=True)
+    assert [file.name for file in folder.iterdir()] == ["trainer_state.json"]
+
+
 @pytest.fixture(scope="module")
 def seeded(tmp_path_factory):
     """(recipe's path, recipe, metrics) of a run with two seeds for each student."""

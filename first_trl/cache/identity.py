@@ -70,8 +70,10 @@ def teacher_identity(path: str, section: dict) -> dict:
 
 
 def _how_it_runs(section: dict) -> dict:
-    dtype = None if section["backend"] == "server" else section["dtype"]  # a server does not say
-    return {"dtype": dtype, "quantization": "nf4" if section["load_in_4bit"] else None}
+    if section["backend"] == "server":  # it does not say
+        return {"dtype": None, "quantization": None}
+    quantization = section.get("bnb_4bit_quant_type", "nf4") if section["load_in_4bit"] else None
+    return {"dtype": section["dtype"], "quantization": "int8" if section.get("load_in_8bit") else quantization}
 
 
 def _commit(model_id: str, revision: str) -> str | None:

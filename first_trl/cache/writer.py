@@ -123,7 +123,9 @@ class CacheWriter:
             unwanted = [shard["name"] for shard in shards if not self._has(shard["name"], shard["sha256"])]
             if damage or unwanted:
                 found = damage or ", ".join(unwanted)
-                LOGGER.warning("%s was finished and is damaged: %s. It is made again.", self.path, found)
+                LOGGER.warning(
+                    "%s was finished and is damaged: %s. What is damaged is computed again.", self.path, found
+                )
         if differences or damage or unwanted:
             for name in (MANIFEST, *unwanted):
                 (self.path / name).unlink(missing_ok=True)

@@ -94,6 +94,10 @@ def read_caches(recipe) -> tuple:
     for role in cached_roles(recipe):
         cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe), verify=is_main)
         forced = cache.manifest.get("forced")
+        if "label_smoothing" in calibration_methods(recipe):  # its value must fit every row that a loss is computed on
+            blocks = row_blocks(cache.dataset, "all")
+            allowed = (largest_smoothing(torch.from_numpy(block.log_probs)) for block in blocks)
+            max_smoothing = min(max_smoothing, *allowed)
         if role == "validation":
             rows = calibration_rows(cache.dataset, positions, forced)
             if positions == "answer":
@@ -103,9 +107,6 @@ def read_caches(recipe) -> tuple:
             continue
         labelled = cache.manifest.get("labels") != "teacher"
         teacher["cached_rows"] = summary(row_blocks(cache.dataset, positions, forced), labelled)
-        if "label_smoothing" in calibration_methods(recipe):  # its value must fit every row that students learn from
-            blocks = row_blocks(cache.dataset, "all")
-            max_smoothing = min(largest_smoothing(torch.from_numpy(block.log_probs)) for block in blocks)
     if "cached_rows" in teacher:
         seen, unseen = (
             ("" if found["accuracy"] is None else f"{100 * found['accuracy']:.1f} % right ")

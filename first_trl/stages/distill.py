@@ -32,9 +32,15 @@ def main(recipe, options) -> None:
 
 def make_student(recipe, arm: str, caches: Callable, continues: bool) -> None:
     """Train one student, then one pass over validation for its closing temperature and thresholds."""
+    from accelerate import PartialState
+
+    from first_trl.checkpoints import remove_checkpoints
+
     folder = new_folder(recipe.run_folder / "students" / arm)
     if not (continues and (folder / "trainer_state.json").is_file()):  # written when training has ended
         train_arm(recipe, arm, caches, continues)
+    elif PartialState().is_main_process:  # it was interrupted before they were removed
+        remove_checkpoints(folder)
     close_student(recipe, arm, folder)
 
 
