@@ -24,7 +24,7 @@ ARMS = {
 REPORT_ARMS = ("teacher", "teacher_recalibrated", "base")
 FOCUS = "first"  # the arm that a report is about
 DEFAULT_ARMS = {"fine_tuned": {"trainer": "sft"}, "distilled": {"recalibration_method": "none"}, "first": {}}
-POST_HOC = "_post_hoc"  # suffix of a student's name: as it is shipped, under its closing temperature
+POST_HOC = "_post_hoc"  # suffix of a student's name: under one temperature, as it ships where it carries that
 
 PREDICT_FILE = "predict.json"
 

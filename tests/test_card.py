@@ -15,6 +15,7 @@ from first_trl.hub.card import (
     CardFacts,
     build_card,
     check_license,
+    collect_facts,
     escape_markdown,
     prepare_upload_folder,
     usage_code,
@@ -113,6 +114,37 @@ def test_the_usage_is_python_that_loads_the_base_as_it_was_measured(quantized):
     assert "temperature" not in usage_code(facts(closing=None))
     assert ('bnb_4bit_compute_dtype="bfloat16"' in code.replace("'", '"')) == quantized
     assert '"Review: ... Sentiment :"' in code and '"me/tiny-student"' in code
+
+
+@pytest.mark.parametrize(("prompt", "row"), [(PROMPT, "{'text': '...'}"), (None, "'messages': [{'role': 'user'")])
+def test_a_student_of_whole_answers_is_used_through_predict(prompt, row):
+    closing = CLOSING | {"choice_token_ids": None}
+    changed = facts(closing=closing, recipe={"task": {"prompt": prompt, "choices": ["very good", "bad"]}})
+    code, card = usage_code(changed), build_card(changed)
+    compile(code, "usage", "exec")
+    assert code.startswith("from first_trl import predict") and row in code and "logits" not in code
+    assert "most probable whole answer" in card and "temperature 1.3" in card and "first token" not in card
+
+
+def test_a_student_without_its_closing_file_is_published_as_trained(tmp_path):
+    run, recipe = make_run(tmp_path / "work", make_base(tmp_path / "tiny-base"))
+    file = run / "report" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    metrics["arms"]["first_post_hoc"] = {name: measured(0.79, 0.011) for name in metrics["arms"]["first"]}
+    file.write_text(json.dumps(metrics))
+    assert collect_facts(run, "first", recipe, {}).figures["reviews"]["ece"] == 0.011
+    (run / "students" / "first" / "calibration.json").unlink()
+    known = collect_facts(run, "first", recipe, {})
+    assert known.figures["reviews"]["ece"] == 0.042
+    assert "as shipped, under its closing temperature" not in build_card(known)
+
+
+def test_an_arms_own_recalibration_is_what_its_card_says(tmp_path):
+    arms = {"first": {"recalibration_value": 2.5}}
+    run, recipe = make_run(tmp_path / "work", make_base(tmp_path / "tiny-base"), arms=arms)
+    card = build_card(collect_facts(run, "first", recipe, {}))
+    assert "recalibrated by temperature, value 2.5, which the recipe sets" in card
+    assert "of the validation split. There" not in card
 
 
 def test_the_usage_of_a_chat_student_goes_through_its_chat_template():

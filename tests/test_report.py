@@ -239,6 +239,17 @@ def test_a_teacher_that_is_no_better_than_the_fine_tuned_student_buys_nothing():
     assert "buys nothing" not in text_of(sentences(better | {"teacher": weak})), "the student gained all the same"
 
 
+def test_a_temperature_that_no_student_carries_is_a_control_and_never_what_ships(tmp_path):
+    arms = {"first": knowing(400, 0.5, 3.0), "first_post_hoc": knowing(400, 0.5), "fine_tuned": knowing(400, 0.4)}
+    sets = {arm: {"x": values} for arm, values in arms.items()}
+    metrics = write_report(
+        tmp_path, sets, None, {}, bootstrap=20, validation=arms, closing={}, controls={"first": 2.0}
+    )
+    assert "first_post_hoc" in metrics["arms"] and "fine_tuned" in metrics["differences"]["x"]["first"]
+    assert metrics["selection"]["nll"]["first"] == pytest.approx(-arms["first"]["label_log_prob"].mean())
+    assert "as shipped" not in text_of(metrics["summary"], "Is it calibrated?")
+
+
 def test_the_student_to_ship_has_the_lowest_nll_on_validation_as_shipped(tmp_path):
     arms = {"first": knowing(400, 0.5, 3.0), "first_post_hoc": knowing(400, 0.5), "fine_tuned": knowing(400, 0.2)}
     metrics = write_report(

@@ -45,6 +45,7 @@ class CardFacts:
     sentences: list[dict]  # the report's verdict on this student
     recipe: dict  # the resolved recipe
     recalibration_method: str | None  # None for a student trained on the labels
+    recalibration_value: float | None = None  # the recipe's own; None for the one that calibrate found
     license: str | None = None
     closing: dict | None = None  # the student's calibration.json
     calibration: dict | None = None  # the teacher's
@@ -75,7 +76,10 @@ def collect_facts(run_folder: Path, arm: str, recipe, plain: dict) -> CardFacts:
     if arm not in report["arms"]:
         known = ", ".join(report["arms"])
         raise FirstTrlError(f"push.arm = {arm!r} is not in the report, which has {known}; run evaluate again")
-    shipped = report["arms"].get(arm + POST_HOC, report["arms"][arm])
+    closing = student / "calibration.json"
+    shipped = report["arms"][arm]
+    if closing.is_file():  # without it nobody ships `<arm>_post_hoc`: the report alone fitted its temperature
+        shipped = report["arms"].get(arm + POST_HOC, shipped)
     view = "choices" if report.get("view") == "choices" else None
     calibration, manifest = (
         _read_json(run_folder / "calibration.json", "calibrate"),
@@ -85,7 +89,8 @@ def collect_facts(run_folder: Path, arm: str, recipe, plain: dict) -> CardFacts:
     splits = [data.train, data.transfer, data.validation, *data.test.values()]
     base_is_local = is_local_path(base)
     dtype, four_bit = section.get("dtype", "float32"), section.get("load_in_4bit")
-    closing = student / "calibration.json"
+    value = section.get("recalibration_value")  # alone, it is a temperature
+    method = section.get("recalibration_method") or (calibration["method"] if value is None else "temperature")
     return CardFacts(
         title=(recipe.push.hub_model_id or f"{recipe.name}-{arm}").rpartition("/")[2],
         arm=arm,
@@ -97,9 +102,8 @@ def collect_facts(run_folder: Path, arm: str, recipe, plain: dict) -> CardFacts:
         table=(run_folder / "report" / "table.md").read_text("utf-8"),
         sentences=report["verdicts"][arm],
         recipe=plain,
-        recalibration_method=None
-        if recipe.arm_trainer(arm) == "sft"
-        else section.get("recalibration_method") or calibration["method"],
+        recalibration_method=None if recipe.arm_trainer(arm) == "sft" else method,
+        recalibration_value=value,
         license=recipe.push.license or _base_license(base),
         closing=_read_json(closing, "distill") if closing.is_file() else None,
         calibration=calibration,
@@ -172,6 +176,13 @@ def _base_license(base: str) -> str | None:
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
         return None
     return loaded.data.to_dict().get("license")
+
+
+def _fields(template: str | None) -> dict[str, object]:
+    """A row as `predict` wants it, "..." for its texts; a conversation without a template."""
+    if template is None:
+        return {"messages": [{"role": "user", "content": "..."}]}
+    return {piece.column: "..." for piece in parse_template(template) if piece.column is not None}
 
 
 def check_license(facts: CardFacts) -> None:
@@ -301,15 +312,12 @@ def usage_code(facts: CardFacts) -> str:
                 "chat": task.get("chat_template_kwargs") or {},
                 "temperature": closing.get("temperature", 1.0),
                 "choice_ids": closing.get("choice_token_ids"),
+                "whole_answers": bool(closing) and not closing.get("choice_token_ids"),
+                "fields": _fields(task.get("prompt")),
             }
         )
         .strip()
     )
-
-
-def _literal(value) -> str:
-    """A Python literal, texts in double quotes."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 # The folder

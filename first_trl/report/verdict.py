@@ -30,9 +30,18 @@ def trained_arms(arms) -> list[str]:
     return [arm for arm in order_arms(arms) if arm not in REPORT_ARMS and not arm.endswith(POST_HOC)]
 
 
-def shipped(arm: str, arms) -> str:
-    """The name under which an arm's answers are those that `predict` gives."""
-    return arm + POST_HOC if arm + POST_HOC in arms else arm
+def shipped(arm: str, arms, controls=()) -> str:
+    """The name under which an arm's answers are those that `predict` gives.
+
+    `controls` are the students that carry no closing temperature: theirs was fitted for the report alone, so what is
+    shipped is the arm as trained.
+    """
+    carried = all(student.partition("/")[0] != arm for student in controls)
+    return arm + POST_HOC if carried and arm + POST_HOC in arms else arm
+
+
+def _shipped(metrics: dict, arm: str) -> str:
+    return shipped(arm, metrics["arms"], metrics.get("controls", ()))
 
 
 def measured(metrics: dict, arm: str, name: str) -> dict | None:
@@ -88,8 +97,8 @@ def _answers(metrics: dict, focus: str) -> list[dict]:
     """The three answers of the first screen, on the first set: is it calibrated, is it better, what to ship."""
     name = next(iter(metrics["arms"][focus]))
     sentences = [_say("headline", f"Is it calibrated? {_calibration(metrics, focus, name)}")]
-    own, pairs = shipped(focus, metrics["arms"]), metrics["differences"][name]
-    controls = [shipped(arm, metrics["arms"]) for arm in trained_arms(metrics["arms"]) if arm != focus]
+    own, pairs = _shipped(metrics, focus), metrics["differences"][name]
+    controls = [_shipped(metrics, arm) for arm in trained_arms(metrics["arms"]) if arm != focus]
     results = {arm: knows_more(pairs[own][arm]) for arm in controls if arm in pairs.get(own, {})}
     if not results:
         text = f"No trained control was measured, so nothing can be said for `{focus}`."
@@ -105,7 +114,7 @@ def _answers(metrics: dict, focus: str) -> list[dict]:
         text = f"On `{name}`, by NLL and accuracy as shipped, `{focus}` knows {_join(parts)}."
     sentences.append(_say("headline", f"Is it better? {text}"))
     if best := metrics.get("selection", {}).get("best"):
-        figures, nll = measured(metrics, shipped(best, metrics["arms"]), name), metrics["selection"]["nll"][best]
+        figures, nll = measured(metrics, _shipped(metrics, best), name), metrics["selection"]["nll"][best]
         text = f"What should I ship? `{best}` has the lowest NLL on validation ({nll:.3f}, as shipped)"
         if figures:
             nll = "infinite" if figures["nll"] is None else f"{figures['nll']:.3f}"
@@ -116,7 +125,7 @@ def _answers(metrics: dict, focus: str) -> list[dict]:
 
 def _calibration(metrics: dict, focus: str, name: str) -> str:
     """A student's ECE on a set as trained and as shipped, and whether it can be told from perfect calibration."""
-    raw, own = (measured(metrics, arm, name) for arm in (focus, shipped(focus, metrics["arms"])))
+    raw, own = (measured(metrics, arm, name) for arm in (focus, _shipped(metrics, focus)))
     assert raw and own
     text = f"On `{name}` `{focus}` has an ECE of {percent(raw['ece'])} as trained"
     if own is not raw:
@@ -132,7 +141,7 @@ def _calibration(metrics: dict, focus: str, name: str) -> str:
 
 def _one_set(metrics: dict, focus: str, name: str) -> list[dict]:
     """A student on one set: its figures, each control, its calibration, and what explains it."""
-    arms, pairs, own = metrics["arms"], metrics["differences"][name], shipped(focus, metrics["arms"])
+    arms, pairs, own = metrics["arms"], metrics["differences"][name], _shipped(metrics, focus)
     figures = measured(metrics, own, name)
     assert figures
     where = "out of domain" if name in metrics["out_of_domain"] else "in domain"
@@ -141,7 +150,7 @@ def _one_set(metrics: dict, focus: str, name: str) -> list[dict]:
     text = f"On `{name}` ({where}) `{focus}` is {percent(figures['accuracy'])} right{nll}."
     sentences = [_say("note", text, name)]
     for arm in trained_arms(arms):
-        control = shipped(arm, arms)
+        control = _shipped(metrics, arm)
         if arm != focus and control in pairs.get(own, {}):
             sentences.append(_against(pairs[own][control], focus, control, name))
     sentences.append(_say("note", _calibration(metrics, focus, name), name))
@@ -178,12 +187,12 @@ def _compared(difference: dict | None, lower_is_better: bool, scale: float, unit
 
 def _diagnosis(metrics: dict, focus: str, name: str) -> list[dict]:
     """What teacher and student know explains which way the student's confidence errs as trained."""
-    arms, pairs = metrics["arms"], metrics["differences"][name]
+    pairs = metrics["differences"][name]
     teacher, raw = measured(metrics, "teacher", name), measured(metrics, focus, name)
     if not teacher or not raw or name in metrics["out_of_domain"]:
         return []
     text = f"The teacher is {percent(teacher['accuracy'])} right and `{focus}` {percent(raw['accuracy'])}"
-    result = outcome(pairs.get(shipped(focus, arms), {}).get("teacher", {}).get("accuracy"), False)
+    result = outcome(pairs.get(_shipped(metrics, focus), {}).get("teacher", {}).get("accuracy"), False)
     gap = raw["mean_confidence"] - raw["accuracy"]
     errs = f"{'over' if gap > 0 else 'under'}-confident by {100 * abs(gap):.1f} points as trained"
     temperature = metrics.get("closing", {}).get(focus, 1.0)
@@ -195,7 +204,7 @@ def _diagnosis(metrics: dict, focus: str, name: str) -> list[dict]:
         text += f". `{focus}` is {errs}"
     corrects = f"; its closing temperature {temperature:.3g} corrects that" if (temperature - 1) * gap > 0 else ""
     sentences = [_say("note", f"{text}{corrects}.", name)]
-    control = shipped("fine_tuned", arms)
+    control = _shipped(metrics, "fine_tuned")
     pair, found = pairs.get("teacher", {}).get(control), measured(metrics, control, name)
     bought = pairs.get(shipped(focus, arms), {}).get(control, {})
     won = "win" in (outcome(bought.get("accuracy"), False), outcome(bought.get("nll"), True))

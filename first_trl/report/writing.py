@@ -11,7 +11,7 @@ A set's figures are those of the whole vocabulary; the same answers restricted t
 import base64
 import json
 import re
-from collections.abc import Set
+from collections.abc import Collection, Set
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,9 @@ def write_report(
         validation: {arm: as one test set's}, for the thresholds of `target_accuracy` and the choice of a student.
         test_curves: {method: {test set: [{"value", "ece"}, ...]}}, the teacher's error against the value on test sets.
         training: {arm: the trainer's `log_history`}, from which the losses are drawn.
-        **notes: "omitted", "outside", as `evaluation.Collected`; "closing", {student: temperature}; "lost", {set: its
-            rows that were dropped or cut, as `data.rows.UsableRows.lost`}.
+        **notes: "omitted", "outside", as `evaluation.Collected`; "closing", {student: the temperature that it
+            carries}; "controls", {student that carries none: the one fitted here}; "lost", {set: its rows that were
+            dropped or cut, as `data.rows.UsableRows.lost`}.
 
     Raises:
         ValueError: no predictions, arms with different numbers of examples, or what `metrics` refuses.
@@ -73,7 +74,9 @@ def write_report(
     if not any(predictions.values()):
         raise FirstTrlError("there are no predictions to report on; evaluate at least one arm on one test set.")
     predictions = {arm: predictions[arm] for arm in order_arms(predictions)}
-    metrics = measure(predictions, calibration, out_of_domain, num_bins, bootstrap, seed) | notes
+    metrics = (
+        measure(predictions, calibration, out_of_domain, num_bins, bootstrap, seed, notes.get("controls", ())) | notes
+    )
     for arm, values in (validation or {}).items():
         add_selective(metrics["arms"][arm], values, predictions[arm], target_accuracy)
     metrics["selection"] = _selection(metrics, validation or {})
@@ -99,7 +102,13 @@ def write_report(
 
 
 def measure(
-    predictions: dict, calibration: dict | None, out_of_domain: Set[str], num_bins: int, bootstrap: int, seed: int
+    predictions: dict,
+    calibration: dict | None,
+    out_of_domain: Set[str],
+    num_bins: int,
+    bootstrap: int,
+    seed: int,
+    controls: Collection[str] = (),
 ) -> dict:
     """The body of `metrics.json`: per arm and set as `metrics.summarize`, and the paired differences of the view."""
     names = list(dict.fromkeys(name for sets in predictions.values() for name in sets))
@@ -108,7 +117,7 @@ def measure(
     view = "tokens" if any("example" in one for one in every) else "vocabulary"
     view = "choices" if all("choice_confidence" in one for one in every) else view
     arms: dict[str, dict] = {arm: {} for arm in predictions}
-    references = ["teacher", *(shipped(arm, predictions) for arm in trained_arms(predictions))]
+    references = ["teacher", *(shipped(arm, predictions, controls) for arm in trained_arms(predictions))]
     differences: dict[str, dict] = {}
     for name in names:
         answered = {arm: sets[name] for arm, sets in predictions.items() if name in sets}
@@ -188,9 +197,11 @@ def add_selective(sets: dict[str, dict], validation, predictions: dict, target_a
 def _selection(metrics: dict, validation: dict) -> dict:
     """{"nll": {student: NLL on validation as shipped}, "best": the student with the lowest, or None}."""
     name = "choice_label_log_prob" if metrics["view"] == "choices" else "label_log_prob"
-    nll = {}
+    nll, controls = {}, metrics.get("controls", ())
     for arm in trained_arms(validation):
-        values = [np.asarray(one.get(name, [np.nan])) for one in by_seed(validation[shipped(arm, validation)])]
+        values = [
+            np.asarray(one.get(name, [np.nan])) for one in by_seed(validation[shipped(arm, validation, controls)])
+        ]
         mean = float(np.mean([-one.mean() for one in values]))
         if np.isfinite(mean):
             nll[arm] = mean
@@ -202,7 +213,7 @@ def _selection(metrics: dict, validation: dict) -> dict:
 
 def _label(arm: str) -> str:
     return arm.removesuffix(POST_HOC).replace("_", " ").replace("/seed-", ", seed ") + (
-        ", as shipped" if arm.endswith(POST_HOC) else ""
+        ", one temperature" if arm.endswith(POST_HOC) else ""
     )
 
 
@@ -396,7 +407,7 @@ def page(metrics: dict, pictures: dict, provenance: dict) -> str:
         general=[s for s in metrics["summary"] if s["set"] is None and s["kind"] != "headline"],
         columns=COLUMNS,
         target=DEFAULT_TARGET,
-        best=shipped(metrics["selection"]["best"] or FOCUS, metrics["arms"]),
+        best=shipped(metrics["selection"]["best"] or FOCUS, metrics["arms"], metrics.get("controls", ())),
         arms=ARMS,
         label=_label,
         plain={key: value for key, value in provenance.items() if not isinstance(value, dict | list)},

@@ -48,8 +48,8 @@ def report(recipe, arms: list[str], lost: dict[str, dict]) -> None:
 
     folder, tests = recipe.run_folder / "report", list(recipe.datasets.test)
     calibration = json.loads((recipe.run_folder / "calibration.json").read_text(encoding="utf-8"))
-    closing = closing_temperatures(recipe)
-    found = collect(folder / "answers", arms, closing, tests, calibration)
+    closing, controls = closing_temperatures(recipe)
+    found = collect(folder / "answers", arms, closing | controls, tests, calibration)
     fitted = (f"{name} with {method} {value:.3g}" for name, (method, value) in found.fitted.items())
     status(f"evaluate: measured as fitted on validation: {', '.join(fitted) or 'nothing'}")
     for name, reason in found.omitted.items():
@@ -71,25 +71,26 @@ def report(recipe, arms: list[str], lost: dict[str, dict]) -> None:
         outside=found.outside,
         lost=lost,
         closing=closing,
+        controls=controls,
         training={arm: training_log(recipe, arm) for arm in recipe.students},
     )
 
 
-def closing_temperatures(recipe) -> dict[str, float]:
-    """{student: its closing temperature}: the one that it carries, or one fitted here where it carries none."""
+def closing_temperatures(recipe) -> tuple[dict[str, float], dict[str, float]]:
+    """{student: the closing temperature that it carries}, {student that carries none: one fitted here, a control}."""
     from first_trl.evaluation import VALIDATION, closing_of, read_answers
     from first_trl.student import CLOSING_FILE
 
-    temperatures = {}
+    carried, controls = {}, {}
     for student in recipe.students if recipe.task.choices else []:
         file = recipe.run_folder / "students" / student / CLOSING_FILE
         if file.is_file():
-            closing = json.loads(file.read_text(encoding="utf-8"))
+            carried[student] = json.loads(file.read_text(encoding="utf-8"))["temperature"]
         else:
             answers = recipe.run_folder / "report" / "answers" / student / f"{VALIDATION}.parquet"
             closing = closing_of(read_answers(answers), f"{student} on {VALIDATION}", recipe.evaluate.seed)
-        temperatures[student] = closing["temperature"]
-    return temperatures
+            controls[student] = closing["temperature"]
+    return carried, controls
 
 
 def measured_sets(recipe) -> dict:
