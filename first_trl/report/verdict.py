@@ -206,7 +206,7 @@ def _diagnosis(metrics: dict, focus: str, name: str) -> list[dict]:
     sentences = [_say("note", f"{text}{corrects}.", name)]
     control = _shipped(metrics, "fine_tuned")
     pair, found = pairs.get("teacher", {}).get(control), measured(metrics, control, name)
-    bought = pairs.get(shipped(focus, arms), {}).get(control, {})
+    bought = pairs.get(_shipped(metrics, focus), {}).get(control, {})
     won = "win" in (outcome(bought.get("accuracy"), False), outcome(bought.get("nll"), True))
     stronger = not pair or outcome(pair.get("accuracy"), False) in ("win", "unknown")
     if focus != "fine_tuned" and found and not stronger and not won:
