@@ -302,6 +302,7 @@ def usage_code(facts: CardFacts) -> str:
         json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
     )
     task, closing = facts.recipe.get("task") or {}, facts.closing or {}
+    whole_answers = bool(closing) and not closing.get("choice_token_ids")
     return (
         environment.from_string((Path(__file__).parent / "usage.jinja").read_text("utf-8"))
         .render(
@@ -312,8 +313,8 @@ def usage_code(facts: CardFacts) -> str:
                 "chat": task.get("chat_template_kwargs") or {},
                 "temperature": closing.get("temperature", 1.0),
                 "choice_ids": closing.get("choice_token_ids"),
-                "whole_answers": bool(closing) and not closing.get("choice_token_ids"),
-                "fields": _fields(task.get("prompt")),
+                "whole_answers": whole_answers,
+                "fields": _fields(task.get("prompt")) if whole_answers else {},
             }
         )
         .strip()
