@@ -386,7 +386,7 @@ def require(recipe: Recipe, *names: str, full: bool = False) -> None:
 def init_distributed(timeout: timedelta | None = None):
     """Join the processes that `accelerate launch` started; returns accelerate's `PartialState`.
 
-    Without an accelerator, accelerate takes each process for the only one unless it is told to use the CPU.
+    Without an accelerator, accelerate takes each process for the only one unless it is set to use the CPU.
 
     Args:
         timeout: how long processes that are done wait for the others; one that dies still ends the job.

@@ -158,7 +158,7 @@ class CacheWriter:
         return describe_differences(job, mine)
 
     def _job_of(self, file: Path) -> dict | None:
-        """The job that wrote a shard; None for a damaged one, which is made again."""
+        """The job that wrote a shard; None for a damaged one, which is written anew."""
         try:
             metadata = pq.read_metadata(file).metadata or {}
             if _JOB_KEY in metadata:
@@ -186,7 +186,7 @@ class CacheWriter:
                 if [metadata.get(key) for key in (_JOB_KEY, _SHARD_KEY)] != self._signature(index):
                     return None
                 return parquet.read().cast(self.schema)
-        except (pa.ArrowException, ValueError, OSError):  # absent or damaged: it is made again
+        except (pa.ArrowException, ValueError, OSError):  # absent or damaged: it is written anew
             return None
 
     def write_shard(self, index: int, rows: Sequence[dict]) -> None:

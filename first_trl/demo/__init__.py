@@ -37,7 +37,7 @@ def prepare_demo(output_dir: str | Path, seed: int = 0) -> Path:
     from .task import write_task
 
     write_models(folder / "models", seed, seen=write_task(folder / "data", seed))
-    stamp.write_text(json.dumps(made_from), encoding="utf-8")  # last: without it, all of this is made again
+    stamp.write_text(json.dumps(made_from), encoding="utf-8")  # last: without it the folder is incomplete
     _say(f"wrote {folder} in {time.monotonic() - started:.0f} s")
     return RECIPE
 
