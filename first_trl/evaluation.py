@@ -4,20 +4,15 @@ An arm's answers to a set are kept as a file, one line per example: the K most p
 log-probabilities and the tail, which of them is the label, and the log-probabilities of the declared choices. Every
 measurement is made from those files, so a report can be written again without a model.
 
-Where a choice is several tokens, an answer is the whole completion, and its probability the product of its tokens'.
-Then the C choices stand where the K tokens stand elsewhere, known by their numbers, and the tail is every other text:
-the prediction is the most probable choice, its confidence the probability that the model writes exactly that, not
-normalised over the choices. An undeclared answer is never predicted; its probability lowers the confidence.
+Where a choice is several tokens, an answer is the whole completion: the C choices stand where the K tokens stand
+elsewhere, known by their numbers, and the tail is every other text. A choice's probability is then that of writing
+exactly it, so an undeclared answer is never predicted and lowers the confidence. Free text, where a task declares no
+choices, is measured by each learned token that no template forces; a resample draws its answers as wholes.
 
-Free text, where a task declares no choices, is measured by its tokens: each learned one that no template forces. A
-resample draws answers, whose tokens are not independent, as wholes.
+Two recalibrations are applied to answers that were already given: `teacher_recalibrated` is the teacher under the
+value in `calibration.json`, `<arm>_post_hoc` a student under its closing temperature, as `predict` states it.
 
-Two recalibrations are applied to answers that were already given. `teacher_recalibrated` is the teacher under the
-value in `calibration.json` (fitted again where answers have several tokens, since that value is for single ones).
-`<arm>_post_hoc` is a student under its closing temperature, as `predict` states its confidence: one scalar, fitted on
-validation by NLL over the student's own probabilities, among the choices where there are choices.
-
-Shapes: N examples, K kept tokens, C choices, G temperatures, R resamples.
+Shapes: N examples, K kept tokens, C choices.
 """
 
 from pathlib import Path
@@ -74,35 +69,28 @@ def answer_set(
             or a row.
     """
     examples = [encode_example(task, tokenizer, row) for row in dataset]
-    prompts = [example["input_ids"][: example["num_prompt_tokens"]] for example in examples]
-    first_row = first_row or dataset[0]
+    first_row, top_k = first_row or dataset[0], min(top_k, len(tokenizer) - 1)
     if not task.choices:
         forced = forced_tokens(task, tokenizer, first_row)
-        return _token_answers(
-            model, examples, forced, tokens_per_batch, start, min(top_k, len(tokenizer) - 1), len(tokenizer)
-        )
+        return _token_answers(model, examples, forced, tokens_per_batch, start, top_k, len(tokenizer))
     answers = choice_token_ids(task, tokenizer, first_row)
+    prompts = [example["input_ids"][: example["num_prompt_tokens"]] for example in examples]
+    written = [example["input_ids"][example["num_prompt_tokens"] :] for example in examples]
     if any(len(ids) > 1 for ids in answers):
         if support == "choices":
             raise FirstTrlError(
                 "cache.support: choices needs answers of one token, and task.choices has longer ones; set "
                 "cache.support: top_k."
             )
-        return _whole_answers(model, examples, prompts, answers, tokens_per_batch)
-    label_ids = [example["input_ids"][example["num_prompt_tokens"]] for example in examples]
-    choices = [ids[0] for ids in answers]
-    scores = answer_scores(
-        model,
-        prompts,
-        label_ids,
-        choices,
-        top_k=min(top_k, len(tokenizer) - 1),
-        tokens_per_batch=tokens_per_batch,
-        keep_choices=support == "choices",
-        vocab_limit=len(tokenizer),
-    )
-    columns = {name: list(values) for name, values in scores.items()} | {"label_id": label_ids}
-    return Dataset.from_dict(columns | {"choice_ids": [choices] * len(prompts)})
+        return _whole_answers(model, prompts, written, answers, tokens_per_batch)
+    labels, choices = [ids[0] for ids in written], [ids[0] for ids in answers]
+    limits = {"top_k": top_k, "tokens_per_batch": tokens_per_batch, "vocab_limit": len(tokenizer)}
+    scores = answer_scores(model, prompts, labels, choices, keep_choices=support == "choices", **limits)
+    return _as_rows(scores | {"label_id": labels, "choice_ids": [choices] * len(prompts)})
+
+
+def _as_rows(columns: dict) -> Dataset:
+    return Dataset.from_dict({name: list(values) for name, values in columns.items()})
 
 
 @torch.inference_mode()
@@ -117,7 +105,7 @@ def _token_answers(
         positions.append(np.flatnonzero(learned[1:]))
     kept, head = [i for i, places in enumerate(positions) if len(places)], language_model_head(innermost(model))
     rows, places = [examples[i]["input_ids"] for i in kept], [positions[i] for i in kept]
-    found: dict[str, list] = {}
+    blocks = []
     for indices, hidden_ND in hidden_states_at(model, rows, places, tokens_per_batch):
         labels_N = np.concatenate([np.asarray(rows[i])[places[i] + 1] for i in indices])
         ids_NK, log_probs_NK1 = top_k_log_probs(hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit)
@@ -132,24 +120,21 @@ def _token_answers(
             "label_log_prob": (logits_N2[:, 1] - logits_N2[:, 0] + log_probs_NK1[:, 0]).float().cpu().numpy(),
             "example": np.concatenate([np.full(len(places[i]), start + kept[i]) for i in indices]),
         }
-        for name, values in block.items():
-            found.setdefault(name, []).append(values)
-    columns = {name: np.concatenate(values) for name, values in found.items()}
+        blocks.append(block)
+    columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     order = np.argsort(columns["example"], kind="stable")  # batches go by length, a report by rows
-    return Dataset.from_dict({name: list(values[order]) for name, values in columns.items()})
+    return _as_rows({name: values[order] for name, values in columns.items()})
 
 
-def _whole_answers(model, examples, prompts, answers: list[list[int]], tokens_per_batch: int) -> Dataset:
+def _whole_answers(model, prompts: list, written: list, answers: list[list[int]], tokens_per_batch: int) -> Dataset:
     """The columns of `answer_set` where a choice is several tokens: ids are numbers of choices."""
-    number = {tuple(ids): c for c, ids in enumerate(answers)}
-    written = [tuple(example["input_ids"][example["num_prompt_tokens"] :]) for example in examples]
-    strange = [i for i, ids in enumerate(written) if ids not in number]
-    if strange:
-        raise FirstTrlError(
-            f"row {strange[0]}: the tokens of its answer, {list(written[strange[0]])}, are those of no choice after "
-            "the first row's prompt. Raise task.max_length if it was cut, or let every prompt end in the same text."
-        )
-    labels = np.array([number[ids] for ids in written])
+    for row, ids in enumerate(written):
+        if ids not in answers:
+            raise FirstTrlError(
+                f"row {row}: the tokens of its answer, {ids}, are those of no choice after the first row's prompt. "
+                "Raise task.max_length if it was cut, or let every prompt end in the same text."
+            )
+    labels = np.array([answers.index(ids) for ids in written])
     choice_log_probs = sequence_log_probs(model, prompts, answers, tokens_per_batch=tokens_per_batch)
     order = np.argsort(-choice_log_probs, axis=1, kind="stable")
     columns = {
@@ -160,9 +145,9 @@ def _whole_answers(model, examples, prompts, answers: list[list[int]], tokens_pe
         "label_log_prob": choice_log_probs[np.arange(len(labels)), labels],
         "choice_ids": np.tile(np.arange(len(answers)), (len(labels), 1)),
         "choice_log_probs": choice_log_probs,
-        "answer_tokens": np.array([len(ids) for ids in written]),
+        "answer_tokens": [len(ids) for ids in written],
     }
-    return Dataset.from_dict({name: list(values) for name, values in columns.items()})
+    return _as_rows(columns)
 
 
 def _with_tail(log_probs_NK: np.ndarray) -> np.ndarray:
@@ -189,26 +174,17 @@ def answer_sets(path: str | Path, section: dict, sets: dict[str, tuple], folder:
     for name, ((dataset, *_), task) in sets.items():
         size, count = len(dataset), state.num_processes
         mine = range(size * state.process_index // count, size * (state.process_index + 1) // count)
-        part = folder / f".{name}.{state.process_index}.parquet"
+        parts = [folder / f".{name}.{index}.parquet" for index in range(count)]
         if mine:
             settings |= {"first_row": dataset[0], "start": mine.start}
             answers = answer_set(model, dataset.select(mine), task, tokenizer, **settings)
-            pq.write_table(answers.data.table, part)
+            pq.write_table(answers.data.table, parts[state.process_index])
         state.wait_for_everyone()
         if state.is_main_process:
-            parts = [folder / f".{name}.{index}.parquet" for index in range(count)]
             with replace_atomically(folder / f"{name}.parquet") as whole:
                 pq.write_table(pa.concat_tables([pq.read_table(part) for part in parts if part.is_file()]), whole)
             for part in parts:
                 part.unlink(missing_ok=True)
-
-
-def closing_of(answers: dict[str, np.ndarray], place: str, seed: int = 0) -> dict:
-    """`closing_calibration` of a student's answers to validation."""
-    predictions(answers, place)  # refuses what is not a number
-    is_label_NC = answers["choice_ids"] == answers["label_id"][:, None]
-    ids = None if _are_whole(answers) else answers["choice_ids"][0].tolist()
-    return closing_calibration(answers["choice_log_probs"], is_label_NC, seed=seed) | {"choice_token_ids": ids}
 
 
 def read_answers(path: str | Path) -> dict[str, np.ndarray]:
@@ -259,10 +235,18 @@ def predictions(answers: dict[str, np.ndarray], place: str = "these answers") ->
     for name, values in result.items():
         if np.isnan(values).any():
             raise FirstTrlError(
-                f"{place}: the {name} of row {int(np.isnan(values).argmax())} is not a number. The model that gave "
-                "these answers is damaged, or its training diverged; look at its log, and train it again."
+                f"{place}: the {name} of row {int(np.isnan(values).argmax())} is not a number. The model is damaged, "
+                "or its training diverged; look at its log, and train it again."
             )
     return result
+
+
+def closing_of(answers: dict[str, np.ndarray], place: str, seed: int = 0) -> dict:
+    """`closing_calibration` of a student's answers to validation."""
+    predictions(answers, place)  # refuses what is not a number
+    is_label_NC = answers["choice_ids"] == answers["label_id"][:, None]
+    ids = None if "answer_tokens" in answers else answers["choice_ids"][0].tolist()
+    return closing_calibration(answers["choice_log_probs"], is_label_NC, seed=seed) | {"choice_token_ids": ids}
 
 
 def test_task(task: TaskConfig, overrides: dict | None) -> TaskConfig:
@@ -279,16 +263,14 @@ def recalibrated_answers(answers: dict[str, np.ndarray], method: str, value: flo
     A map that leaves no tail gives probability 0 to a choice outside the row. It is then applied to the choices
     themselves, which `choices_outside` (N,) marks.
     """
-    rows = torch.from_numpy(answers["log_probs"].astype(np.float32))
-    recalibrated = recalibrate(rows, method, value).numpy()
+    recalibrated = recalibrate(torch.from_numpy(answers["log_probs"].astype(np.float32)), method, value).numpy()
     with np.errstate(invalid="ignore"):  # -inf - -inf where neither tail has any mass
         tail_moved = recalibrated[:, [-1]] - answers["log_probs"][:, [-1]]
 
     def moved(ids: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
         is_token = answers["token_ids"][:, None, :] == ids[:, :, None]  # (N, C, K)
-        spread = recalibrated[:, None, :-1].repeat(ids.shape[1], 1)
-        in_row = np.take_along_axis(spread, is_token.argmax(-1)[..., None], -1)
-        return np.where(is_token.any(-1), in_row[..., 0], log_probs + tail_moved)
+        in_row = np.take_along_axis(recalibrated[:, :-1], is_token.argmax(-1), axis=1)
+        return np.where(is_token.any(-1), in_row, log_probs + tail_moved)
 
     result = answers | {"log_probs": recalibrated}
     result["label_log_prob"] = moved(answers["label_id"][:, None], answers["label_log_prob"][:, None])[:, 0]
@@ -297,8 +279,7 @@ def recalibrated_answers(answers: dict[str, np.ndarray], method: str, value: flo
         choices = moved(answers["choice_ids"], own)
         outside = np.isfinite(own).all(axis=1) & ~np.isfinite(choices).all(axis=1)
         if outside.any():
-            whole_row = torch.from_numpy(_with_tail(own[outside]))
-            choices[outside] = recalibrate(whole_row, method, value)[:, :-1].numpy()
+            choices[outside] = recalibrate(torch.from_numpy(_with_tail(own[outside])), method, value)[:, :-1].numpy()
         result |= {"choice_log_probs": choices, "choices_outside": outside}
     if "tail_max_log_prob" in answers:
         with np.errstate(invalid="ignore"):
@@ -310,18 +291,17 @@ def recalibrated_answers(answers: dict[str, np.ndarray], method: str, value: flo
 def shipped_answers(answers: dict[str, np.ndarray], temperature: float) -> dict[str, np.ndarray]:
     """A student's answers under its closing temperature: p_c^(1/T) among the choices, whose sum stays what it was."""
     own_NC, is_label = answers["choice_log_probs"], answers["choice_ids"] == answers["label_id"][:, None]
-    mass_N1 = np.logaddexp.reduce(own_NC, axis=1, keepdims=True)
-    choices_NC = mass_N1 + np.log(choice_shares(own_NC, temperature))
+    choices_NC = np.logaddexp.reduce(own_NC, axis=1, keepdims=True) + np.log(choice_shares(own_NC, temperature))
     is_choice = (answers["token_ids"][:, :, None] == answers["choice_ids"][:, None, :]).any(-1)
     others_NK = np.where(is_choice, -np.inf, answers["log_probs"][:, :-1])
-    num_others = others_NK.shape[1]
+    known = is_label.any(1)
+    column = np.where(known, is_label.argmax(1), is_label.shape[1])
+    label_log_prob = np.where(known, np.where(is_label, choices_NC, 0).sum(1), answers["label_log_prob"])
     return answers | {
         "token_ids": np.concatenate([answers["token_ids"], answers["choice_ids"]], axis=1),
         "log_probs": _with_tail(np.concatenate([others_NK, choices_NC], axis=1)),
-        "target": np.where(is_label.any(1), num_others + is_label.argmax(1), num_others + is_label.shape[1]),
-        "label_log_prob": np.where(
-            is_label.any(1), np.where(is_label, choices_NC, 0).sum(1), answers["label_log_prob"]
-        ),
+        "target": others_NK.shape[1] + column,
+        "label_log_prob": label_log_prob,
         "choice_log_probs": choices_NC,
     }
 
@@ -380,25 +360,24 @@ def _add_recalibrated_teacher(found: Collected, sets: dict[str, dict], calibrati
     """Add `teacher_recalibrated`, or why it cannot be measured: a smoothing can be more than a row has to give."""
     name, rows = "teacher_recalibrated", sets[VALIDATION]
     method, value = calibration["method"], calibration["value"]
-    if _are_whole(rows):
+    if "answer_tokens" in rows:  # the value in calibration.json is for single tokens
         settings: dict = {"criterion": calibration["criterion"], "num_bins": calibration["num_bins"]}
         given = rows["log_probs"], rows["target"]
         if "choice" in calibration:
             method = choose_family(*given, list(calibration["choice"]["scores"]), **settings).method
         value = search(*given, method=method, **settings).value
     if method == "label_smoothing" and value is not None:
-        first = {test: np.exp(answers["log_probs"][:, 0].min()) for test, answers in sets.items()}
-        short = [f"of the rows of {test}, one has {least:.3g} there" for test, least in first.items() if least < value]
+        least = {test: np.exp(answers["log_probs"][:, 0].min()) for test, answers in sets.items()}
+        short = [f"a row of {test} has {first:.3g} there" for test, first in least.items() if first < value]
         if short:
             taken = f"label smoothing takes {value:.3g} from the first token's probability"
             found.omitted[name] = f"{taken}, and {'; '.join(short)}"
             return
-    recalibrated = {test: recalibrated_answers(answers, method, value) for test, answers in sets.items()}
-    found.fitted[name] = method, value
-    found.predictions[name] = {test: predictions(rows, f"{name} on {test}") for test, rows in recalibrated.items()}
-    outside = {
-        test: int(rows["choices_outside"].sum()) for test, rows in recalibrated.items() if "choices_outside" in rows
-    }
+    found.fitted[name], found.predictions[name], outside = (method, value), {}, {}
+    for test, answers in sets.items():
+        recalibrated = recalibrated_answers(answers, method, value)
+        found.predictions[name][test] = predictions(recalibrated, f"{name} on {test}")
+        outside[test] = int(recalibrated.get("choices_outside", np.zeros(1)).sum())
     if any(outside.values()):
         found.outside[name] = {test: count for test, count in outside.items() if count}
 
@@ -415,29 +394,19 @@ def by_arm(collected: dict[str, dict]) -> dict[str, dict]:
     }
 
 
-def _are_whole(rows: dict) -> bool:
-    """Whether these answers are whole texts of several tokens, and not single tokens."""
-    return "answer_tokens" in rows
-
-
 def teacher_curves(folder: Path, tests: list[str], calibration: dict) -> dict[str, dict[str, list[dict]]]:
     """{method: {set: curve}}: the teacher's error on the test sets at the values that the search tried on validation.
 
     For the eye alone: no value is ever chosen by it. None where answers have several tokens and the search had one.
     """
     answers = {name: read_answers(folder / "teacher" / f"{name}.parquet") for name in tests}
-    return {
-        method: {
-            name: error_curve(
-                rows["log_probs"],
-                rows["target"],
-                method,
-                [point["value"] for point in family["curve"]],
-                calibration["num_bins"],
-            )
-            for name, rows in answers.items()
-            if not _are_whole(rows)
-        }
-        for method, family in calibration["families"].items()
-        if family["value"] is not None
-    }
+    curves: dict[str, dict[str, list[dict]]] = {}
+    for method, family in calibration["families"].items():
+        if family["value"] is not None:
+            values = [point["value"] for point in family["curve"]]
+            curves[method] = {
+                name: error_curve(rows["log_probs"], rows["target"], method, values, calibration["num_bins"])
+                for name, rows in answers.items()
+                if "answer_tokens" not in rows
+            }
+    return curves

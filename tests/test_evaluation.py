@@ -1,7 +1,6 @@
-"""Answers, what a recalibration makes of them, and the two views of confidence, against values worked out by hand."""
-
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from first_trl.errors import FirstTrlError
@@ -46,9 +45,6 @@ def test_a_temperature_moves_kept_tokens_and_leaves_the_tail():
     np.testing.assert_allclose(
         np.exp(recalibrated["choice_log_probs"]), [[*kept[0], 0.02], [kept[1, 1], 0.1, 0.03]], rtol=1e-5
     )
-
-
-def test_no_recalibration_changes_nothing():
     same = recalibrated_answers(ANSWERS, "none", None)
     for name in ("log_probs", "label_log_prob", "choice_log_probs"):
         np.testing.assert_allclose(same[name], ANSWERS[name], rtol=1e-5)
@@ -57,24 +53,22 @@ def test_no_recalibration_changes_nothing():
 def test_probability_recalibration_leaves_nothing_to_the_tail():
     recalibrated = recalibrated_answers(ANSWERS, "probability", 0.3)
     assert recalibrated["label_log_prob"][1] == -np.inf
-    assert predictions(recalibrated)["confidence"] == pytest.approx(
-        np.exp(np.array([0.6, 0.5]) / 0.3) / (np.exp(np.array([0.6, 0.5]) / 0.3) + np.exp(np.array([0.3, 0.2]) / 0.3)),
-        rel=1e-5,
-    )
+    odds = np.exp(np.array([[0.6, 0.3], [0.5, 0.2]]) / 0.3)
+    assert predictions(recalibrated)["confidence"] == pytest.approx(odds[:, 0] / odds.sum(axis=1), rel=1e-5)
+
+
+REVIEWS = {"text": ["the film is great", "a dull plot", "so slow"], "label": ["good", "bad", "bad"]}
 
 
 def test_answers_survive_their_file(make_model, tokenizer, tmp_path):
-    rows = Dataset.from_dict(
-        {"text": ["the film is great", "a dull plot", "so slow"], "label": ["good", "bad", "bad"]}
-    )
     task = TaskConfig(prompt="Review : {text} Sentiment :", completion=" {label}", choices=["good", "bad"])
     model = make_model(vocab_size=len(tokenizer)).eval()
-    answers = answer_set(model, rows, task, tokenizer, top_k=5, tokens_per_batch=32)
+    answers = answer_set(model, Dataset.from_dict(REVIEWS), task, tokenizer, top_k=5, tokens_per_batch=32)
     answers.to_parquet(tmp_path / "answers.parquet")
     read = read_answers(tmp_path / "answers.parquet")
     assert read["log_probs"].shape == (3, 6) and read["choice_log_probs"].shape == (3, 2)
     np.testing.assert_allclose(np.exp(read["log_probs"]).sum(axis=1), 1, atol=1e-5)
-    assert [tokenizer.decode(int(i)) for i in read["label_id"]] == ["good", "bad", "bad"]
+    assert tokenizer.convert_ids_to_tokens(read["label_id"]) == REVIEWS["label"]
 
 
 def test_a_test_set_can_have_templates_of_its_own():
@@ -84,8 +78,6 @@ def test_a_test_set_can_have_templates_of_its_own():
 
 
 def test_free_text_is_measured_by_every_learned_token_but_the_end_and_resampled_by_answer(make_model, tokenizer):
-    import torch
-
     rows = Dataset.from_dict(
         {"text": ["the film", "a dull plot", "so"], "answer": ["is great fun", "bad", "slow and sad"]}
     )
@@ -175,24 +167,22 @@ def sampled(size, temperature, seed=0):
     return 0.98 * stated, right
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0, 8.0])
-def test_the_closing_temperature_finds_what_was_planted_and_stays_1_where_it_cannot_tell(tmp_path, temperature):
-    write_answers(tmp_path / "validation", *sampled(3000, temperature))
-    closing = closing_of(read_answers(tmp_path / "validation.parquet"), "first")
-    low, high = closing["interval"]
-    assert low < temperature < high and closing["fitted"] == pytest.approx(temperature, rel=0.12)
-    assert closing["temperature"] == (1.0 if temperature == 1 else closing["fitted"])
-    assert closing["nll_after"] <= closing["nll_before"] and closing["scope"] == "choices"
-
-
 @pytest.mark.parametrize(
-    ("size", "temperature", "why"),
-    [(40, 3.0, "fewer than 50"), (200, 1.1, "contains 1")],
+    ("size", "planted", "why"),
+    [
+        (3000, 0.6, "not contain 1"),
+        (3000, 8.0, "not contain 1"),
+        (3000, 1.0, "contains 1"),
+        (40, 3.0, "fewer than 50"),
+    ],
 )
-def test_a_temperature_that_validation_cannot_tell_is_1_and_says_why(tmp_path, size, temperature, why):
-    write_answers(tmp_path / "validation", *sampled(size, temperature))
+def test_the_closing_temperature_finds_what_was_planted_and_stays_1_where_it_cannot_tell(tmp_path, size, planted, why):
+    write_answers(tmp_path / "validation", *sampled(size, planted))
     closing = closing_of(read_answers(tmp_path / "validation.parquet"), "first")
-    assert closing["temperature"] == 1 and why in closing["why"]
+    assert why in closing["why"] and closing["temperature"] == (closing["fitted"] if why == "not contain 1" else 1.0)
+    low, high = closing["interval"]
+    assert low < planted < high and closing["nll_after"] <= closing["nll_before"] and closing["scope"] == "choices"
+    assert size < 50 or closing["fitted"] == pytest.approx(planted, rel=0.12)
 
 
 def test_shipped_answers_are_powers_of_the_shares_and_keep_the_mass_of_the_choices():
@@ -204,9 +194,7 @@ def test_shipped_answers_are_powers_of_the_shares_and_keep_the_mass_of_the_choic
     found, before = predictions(shipped), predictions(ANSWERS)
     np.testing.assert_allclose(found["choice_confidence"], shares.max(axis=1))
     assert found["correct"].tolist() == before["correct"].tolist()
-    assert found["confidence"][1] == pytest.approx(0.5), (
-        "the likeliest token is none of the choices, and stays as it was"
-    )
+    assert found["confidence"][1] == pytest.approx(0.5), "the likeliest token is none of the choices"
     same = predictions(shipped_answers(ANSWERS, 1.0))
     for name in before:
         np.testing.assert_allclose(same[name], before[name], rtol=1e-6)
@@ -217,7 +205,7 @@ def test_every_student_has_a_control_under_its_closing_temperature(tmp_path):
         for name in ("validation", "easy"):
             write_answers(tmp_path / model / name, *sampled(80, 2.0))
     closing = {"fine_tuned": 1.0, "first/seed-1": 2.0, "first/seed-2": 1.5}
-    calibration = {"method": "temperature", "value": 0.5, "criterion": "ece", "num_bins": 10}
+    calibration = {"method": "temperature", "value": 0.5}
     found = collect(tmp_path, ["teacher", *closing], closing, ["easy"], calibration)
     controls = {"teacher_recalibrated", "fine_tuned_post_hoc", "first_post_hoc/seed-1", "first_post_hoc/seed-2"}
     assert set(found.predictions) == {"teacher", *closing, *controls} and found.omitted == {} == found.outside
@@ -227,10 +215,10 @@ def test_every_student_has_a_control_under_its_closing_temperature(tmp_path):
 def test_a_recalibrated_teacher_is_left_out_where_a_row_has_less_on_its_first_token_than_smoothing_takes(tmp_path):
     for name, first in (("validation", 0.9), ("easy", 0.9), ("hard", 0.5)):
         write_answers(tmp_path / "teacher" / name, [0.9, first], [True, False])
-    calibration = {"method": "label_smoothing", "value": 0.6, "criterion": "ece", "num_bins": 10}
+    calibration = {"method": "label_smoothing", "value": 0.6}
     found = collect(tmp_path, ["teacher"], {}, ["easy", "hard"], calibration)
     assert set(found.predictions) == {"teacher"} and found.fitted == {}
     reason = found.omitted["teacher_recalibrated"]
-    assert "label smoothing takes 0.6" in reason and "of hard, one has 0.5 there" in reason and "easy" not in reason
+    assert "label smoothing takes 0.6" in reason and "a row of hard has 0.5 there" in reason and "easy" not in reason
     found = collect(tmp_path, ["teacher"], {}, ["easy"], calibration | {"value": 0.4})
     assert "teacher_recalibrated" in found.predictions
