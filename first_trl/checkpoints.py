@@ -36,23 +36,22 @@ class ShowProgress(TrainerCallback):
     """A bar with the loss and the time that is left; what the trainer logs goes to the log alone."""
 
     def __init__(self, title: str):
-        self.title = title
+        self.title, self.loss = title, ""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._progress = Progress(self.title, state.max_steps)
-        self._progress.n = state.global_step
-        self._loss = ""
+        self.progress = Progress(self.title, state.max_steps)
+        self.progress.n = self.progress.initial = state.global_step  # an earlier attempt's tell nothing about time
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._progress.update(state.global_step - self._progress.n, self._loss)
+        self.progress.update(state.global_step - self.progress.n, self.loss)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
             print(f"step {state.global_step}: {json.dumps(logs)}")
-            self._loss = f"loss {float(logs['loss']):.3g}" if "loss" in logs else self._loss
+            self.loss = f"loss {float(logs['loss']):.3g}" if "loss" in logs else self.loss
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._progress.close()
+        self.progress.close()
 
 
 def watch(trainer, title: str) -> None:
@@ -66,8 +65,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint whose files are as listed, None without one; says which newer ones are not."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        problem = damage(path)
-        if problem is None:
+        if (problem := _damage(path)) is None:
             return str(path)
         status(f"{path.name} cannot be resumed from: {problem}; going back to the one before it, if there is one")
     return None
@@ -79,18 +77,18 @@ def remove_checkpoints(folder: Path) -> None:
         shutil.rmtree(old)
 
 
-def damage(checkpoint: Path) -> str | None:
+def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None if nothing is."""
     try:
         listed = json.loads((checkpoint / LIST).read_text(encoding="utf-8"))
-        if not any(name.startswith(("optimizer", "global_step")) for name in listed):
-            return "it has no state of the optimizer (save_only_model)"
         wrong = [name for name, made in listed.items() if _described(checkpoint / name) != made]
     except FileNotFoundError as error:
         name = Path(error.filename).name
         return "it was not written to its end" if name == LIST else f"{name} is missing"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"{LIST} cannot be read ({error})"
+    except (OSError, ValueError, AttributeError):
+        return f"{LIST} cannot be read"
+    if not any(name.startswith(("optimizer", "global_step")) for name in listed):
+        return "it has no state of the optimizer (save_only_model)"
     return f"{wrong[0]} is not as it was written" if wrong else None
 
 

@@ -47,59 +47,35 @@ def follow_parent() -> bool:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         os.kill(int(os.environ[PARENT]), 0)
-    except ProcessLookupError:  # it ended before we could ask to be told
+    except ProcessLookupError:  # it ended before we could ask for a signal
         raise Terminated from None
     return True
 
 
 def run_child(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command in a process group of its own, passing on SIGINT and SIGTERM; returns its exit status.
+    """Run a command in a process group of its own, passing on Ctrl-C and SIGTERM; returns its exit status.
 
     A second signal, or the end of the grace, kills the group. The status of a killed command is 128 + the signal.
     """
-    process: subprocess.Popen | None = None
-    received: list[int] = []
+    environment = {**environment, PARENT: str(os.getpid())}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
 
     def to_group(number: int) -> None:
-        if process is not None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, number)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
 
-    def pass_on(number, frame):
-        received.append(number)
-        to_group(number if len(received) == 1 else signal.SIGKILL)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, pass_on)
     try:
-        process = subprocess.Popen(
-            command, env={**environment, PARENT: str(os.getpid())}, stdin=subprocess.DEVNULL, process_group=0
-        )
-        if received:
-            to_group(received[0])
-        code = _wait(process, received)
-        if received or code < 0:
-            to_group(signal.SIGKILL)  # what is left of the group
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return 128 + received[0] if received else 128 - code if code < 0 else code
-
-
-def _wait(process: subprocess.Popen, received: list[int]) -> int:
-    """Wait for the end of a process, for no longer than the grace once a signal was received."""
-    left = GRACE
-    while True:
-        try:
-            return process.wait(timeout=0.5)
-        except subprocess.TimeoutExpired:
-            left -= 0.5 if received else 0
-            if left <= 0:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+        code = process.wait()
+    except KeyboardInterrupt as error:
+        code = exit_status(error)
+        with suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+            to_group(code - 128)
+            process.wait(GRACE)
+        to_group(signal.SIGKILL)
+        process.wait()
+    if code < 0:
+        to_group(signal.SIGKILL)  # what is left of the group
+    return 128 - code if code < 0 else code
 
 
 def accelerate_launch() -> None:

@@ -4,6 +4,7 @@
 process. While [`recording`] is on, all else that is printed goes to the log, with the time and without secrets.
 """
 
+import io
 import logging
 import os
 import sys
@@ -14,13 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from tqdm import tqdm
+
 from .redaction import redacted
 
-PACKAGE = Path(__file__).parent
 POSITION = "FIRST_TRL_POSITION"  # environment: the place of this stage's job in the run, such as 3/7
 EVERY = 30.0  # seconds between two lines of progress without a terminal
-# Each hangs a handler of its own on its own logger when it is imported.
+# Each adds a handler of its own to its own logger when it is imported.
 LIBRARIES = ("transformers", "datasets", "huggingface_hub", "torch")
+
+_log: "RunLog | None" = None  # of this process, while `recording` is on
 
 
 def is_main_process() -> bool:
@@ -29,82 +33,60 @@ def is_main_process() -> bool:
 
 def screen():
     """Where the user reads: stderr, whatever is recorded."""
-    return getattr(sys.stderr, "screen", sys.stderr)
+    return _log.screen if _log else sys.stderr
 
 
 def status(line: str) -> None:
     """One line for the user, from the main process only."""
     if is_main_process():
-        show(f"[first-trl] {line}", quiet=getattr(sys.stderr, "quiet", False))
+        show(f"[first-trl] {line}", quiet=_log is not None and _log.quiet)
 
 
 def show(line: str, quiet: bool = False) -> None:
     """One line on the screen, above a bar that is being drawn, and in the log; control characters as `?`."""
-    if log := getattr(sys.stderr, "log", None):
-        log.add(line)
+    if _log:
+        _log.add(line)
     if not quiet:
-        line = "".join(character if character.isprintable() else "?" for character in line)  # no escapes of others
-        if "tqdm" in sys.modules:
-            sys.modules["tqdm"].tqdm.write(line, file=screen())
-        else:
-            print(line, file=screen(), flush=True)
+        tqdm.write("".join(letter if letter.isprintable() else "?" for letter in line), file=screen())
 
 
-class Progress:
-    """How far a stage is: a bar on a terminal, else a line every half minute.
+class Progress(tqdm):
+    """How far a stage is: a bar on a terminal, else a status line every half minute."""
 
-    Args:
-        title: of the job.
-        total: how many units it has; None where that is not known yet.
-        unit: what is counted.
-    """
+    monitor_interval = 0  # no thread
 
     def __init__(self, title: str, total: float | None = None, unit: str = "steps"):
-        position = os.environ.get(POSITION, "")
-        self.title, self.unit, self.total = f"{position} {title}".strip(), unit, total
-        self.n, self.note, self._started = 0.0, "", time.monotonic()
-        self._said, self._bar = self._started, None
-        if is_main_process() and not getattr(sys.stderr, "quiet", False) and screen().isatty():
-            from tqdm import tqdm
+        self.drawn = is_main_process() and screen().isatty() and not (_log and _log.quiet)
+        lines = "{desc}: {n_fmt} of {total_fmt}{unit}{postfix}; {remaining} left"
+        options = {} if self.drawn else {"mininterval": EVERY, "delay": EVERY, "bar_format": lines}
+        title, scale = f"{os.environ.get(POSITION, '')} {title}".strip(), unit == "tokens"
+        options |= {"unit_scale": scale, "dynamic_ncols": True, "leave": False, "miniters": 1, "smoothing": 0}
+        file = screen() if self.drawn else io.StringIO()  # what is not drawn needs not be moved by `show`
+        super().__init__(desc=title, total=total, unit=f" {unit}", file=file, **options)
 
-            options = {"unit": f" {unit}", "unit_scale": unit == "tokens", "dynamic_ncols": True, "leave": False}
-            self._bar = tqdm(desc=self.title, total=total, file=screen(), **options)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
-
-    def update(self, n: float = 1, note: str = "") -> None:
+    def update(self, n: float | None = 1, note: str = "") -> bool | None:
         """Count `n` more units; `note` is shown beside them, such as the loss."""
-        self.n, self.note = self.n + n, note or self.note
-        if self._bar is not None:
-            self._bar.total = self.total
-            self._bar.set_postfix_str(self.note, refresh=False)
-            self._bar.update(n)
-        elif time.monotonic() - self._said >= EVERY:
-            self._said = time.monotonic()
+        if note:
+            self.set_postfix_str(note, refresh=False)
+        return super().update(n)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
+        if self.drawn:
+            return super().display(msg, pos)
+        if msg is None:  # an empty one erases a bar
             status(str(self))
-
-    def __str__(self) -> str:
-        of = f" of {self.total:.0f}" if self.total else ""
-        left = ""
-        if self.total and self.n:
-            seconds = (time.monotonic() - self._started) * (self.total - self.n) / self.n
-            left = f"; {max(seconds, 0) / 60:.0f} min left" if seconds >= 90 else f"; {max(seconds, 0):.0f} s left"
-        return f"{self.title}: {self.n:.0f}{of} {self.unit}{f', {self.note}' if self.note else ''}{left}"
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        return False
 
 
-class RunLog:
-    """A file that lines are added to; several processes may add to it at the same time."""
+class RunLog(logging.Handler):
+    """A file that lines are added to; several processes may add to it at the same time.
 
-    def __init__(self, path: str | Path):
-        self.path, self._refused = Path(path), False
+    As a handler it shows errors, and what this package has to say, on the screen too.
+    """
+
+    def __init__(self, path: str | Path, quiet: bool = False):
+        super().__init__(logging.WARNING)
+        self.path, self.quiet, self.screen, self._refused = Path(path), quiet, screen(), False
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, text: str) -> None:
@@ -122,50 +104,38 @@ class RunLog:
     def add_traceback(self, error: BaseException) -> None:
         self.add("".join(traceback.format_exception(error)))
 
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("first_trl"):
+            show(f"[first-trl] {record.getMessage()}")
+        else:
+            message = f"{record.levelname.lower()}: {record.name}: {record.getMessage()}"
+            show(f"[first-trl] {message}") if record.levelno >= logging.ERROR else self.add(message)
+        if record.exc_info and record.exc_info[1] is not None:
+            self.add_traceback(record.exc_info[1])
 
-class _ToLog:
+
+class _Lines(io.TextIOBase):
     """A stream whose lines go to a log, each as a carriage return left it: the last state of a progress bar."""
 
-    def __init__(self, screen, log: RunLog, quiet: bool):
-        self.screen, self.log, self.quiet, self.line = screen, log, quiet, ""
+    def __init__(self, log: RunLog, stream):
+        self.log, self.stream, self.line = log, stream, ""
 
     def write(self, text: str) -> int:
-        *ended, self.line = (self.line + text).split("\n")
+        *ended, last = (self.line + text).split("\n")
         for line in ended:
-            self.log.add(_after_carriage_return(line))
-        self.line = _after_carriage_return(self.line)
+            self.log.add(_last_state(line))
+        self.line = _last_state(last)
         return len(text)
 
     def flush(self) -> None:
-        self.screen.flush()
+        self.stream.flush()
 
-    def isatty(self) -> bool:
-        return False
-
-    def __getattr__(self, name: str):
-        return getattr(self.screen, name)
+    def fileno(self) -> int:
+        return self.stream.fileno()
 
 
-def _after_carriage_return(line: str) -> str:
+def _last_state(line: str) -> str:
     return line[line.rfind("\r", 0, -1) + 1 :]
-
-
-class _LogHandler(logging.Handler):
-    """Records of loggers into the log; on the screen only errors, and what this package has to say."""
-
-    def __init__(self, log: RunLog):
-        super().__init__(logging.WARNING)
-        self.log = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        ours = record.name.startswith("first_trl")
-        message = f"{record.levelname.lower()}: {record.name}: {record.getMessage()}"
-        if ours or record.levelno >= logging.ERROR:
-            show(f"[first-trl] {record.getMessage() if ours else message}")
-        else:
-            self.log.add(message)
-        if record.exc_info and record.exc_info[1] is not None:
-            self.log.add_traceback(record.exc_info[1])
 
 
 @contextmanager
@@ -173,42 +143,40 @@ def recording(path: str | Path, *, quiet: bool = False, title: str = "") -> Iter
     """Send what this process prints to a log, and its status lines both there and to the screen.
 
     Args:
-        path: the log, added to.
         quiet: show nothing but errors and warnings of this package; the log has everything.
         title: first line of this recording, in the log alone.
     """
-    log = RunLog(path)
+    global _log
+    before, log = _log, RunLog(path, quiet)
     if title and is_main_process():
         log.add(f"--- {title}")
-    with redirect_stdout(_ToLog(sys.stdout, log, quiet)), redirect_stderr(_ToLog(sys.stderr, log, quiet)):
-        yield log
+    try:
+        with redirect_stdout(_Lines(log, sys.stdout)), redirect_stderr(_Lines(log, sys.stderr)):
+            _log = log
+            yield log
+    finally:
+        _log = before
 
 
 @contextmanager
 def libraries_into(log: RunLog) -> Iterator[None]:
     """Send the warnings and log records of other libraries to a log; imports those in [`LIBRARIES`]."""
+    for name in LIBRARIES:
+        __import__(name)
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-    def keep(message, category, filename, lineno, file=None, line=None):
-        if Path(filename).is_relative_to(PACKAGE):
-            show(f"[first-trl] {message}")
-        log.add(f"{category.__name__}: {filename}:{lineno}: {message}")
-
+    loggers = [logging.getLogger(), *map(logging.getLogger, LIBRARIES)]
+    before = [logger.handlers[:] for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        warnings.showwarning = keep
-        for name in LIBRARIES:
-            __import__(name)
-        from transformers.utils.logging import disable_progress_bar, enable_progress_bar
-
+        logging.captureWarnings(True)
         disable_progress_bar()  # of seconds of loading and saving weights; training has its own
-        handler = _LogHandler(log)
-        loggers = [logging.getLogger(), *map(logging.getLogger, LIBRARIES)]
-        before = [logger.handlers[:] for logger in loggers]
         for logger in loggers:
-            logger.handlers[:] = [handler]
+            logger.handlers[:] = [log]
         try:
             yield
         finally:
             enable_progress_bar()
+            logging.captureWarnings(False)
             for logger, handlers in zip(loggers, before, strict=True):
                 logger.handlers[:] = handlers

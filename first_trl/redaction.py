@@ -1,8 +1,7 @@
 """Keep what belongs to one machine out of what is published: local paths, the user's name, tokens.
 
 Paths are reduced to their last part, which is all that a reader elsewhere can use. What cannot be reduced safely is
-refused, never cut out: a file with a hole in it helps nobody. A log is the exception: it must go on, so secrets are
-cut out of its lines. Escaping for Markdown is not here.
+refused; only from a log, which must go on, secrets are cut out.
 """
 
 import os
@@ -11,6 +10,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from .constants import SECRET_VALUE
 from .errors import FirstTrlError
 
 # The words of prompts and answers may look like paths ("/", "~") and are none.
@@ -20,9 +20,7 @@ MODEL_PATH_KEYS = frozenset(
     {"base_model_name_or_path", "_name_or_path", "name_or_path", "tokenizer_file", "vocab_file"}
 )
 _PATH_START = re.compile(r"[/~]|\.\.?/|[A-Za-z]:[\\/]|\\\\|file://")
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
-_BEARER = re.compile(r"(\b[Bb]earer )[\w.~+/-]{8,}=*")
-_IN_ADDRESS = re.compile(r"(://[^\s/:@]*:)[^\s/@]+@")
+_BEARER = re.compile(r"(?<=\b[Bb]earer )[\w.~+/-]{8,}=*")
 _SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|key|credentials?)(_|$)", re.IGNORECASE)
 
 
@@ -63,7 +61,7 @@ def visible(text: str) -> str:
 
 def redacted(text: str) -> str:
     """A line for a log, without access tokens, passwords in addresses, and values of secret environment variables."""
-    text = _IN_ADDRESS.sub(r"\1(not shown)@", _BEARER.sub(r"\1(not shown)", _HUB_TOKEN.sub("(not shown)", text)))
+    text = SECRET_VALUE.sub("(not shown)", _BEARER.sub("(not shown)", text))
     for secret in _secret_values():
         text = text.replace(secret, "(not shown)")
     return text
@@ -78,16 +76,16 @@ def refuse_leaks(name: str, text: str) -> None:
     """Check a file that is about to be published.
 
     Raises:
-        ValueError: it holds an access token, the value of a secret environment variable, or a path of this machine.
+        FirstTrlError: it holds an access token, the value of a secret environment variable, or a path of this machine.
             The message names the file and the kind of leak, and never repeats a secret.
     """
-    if _HUB_TOKEN.search(text):
-        raise FirstTrlError(f"{name} holds a Hub access token; remove it from the recipe or the data, and revoke it")
-    for secret, variable in _secret_values().items():
-        if secret in text:
-            raise FirstTrlError(
-                f"{name} holds the value of the environment variable {variable}; remove it from the recipe"
-            )
-    for place in {str(Path.home()), str(Path.cwd())} - {"/"}:
-        if re.search(re.escape(place) + r"(?![\w.-])", text):
-            raise FirstTrlError(f"{name} holds the path {place} of this machine; write a relative path in the recipe")
+    here = {str(Path.home()), str(Path.cwd())} - {"/"}
+    leaks = ["an access token; revoke it"] if SECRET_VALUE.search(text) else []
+    leaks += [
+        f"the value of the environment variable {key}" for value, key in _secret_values().items() if value in text
+    ]
+    leaks += [f"the path {path} of this machine" for path in here if re.search(re.escape(path) + r"(?![\w.-])", text)]
+    if leaks:
+        raise FirstTrlError(
+            f"{name} holds {leaks[0]}; remove it from the recipe or the data, or write a relative path"
+        )

@@ -25,7 +25,8 @@ except KeyboardInterrupt as error:
 """
 PARENT = f"""
 import os, sys
-from first_trl.interrupts import run_child
+from first_trl.interrupts import raise_on_sigterm, run_child
+raise_on_sigterm()
 sys.exit(run_child([sys.executable, "-c", {STAGE!r}, sys.argv[1]], dict(os.environ)))
 """
 

@@ -61,7 +61,7 @@ def test_of_a_progress_bar_of_others_the_log_keeps_the_last_state(tmp_path, caps
 
 def test_progress_is_a_line_every_half_minute_without_a_terminal_and_names_its_place(tmp_path, capsys, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("first_trl.log.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     monkeypatch.setenv("FIRST_TRL_POSITION", "3/7")
     with recording(tmp_path / "log.txt"), Progress("distill.first", 1000) as progress:
         for _ in range(100):
@@ -69,7 +69,7 @@ def test_progress_is_a_line_every_half_minute_without_a_terminal_and_names_its_p
             progress.update(note="loss 0.5")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert lines[0] == "[first-trl] 3/7 distill.first: 43 of 1000 steps, loss 0.5; 11 min left"
+    assert lines[0] == "[first-trl] 3/7 distill.first: 43 of 1000 steps, loss 0.5; 11:09 left"
     assert lines[1] in (tmp_path / "log.txt").read_text()
 
 
@@ -198,11 +198,14 @@ def disk_errors():
     yield OSError(errno.EFBIG, "File too large"), "larger than the system allows"
     yield RuntimeError("SafetensorError: I/O error: Disk quota exceeded (os error 122)"), "quota is used up"
     yield RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "larger than"
-    yield RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 702848 vs 702740"), "it is full, or"
+    yield (
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 702848 vs 702740"),
+        "disk is full, or",
+    )
     yield PermissionError(errno.EROFS, "Read-only file system", "/mnt/teacher"), "/mnt/teacher cannot be"
 
 
-@pytest.mark.parametrize(("error", "name"), disk_errors())
+@pytest.mark.parametrize(("error", "name"), list(disk_errors()))
 def test_a_disk_that_takes_no_more_is_called_that(error, name):
     told = failures.explain(error, "sft")
     assert name in told and "output_dir" in told and "damaged" not in told
