@@ -1,11 +1,13 @@
-"""Files that are never seen half-written, what identifies a file, and the lock of whoever writes one.
+"""Files and folders that are never seen half-written, what identifies a file, and the lock of whoever writes one.
 
-Every file that the package writes for later reading goes through `write_atomically` or `replace_atomically`.
+Every file that the package writes for later reading goes through `write_atomically` or `replace_atomically`. A folder
+that takes long is made in `new_folder`, and exchanged for the finished one when all of it is there.
 """
 
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +51,15 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def read_json(file: Path) -> dict | None:
+    """The mapping in a JSON file; None where there is no such file, or it is damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def file_digest(path: str | Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
@@ -62,16 +73,12 @@ class Digests:
     time is noticed. Files below a MiB are always read.
 
     Args:
-        path: where the digests are kept; one that cannot be read is begun again.
+        path: where the digests are kept.
         full: read every file, and update what is kept.
     """
 
-    def __init__(self, path: Path | None = None, full: bool = False):
-        self.path, self.full, self._known, self._changed = path, full, {}, False
-        if path is not None:
-            with suppress(OSError, ValueError):
-                known = json.loads(path.read_text(encoding="utf-8"))
-                self._known = known if isinstance(known, dict) else {}
+    def __init__(self, path: Path, full: bool = False):
+        self.path, self.full, self._known, self._changed = path, full, read_json(path) or {}, False
 
     def of(self, file: Path) -> str:
         """The digest of a file's content."""
@@ -85,7 +92,7 @@ class Digests:
 
     def save(self) -> None:
         """Keep what was read; a place that cannot be written only means that it is read again."""
-        if self._changed and self.path is not None:
+        if self._changed:
             with suppress(OSError):
                 write_atomically(self.path, json.dumps(self._known))
             self._changed = False
@@ -95,6 +102,27 @@ def files_of(folder: Path) -> list[str]:
     """The files below a folder, as sorted relative paths, without hidden ones."""
     names = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
     return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+
+
+def new_folder(folder: Path) -> Path:
+    """Where the successor of a finished folder is made: on the same disk, whatever `folder` links to."""
+    folder = folder.resolve()
+    return folder.parent / ".new" / folder.name
+
+
+def exchange(run: Path, folders: tuple[str, ...]) -> None:
+    """Let new folders (relative to the run folder) take the place of finished ones; a kill leaves either whole."""
+    for folder in folders:
+        target, new = (run / folder).resolve(), new_folder(run / folder)
+        old = new.with_name(f"{new.name}.old")
+        if new.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # there is none, or another job's new folder is in it
+            new.parent.rmdir()
 
 
 @contextmanager
@@ -112,8 +140,7 @@ def locked(path: str | Path, job: str) -> Iterator[None]:
     except Timeout:
         who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
         raise FirstTrlError(
-            f"{job} is being written by {who}. Wait until it ends, or stop it, and run again; or give this run a "
-            "--name of its own."
+            f"{job} is being written by {who}; wait for it or stop it, or choose another --name."
         ) from None
     try:
         write_atomically(holder, f"process {os.getpid()} on host {socket.gethostname()}")

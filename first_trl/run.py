@@ -1,14 +1,13 @@
-"""The jobs of a recipe: what each is made from, whether it is current, and how one is made.
+"""What makes a job run again (the table is `jobs`), and how a job is made.
 
-A stage is a command; a job is what it makes: one per stage, and one per student for `distill`. `jobs` is the table of
-them. The record of a finished job, a JSON file in `<run>/.records`, holds what it was made from (settings, digests of
-data and base models, identities of earlier jobs) and the size and SHA-256 of every file that it made. A job is current
-when these inputs are today's, its files are as they were written, and the jobs that it reads are current too. The
-identity of a job follows from its inputs and the content of its weights, shards and values: a job that is redone
-and comes out the same makes nothing after it stale.
+A stage is a command; a job is what it makes: one per stage, and one per student for `distill`. The record of a job, a
+JSON file in `<run>/.records`, holds what it was made from (settings, digests of data and base models, identities of
+earlier jobs) and the size and SHA-256 of every file that it made. A job is current when these inputs are today's, its
+files are as they were written, and the jobs that it reads are current too. Its identity follows from its inputs and
+the content of its weights, shards and values: one that is redone and comes out the same makes nothing after it stale.
 
 What takes long is made in a new folder (`new_folder`), which takes the place of the finished one when its record is
-written: nothing finished is lost before its successor is finished. Nothing here trains or scores anything.
+written: nothing finished is lost before its successor is finished.
 """
 
 import argparse
@@ -22,42 +21,34 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .data.loading import hub_commit, local_files, source_commit
 from .errors import FirstTrlError
-from .files import Digests, files_of, locked, write_atomically
+from .files import Digests, exchange, files_of, locked, new_folder, read_json, write_atomically
 from .log import status
 from .recipe import Recipe, teacher_section
-from .records import differences, exchange, finish_exchange, new_folder, read_json
 from .settings import SPEED_SETTINGS
 
 LONG = timedelta(days=30)  # for processes that do not train together: the others wait for the last one
 # What a job's identity is computed from; the rest of its files (logs, cards, times) differ between equal makings.
 _CONTENT = (".safetensors", ".parquet", "calibration.json")
+# The families among which `calibrate.method: auto` chooses. Not label smoothing: rows that nobody has seen may have
+# less on their first token than it takes away.
+AUTO_FAMILIES = ["temperature", "probability"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a recipe.
+    """What a stage makes, for `distill` one student, and everything that decides what comes out."""
 
-    Args:
-        name: `sft`, `cache`, `calibrate`, `distill.<student>` or `evaluate`.
-        settings: the parts of the recipe that decide what comes out, by their place in it.
-        data: datasets by their place in the recipe.
-        models: models of the Hub or of this machine, with their revision, by the setting that names them.
-        needs: the jobs whose files it reads.
-        folders: what it makes as a whole, in a new folder first; relative to the run folder.
-        outputs: patterns of the files that it makes besides.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    data: dict[str, Any] = field(default_factory=dict)
-    models: dict[str, tuple[str, str | None]] = field(default_factory=dict)
-    needs: tuple[str, ...] = ()
-    folders: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
+    name: str  # `sft`, `cache`, `calibrate`, `distill.<student>` or `evaluate`
+    settings: dict[str, Any]  # parts of the recipe, by their place in it
+    data: dict[str, Any] = field(default_factory=dict)  # datasets, by their place in the recipe
+    models: dict[str, tuple[str, str | None]] = field(default_factory=dict)  # with revision, by the setting's name
+    needs: tuple[str, ...] = ()  # the jobs whose files it reads
+    folders: tuple[str, ...] = ()  # what it makes as a whole, in a new folder first; relative to the run folder
+    outputs: tuple[str, ...] = ()  # patterns of the files that it makes besides
 
     @property
     def stage(self) -> str:
@@ -78,54 +69,46 @@ class Job:
 
 def jobs(recipe: Recipe) -> dict[str, Job]:
     """The jobs of a recipe by name, in the order in which they are made. `push` makes nothing that is read later."""
-    data, plain = recipe.datasets, recipe.to_dict()
-    given = recipe.cache.teacher
+    data, plain, given = recipe.datasets, recipe.to_dict(), recipe.cache.teacher
+    task, train = {"task": plain["task"]}, {"datasets.train": data.train}
+    validation = {"datasets.validation": data.validation}
+    learned = {"datasets.transfer": data.transfer} if data.transfer else train
+    tests = {f"datasets.test.{name}": config for name, config in data.test.items()}
+    cache = {name: value for name, value in plain["cache"].items() if name not in SPEED_SETTINGS}
     teacher = {"cache.teacher": (given, recipe.cache.teacher_revision)} if given else {}
     runs = {"teacher": teacher_section(recipe)} if given else {}  # how, which `sft` has a part in
-    after_sft = () if given else ("sft",)
-    table = []
-    if not given:
-        settings = {"task": plain["task"], "sft": recipe.sft, "seed": recipe.seed}
-        rows = {"datasets.train": data.train, "datasets.validation": data.validation}
-        models = _model_of("sft", recipe.sft)
-        table.append(Job("sft", settings, rows, models, folders=("teacher",)))
-    cache = {name: value for name, value in plain.get("cache", {}).items() if name not in SPEED_SETTINGS}
-    rows = {f"datasets.{'transfer' if data.transfer else 'train'}": data.transfer or data.train}
-    rows["datasets.validation"] = data.validation
-    folders = tuple(f"cache/{role}" for role in cached_roles(recipe))
-    settings = {"task": plain["task"], "cache": cache, **runs}
-    table.append(Job("cache", settings, rows, teacher, after_sft, folders))
-    settings = {"calibrate": plain.get("calibrate", {}), "methods": calibration_methods(recipe)}
-    table.append(Job("calibrate", settings, needs=("cache",), outputs=("calibration.json",)))
-    table += [_student_job(recipe, student, plain["task"]) for student in recipe.students]
-    students = tuple(job.name for job in table if job.stage == "distill")
-    rows = {"datasets.validation": data.validation}
-    rows |= {f"datasets.test.{name}": config for name, config in data.test.items()}
-    models = teacher | _model_of("distill", recipe.distill)
-    settings = {"task": plain["task"], "evaluate": plain.get("evaluate", {}), "distill": recipe.distill, **runs}
-    needs = (*after_sft, "calibrate", *students)
-    table.append(Job("evaluate", settings, rows, models, needs, outputs=("report/*.*",)))
-    return {job.name: job for job in table}
+    sft = () if given else ("sft",)
+    students = [_student_job(recipe, student, task, train, validation) for student in recipe.students]
+    # fmt: off
+    table = [
+        Job("sft", {**task, "sft": recipe.sft, "seed": recipe.seed}, data=train | validation,
+            models=_model_of("sft", recipe.sft), folders=("teacher",)),
+        Job("cache", {**task, "cache": cache, **runs}, data=learned | validation, models=teacher, needs=sft,
+            folders=tuple(f"cache/{role}" for role in cached_roles(recipe))),
+        Job("calibrate", {"calibrate": plain["calibrate"], "methods": calibration_methods(recipe)},
+            needs=("cache",), outputs=("calibration.json",)),
+        *students,
+        Job("evaluate", {**task, "evaluate": plain["evaluate"], "distill": recipe.distill, **runs},
+            data=validation | tests, models=teacher | _model_of("distill", recipe.distill),
+            needs=(*sft, "calibrate", *(job.name for job in students)), outputs=("report/*.*",)),
+    ]
+    # fmt: on
+    return {job.name: job for job in table if not (given and job.name == "sft")}
 
 
-def _student_job(recipe: Recipe, student: str, task: dict) -> Job:
+def _student_job(recipe: Recipe, student: str, task: dict, train: dict, validation: dict) -> Job:
     section, on_labels = recipe.arm_section(student), recipe.arm_trainer(student) == "sft"
     settings = {
         "distill": section,
         "trainer": recipe.arm_trainer(student),
         "recalibration": recalibration_of(recipe, student),
         "seed": recipe.seed_of(student),
-        "task": task,
         "closing": [recipe.distill.get("closing", True), recipe.evaluate.seed],
     }
-    rows, needs = {}, ("calibrate",) if needs_calibration(recipe, student) else ()
-    if on_labels:
-        rows = {"datasets.train": recipe.datasets.train}
-    else:
-        needs = ("cache", *needs)
-    rows["datasets.validation"] = recipe.datasets.validation  # for its closing temperature and thresholds
+    rows = (train if on_labels else {}) | validation  # the latter for its closing temperature and thresholds
+    needs = () if on_labels else ("cache", "calibrate") if needs_calibration(recipe, student) else ("cache",)
     models = _model_of("distill", section)
-    return Job(f"distill.{student}", settings, rows, models, needs, (f"students/{student}",))
+    return Job(f"distill.{student}", task | settings, rows, models, needs, (f"students/{student}",))
 
 
 def _model_of(place: str, section: dict) -> dict[str, tuple[str, str | None]]:
@@ -154,30 +137,16 @@ def needs_calibration(recipe: Recipe, arm: str) -> bool:
     return method != "none" and value is None
 
 
-def positions_of(recipe) -> str:
+def positions_of(recipe: Recipe) -> str:
     """Where the teacher is measured: at the answer of a closed question, at every token of free text."""
     return recipe.calibrate.positions or ("answer" if recipe.task.choices else "all")
 
 
 def calibration_methods(recipe: Recipe) -> list[str]:
-    """The families that `calibrate` fits: the recipe's own, and those that an arm asks for."""
-    wanted = control_methods(recipe)
-    wanted += [recalibration_of(recipe, arm)[0] for arm in recipe.arms if needs_calibration(recipe, arm)]
-    return [method for method in dict.fromkeys(wanted) if method != "auto"]
-
-
-def control_methods(recipe: Recipe) -> list[str]:
-    """The families that `evaluate` may apply to answers: the recipe's own, or all that `auto` chooses among."""
-    method = recipe.calibrate.method
-    return calibration_candidates(recipe) if method == "auto" else [method]
-
-
-def calibration_candidates(recipe: Recipe) -> list[str]:
-    """The families among which `calibrate.method: auto` chooses.
-
-    Not label smoothing: rows that nobody has seen may have less on their first token than it takes away.
-    """
-    return ["temperature", "probability"]
+    """The families that `calibrate` fits: the recipe's own (for `auto`, all candidates), and those of its arms."""
+    own = AUTO_FAMILIES if recipe.calibrate.method == "auto" else [recipe.calibrate.method]
+    of_arms = [recalibration_of(recipe, arm)[0] for arm in recipe.arms if needs_calibration(recipe, arm)]
+    return [method for method in dict.fromkeys([*own, *of_arms]) if method != "auto"]
 
 
 def cached_roles(recipe: Recipe) -> tuple[str, ...]:
@@ -191,8 +160,7 @@ def teacher_path(recipe: Recipe) -> str:
     return recipe.cache.teacher or str(recipe.run_folder / "teacher")
 
 
-@dataclass(frozen=True)
-class Stale:
+class Stale(NamedTuple):
     """Why a job is not current: which one, of it and those that it needs, and the reason in words."""
 
     job: Job
@@ -215,16 +183,15 @@ class Run:
         self.digests = Digests(self.path / ".records" / "digests.json", full)
         self._stale: dict[str, Stale | None] = {}
 
-    def file(self, name: str, suffix: str = "") -> Path:
+    def file(self, name: str, suffix: str = ".json") -> Path:
         """The record of a job, or with a suffix (`.lock`, `.started`) what belongs to its making."""
-        return self.path / ".records" / f"{name}{suffix or '.json'}"
+        return self.path / ".records" / f"{name}{suffix}"
 
     def record(self, name: str) -> dict | None:
         """The record of a finished job; None where there is none that can be read."""
-        record = read_json(self.file(name))
+        record = read_json(self.file(name)) or {}
         fields = {"identity": str, "inputs": dict, "outputs": dict}
-        whole = record is not None and all(isinstance(record.get(key), kind) for key, kind in fields.items())
-        return record if whole else None
+        return record if all(isinstance(record.get(key), kind) for key, kind in fields.items()) else None
 
     def inputs(self, name: str) -> dict:
         """Everything that a job is made from today, as plain data."""
@@ -249,19 +216,20 @@ class Run:
         if files:
             named = [Path(name).name for name in _named_files(config)]
             settings |= {"path": Path(config.path).name, "data_files": named}
-        return {**settings, "commit": source_commit(config), "files": self._contents(files)}
-
-    def _contents(self, files: list[Path]) -> dict[str, str]:
-        """{path below their common folder: digest} of files."""
         top = os.path.commonpath([file.parent for file in files]) if files else "."
-        return {os.path.relpath(file, top): self.digests.of(file) for file in files}
+        contents = {os.path.relpath(file, top): self.digests.of(file) for file in files}
+        return {**settings, "commit": source_commit(config), "files": contents}
 
     def _model(self, model: str, revision: str | None) -> dict:
-        """A model: the content of its folder, or its id and the commit that its revision stands for."""
+        """A model: its id and the commit of its revision, or the content of its folder and of its adapter's base."""
         path = Path(model)
         if not path.is_dir():
             return {"id": model, "commit": hub_commit(model, revision, "model")}
-        return {"name": path.resolve().name, "files": {name: self.digests.of(path / name) for name in files_of(path)}}
+        files = {name: self.digests.of(path / name) for name in files_of(path)}
+        adapter = read_json(path / "adapter_config.json") or {}
+        base = adapter.get("base_model_name_or_path")
+        of_base = {"base": self._model(base, adapter.get("revision"))} if base else {}
+        return {"name": path.resolve().name, "files": files, **of_base}
 
     def stale(self, name: str) -> Stale | None:
         """Why a job is not current; None where it is."""
@@ -278,10 +246,10 @@ class Run:
         if found := differences(record["inputs"], self.inputs(job.name)):
             more = f"; and {len(found) - 3} more" * (len(found) > 3)
             return Stale(job, "; ".join(found[:3]) + more)
-        for file, digest in record["outputs"].items():
+        for file, made in record["outputs"].items():
             if not (self.path / file).is_file():
                 return Stale(job, f"{self.path / file} is missing", damaged=True)
-            if self.digests.of(self.path / file) != digest["sha256"]:
+            if self.digests.of(self.path / file) != made["sha256"]:
                 return Stale(job, f"{self.path / file} is not as it was written", damaged=True)
         return None
 
@@ -292,8 +260,11 @@ class Run:
             FirstTrlError: another recipe of the same name has finished it.
         """
         job, record, inputs = self.jobs[name], self.record(name), self.inputs(name)
-        if record and job.folders and all(new_folder(self.path / folder).is_dir() for folder in job.folders):
-            finish_exchange(self.path, job.folders, record["outputs"], self.digests)
+        if record and any(new_folder(self.path / folder).is_dir() for folder in job.folders):
+            made = self._files(job)  # of a kill between the record and the exchange?
+            recorded = {file: each["sha256"] for file, each in record["outputs"].items()}
+            if made.keys() == recorded.keys() and all(self.digests.of(made[file]) == recorded[file] for file in made):
+                exchange(self.path, job.folders)
         stale = self.stale(name)
         if stale is None:
             return None
@@ -316,10 +287,12 @@ class Run:
 
     def finish(self, name: str, seconds: float, **notes: Any) -> None:
         """Record that a job is done, and put what it made in its place."""
-        job = self.jobs[name]
-        outputs = self._made(job)
+        job, inputs = self.jobs[name], read_json(self.file(name, ".started"))
+        outputs = {
+            file: {"size": path.stat().st_size, "sha256": self.digests.of(path)}
+            for file, path in self._files(job).items()
+        }
         assert outputs, f"{name} ended without writing anything"
-        inputs = read_json(self.file(name, ".started"))
         content = {file: each["sha256"] for file, each in outputs.items() if file.endswith(_CONTENT)}
         record = {
             "identity": hashlib.sha256(json.dumps([inputs, content], sort_keys=True).encode()).hexdigest(),
@@ -336,9 +309,9 @@ class Run:
         self.file(name, ".started").unlink(missing_ok=True)
         self._stale.clear()
 
-    def _made(self, job: Job) -> dict[str, dict]:
-        """{path relative to the run folder: size and SHA-256} of what a job has made, where it lies now."""
-        made: dict[str, Path] = {}
+    def _files(self, job: Job) -> dict[str, Path]:
+        """{path relative to the run folder: where it lies now} of the files that a job has made."""
+        made = {}
         for folder in job.folders:
             new = new_folder(self.path / folder)
             place = new if new.is_dir() else self.path / folder
@@ -346,7 +319,7 @@ class Run:
         for file in (file for pattern in job.outputs for file in sorted(self.path.glob(pattern))):
             if file.is_file() and not file.name.startswith("."):
                 made[file.relative_to(self.path).as_posix()] = file
-        return {name: {"size": file.stat().st_size, "sha256": self.digests.of(file)} for name, file in made.items()}
+        return made
 
 
 def _named_files(config) -> list[str]:
@@ -356,6 +329,33 @@ def _named_files(config) -> list[str]:
 def _plain(value: Any) -> Any:
     """A section of the recipe as plain data; any other value as text."""
     return dict(vars(value)) if hasattr(value, "__dict__") else str(value)
+
+
+def differences(recorded: dict, today: dict) -> list[str]:
+    """What has changed between the inputs in a record and those of today, in words; settings first."""
+    found = []
+    for kind in ("settings", "data", "models", "jobs"):
+        before, now = _leaves(recorded.get(kind)), _leaves(today.get(kind))
+        for place in sorted({*before, *now}):
+            old, new = before.get(place), now.get(place)
+            if old == new:
+                continue
+            if "files" in place:
+                what = "is new" if old is None else "is gone" if new is None else "has changed"
+                found.append(f"{place[-1]} of {'.'.join(place[: place.index('files')])} {what}")
+            elif kind == "jobs":
+                found.append(f"{place[-1]} has changed since")
+            else:
+                is_now, was = ("not set" if value is None else repr(value) for value in (new, old))
+                found.append(f"{'.'.join(place)} is {is_now}, and was {was} when it was made")
+    return found
+
+
+def _leaves(value: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """{place: value} of everything in nested mappings that is no mapping, without what is None."""
+    if not isinstance(value, dict):
+        return {} if value is None else {place: value}
+    return {at: leaf for key, item in value.items() for at, leaf in _leaves(item, (*place, str(key))).items()}
 
 
 def is_current(recipe: Recipe, job: str) -> bool:
@@ -384,17 +384,11 @@ def require(recipe: Recipe, *names: str, full: bool = False) -> None:
 
 
 def init_distributed(timeout: timedelta | None = None):
-    """Join the processes that `accelerate launch` started; returns accelerate's `PartialState`.
-
-    Without an accelerator, accelerate takes each process for the only one unless it is set to use the CPU.
-
-    Args:
-        timeout: how long processes that are done wait for the others; one that dies still ends the job.
-    """
+    """Join the processes of `accelerate launch`, which wait `timeout` for one another; returns its `PartialState`."""
     import torch
     from accelerate import PartialState
 
-    if not torch.accelerator.is_available():
+    if not torch.accelerator.is_available():  # without it each process takes itself for the only one
         os.environ["ACCELERATE_USE_CPU"] = "true"  # for the trainers' own states too
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
     return PartialState(cpu=use_cpu, **({"timeout": timeout} if timeout else {}))
@@ -410,10 +404,8 @@ def run_job(
     """Make a job unless it is current, and record it. The main process holds its lock meanwhile.
 
     Args:
-        options: of the stage's command.
-        make: makes it on every process, its folders as `new_folder` says, given whether this continues an interrupted
-            attempt.
-        timeout: see `init_distributed`; `LONG` for a job whose processes do not train together.
+        make: makes it on every process, in `new_folder`s, given whether this continues an interrupted attempt.
+        timeout: `LONG` for a job whose processes do not train together.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -435,8 +427,7 @@ def run_job(
         if state.is_main_process:
             run.finish(name, time.monotonic() - started, skip_checks=options.skip_checks)
     job, following = run.jobs[name], [*run.jobs, "push, or the report in a browser"]
-    made = dict.fromkeys(str(run.path / output.removesuffix("/*.*")) for output in [*job.folders, *job.outputs[:1]])
-    wrote = ", ".join(made)
+    wrote = ", ".join(str(run.path / output.removesuffix("/*.*")) for output in [*job.folders, *job.outputs])
     status(
         f"{name}: read {', '.join(job.reads)}; wrote {wrote} in {time.monotonic() - started:.0f} s; "
         f"next: {following[following.index(name) + 1]}"

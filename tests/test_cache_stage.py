@@ -23,8 +23,8 @@ from first_trl.cache.format import CacheError, shard_name
 from first_trl.cache.identity import library_versions, open_recipe_cache, teacher_identity
 from first_trl.cache.reader import parquet_files
 from first_trl.cache.writer import write_shards
+from first_trl.files import new_folder
 from first_trl.recipe import load_recipe, teacher_section
-from first_trl.records import new_folder
 from first_trl.run import Run
 from first_trl.stages import cache as stage
 from first_trl.stages import distill

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from first_trl.errors import FirstTrlError
-from first_trl.files import Digests, files_of, locked, write_atomically
+from first_trl.files import Digests, files_of, locked, new_folder, write_atomically
 from first_trl.recipe import load_recipe
-from first_trl.records import differences, new_folder
-from first_trl.run import Run, jobs, require, run_job
+from first_trl.run import Run, differences, jobs, require, run_job
 from tests.cache_recipe import write_recipe
 from tests.tiny import build_model
 
@@ -189,6 +188,16 @@ def test_a_model_of_the_hub_is_known_by_its_commit_and_one_that_has_moved_makes_
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     push(1)
     assert f"commit is '{hub.repos['me/base'].sha('main')}', and was '{first}'" in stale(recipe)["distill.on_labels"]
+
+
+def test_the_local_base_of_an_adapter_is_an_input_too(recipe, tmp_path):
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    write_atomically(adapter / "adapter_config.json", json.dumps({"base_model_name_or_path": str(base)}))
+    write_atomically(base / "model.safetensors", "weights")
+    recipe.cache.teacher = str(adapter)
+    make(recipe, "cache")
+    write_atomically(base / "model.safetensors", "other weights")
+    assert stale(recipe)["cache"] == "model.safetensors of cache.teacher.base has changed"
 
 
 def test_a_link_to_another_disk_keeps_pointing_there(recipe, tmp_path):

@@ -20,9 +20,9 @@ import torch
 from pydantic import ValidationError
 
 from first_trl.cache.reader import open_cache
+from first_trl.files import new_folder
 from first_trl.modeling import load_model
 from first_trl.recipe import load_recipe
-from first_trl.run import new_folder
 from first_trl.scoring import teacher_rows
 from first_trl.settings import CacheConfig
 from first_trl.stages import cache as stage

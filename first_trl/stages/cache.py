@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import PurePath
 
 from first_trl.errors import FirstTrlError
-from first_trl.records import new_folder
+from first_trl.files import new_folder
 from first_trl.run import LONG, cached_roles, require, run_job, status, teacher_path
 from first_trl.stages.command import stage_command
 

@@ -9,8 +9,8 @@ whole search curve and the errors before and after, for every family that an arm
 import json
 
 from first_trl.run import (
+    AUTO_FAMILIES,
     cached_roles,
-    calibration_candidates,
     calibration_methods,
     positions_of,
     require,
@@ -36,7 +36,7 @@ def calibrate(recipe) -> None:
     rows, max_smoothing, teacher = read_caches(recipe)
     method, choice, families, warnings = settings.method, None, {}, []
     if method == "auto":
-        candidates, judged_by = calibration_candidates(recipe), (settings.criterion, settings.num_bins, settings.seed)
+        candidates, judged_by = AUTO_FAMILIES, (settings.criterion, settings.num_bins, settings.seed)
         choice = choose_family(rows.log_probs, rows.target, candidates, *judged_by)
         method = choice.method
         status(f"calibrate: auto chooses {method}: {choice.why}")

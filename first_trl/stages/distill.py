@@ -13,10 +13,9 @@ from functools import cache, partial
 from pathlib import Path
 
 from first_trl.constants import PREDICT_FILE
-from first_trl.files import write_atomically
+from first_trl.files import new_folder, write_atomically
 from first_trl.log import status
 from first_trl.recipe import arm_of
-from first_trl.records import new_folder
 from first_trl.run import jobs, needs_calibration, recalibration_of, require, run_job, teacher_path
 from first_trl.stages.command import stage_command
 

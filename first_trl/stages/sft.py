@@ -6,7 +6,7 @@ Reads the recipe's `task`, `datasets.train` and `sft`; writes `runs/<name>/teach
 """
 
 from first_trl.errors import FirstTrlError
-from first_trl.records import new_folder
+from first_trl.files import new_folder
 from first_trl.run import run_job
 from first_trl.stages.command import stage_command
 
