@@ -67,7 +67,7 @@ def _disk_problem(error: BaseException) -> str | None:
     found = _DISK_TEXT.search(str(error))
     if found and not found[1]:
         return "the disk is full, or its quota is used up"
-    return _DISK.get(int(found[1]) if found else getattr(error, "errno", None))
+    return _DISK.get(int(found[1]) if found else getattr(error, "errno", None) or 0)
 
 
 def _is_no_memory(error: BaseException) -> bool:

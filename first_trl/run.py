@@ -311,7 +311,7 @@ class Run:
 
     def _files(self, job: Job) -> dict[str, Path]:
         """{path relative to the run folder: where it lies now} of the files that a job has made."""
-        made = {}
+        made: dict[str, Path] = {}
         for folder in job.folders:
             new = new_folder(self.path / folder)
             place = new if new.is_dir() else self.path / folder
