@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,6 +121,8 @@ def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
     """What follows from the recipe, its rows and its models."""
     import datasets
 
+    from .data.choices import room_to_write, with_stand_in
+
     datasets.disable_progress_bars()  # of loading; encoding has a bar, under a terminal
     report = Report()
     configs, tokenizers = read_models(recipe, stages, report.problems, report.unknown)
@@ -132,6 +135,8 @@ def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
             role = "train" if name in ("train", "transfer") else name.partition(".")[0]
             rows = load_split(config, role)
             splits[name].rows = report.rows[name] = len(rows)
+            if write := recipe.cache.write_answers if name == "transfer" else None:
+                rows, task = rows.map(partial(with_stand_in, task=task)), room_to_write(task, write)
             if tokenizers:
                 encoded[name] = _check_split(report, recipe, place, config, task, rows, tokenizers, splits[name])
         except FirstTrlError as error:
@@ -198,6 +203,10 @@ def _check_split(
     lengths_N = encoded.data.column("input_ids").combine_chunks().value_lengths().to_numpy()
     row_M, _, token_M = learned_tokens(encoded)
     split.tokens, split.supervised = int(lengths_N.sum()), len(row_M)
+    if len(row_M) and place == "datasets.transfer" and (write := recipe.cache.write_answers):  # the most it may write
+        lengths_N = np.where(lengths_N, lengths_N + write.max_new_tokens, 0)
+        split.tokens = int(lengths_N.sum())
+        split.supervised += write.max_new_tokens * int((lengths_N > 0).sum())
     if len(row_M):
         split.lengths = np.percentile(lengths_N[lengths_N > 0], range(101)).round().astype(int).tolist()
         report.problems += _answer_problems(recipe, place, task, rows, tokenizer, kept, row_M, token_M)
@@ -207,10 +216,13 @@ def _check_split(
 def _kept_ids(recipe: Recipe, place: str, task, tokenizer, first_row: dict) -> list[int]:
     """The tokens that a cache with `support: choices` keeps, else none; refuses choices that cannot be compared."""
     from .data.choices import choice_token_ids, has_answer, single_token_ids, unlabelled_encoder
+    from .generation import answer_ends
 
     if task.choices:
         choice_token_ids(task, tokenizer, first_row)
-    if place == "datasets.transfer" and not has_answer(task, first_row):
+    if place == "datasets.transfer" and recipe.cache.write_answers:
+        answer_ends(task, tokenizer, first_row)
+    elif place == "datasets.transfer" and not has_answer(task, first_row):
         if recipe.cache.backend != "hf":
             raise FirstTrlError(f"{place}: rows without labels need cache.backend: hf, not {recipe.cache.backend}")
         unlabelled_encoder(task, tokenizer, first_row, place)

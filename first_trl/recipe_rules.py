@@ -37,7 +37,7 @@ def recipe_conflicts(recipe: "Recipe", broken: set[tuple]) -> Iterator[Problem]:
         broken: the settings that are wrong by themselves, and have their default in `recipe`.
     """
     yield from conflicts_of(recipe, (), broken)
-    for rules in (_name_rules, _training_rules, _model_rules, _data_rules, _support_rules):
+    for rules in (_name_rules, _training_rules, _model_rules, _data_rules, _support_rules, _written_rules):
         yield from rules(recipe, broken)
 
 
@@ -157,3 +157,29 @@ def _support_rules(recipe: "Recipe", broken: set[tuple]) -> Iterator[Problem]:
             where = ("datasets", "test", name, "task", "choices")
             what = "cache.support: choices recalibrates among choices, and this set has none"
             yield Problem(where, test.task["choices"], what, "give it choices, or write cache.support: top_k")
+
+
+def _written_rules(recipe: "Recipe", broken: set[tuple]) -> Iterator[Problem]:
+    """Answers that the teacher writes: to prompts of their own, with an end, and never taken for labels."""
+    task, write = recipe.task, recipe.cache.write_answers
+    if write is None or touched(broken, ("task",)) or touched(broken, ("cache",)):
+        return
+    where, length = ("cache", "write_answers"), ("cache", "write_answers", "max_new_tokens")
+    if recipe.datasets.transfer is None and not touched(broken, ("datasets",)):
+        yield Problem(where, MISSING, "there are no prompts to answer", "write datasets.transfer, or remove it")
+    if task.choices:
+        what = "the task is closed, and the teacher's most probable choice stands in for each answer"
+        yield Problem(where, MISSING, what, "remove it")
+    if task.supervise == "all":
+        yield Problem(("task", "supervise"), "all", "the teacher writes the last turn alone", "write last")
+    if task.prompt is not None and not task.append_eos:
+        what = "cache.write_answers needs what ends an answer"
+        yield Problem(("task", "append_eos"), False, what, "write true")
+    if write.max_new_tokens >= task.max_length:
+        what = f"task.max_length = {task.max_length} leaves no room for a prompt"
+        yield Problem(length, write.max_new_tokens, what, "lower it, or raise task.max_length")
+    for arm, own in recipe.arms.items() if not any("/" in arm for arm in recipe.arms) else ():
+        if weight := recipe.arm_section(arm).get("ce_weight"):
+            path = ("arms", arm, "ce_weight") if "ce_weight" in own else ("distill", "ce_weight")
+            what = "with cache.write_answers its rows have no labels but the teacher's own answers"
+            yield Problem(path, weight, what, "remove it")

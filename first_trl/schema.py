@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from .errors import FirstTrlError
 from .recipe import Recipe, file_model, load_recipe, section_of
-from .settings import DatasetConfig, Section, training_model
+from .settings import DatasetConfig, Section, WriteAnswers, training_model
 
 _VARIABLE = {"type": "string", "pattern": r"^\$\{.+\}$"}
 
@@ -45,7 +45,8 @@ def shown_row(recipe: Recipe, split: str, number: int) -> str:
     Raises:
         FirstTrlError: there is no such split or row, or the row cannot be used.
     """
-    from .data.choices import has_answer, marked_text, with_answer
+    from .data.choices import has_answer, marked_text, room_to_write, with_answer
+    from .data.encoding import encode_prompt
     from .data.loading import load_split
     from .evaluation import test_task
     from .modeling import load_tokenizer
@@ -64,7 +65,14 @@ def shown_row(recipe: Recipe, split: str, number: int) -> str:
     path, revision = recipe.cache.teacher, recipe.cache.teacher_revision
     if path is None:
         path, revision = recipe.sft["model_name_or_path"], recipe.sft.get("model_revision")
-    return f"datasets.{split}, row {number}: {marked_text(task, load_tokenizer(path, revision), row)}\n"
+    tokenizer, write = load_tokenizer(path, revision), recipe.cache.write_answers
+    if split == "transfer" and write:
+        ids = encode_prompt(room_to_write(task, write), tokenizer, row)
+        text = f"{len(ids)} tokens, and the teacher writes up to {write.max_new_tokens} more ⟦⟧\n\n"
+        text += f"{tokenizer.decode(ids)}⟦...⟧"
+    else:
+        text = marked_text(task, tokenizer, row)
+    return f"datasets.{split}, row {number}: {text}\n"
 
 
 def schema_main(argv: list[str]) -> int:
@@ -114,6 +122,9 @@ def settings_tables() -> str:
         if name == "datasets":
             about = "`train`, `validation`, `transfer`, or a name under `test`."
             tables.append(_table("`datasets`: one split", about, DatasetConfig, DatasetConfig.model_fields))
+        if name == "cache":
+            about = WriteAnswers.__doc__ or ""
+            tables.append(_table("`cache.write_answers`", about, WriteAnswers, WriteAnswers.model_fields))
     about = "Fields of TRL's `SFTConfig` and `ModelConfig`, with TRL's help. An arm may have them, those of the loss\n"
     about += "(but `closing`), and `trainer`: `first` (knowledge matching, the default) or `sft` (trained on labels)."
     tables.append(_table("`sft`, `distill` and `arms`: TRL's settings", about, trl, trl.model_fields))

@@ -216,7 +216,7 @@ def sequence_log_probs(
     log_probs_NC = np.empty((len(prompts), len(sequences)), dtype=np.float32)
     first_ids = sorted({sequence[0] for sequence in sequences})
     for indices in length_batches([len(prompt) + longest for prompt in prompts], tokens_per_batch):
-        tokens_BT, mask_BT = _left_padded([prompts[i] for i in indices], model.get_input_embeddings().weight.device)
+        tokens_BT, mask_BT = left_padded([prompts[i] for i in indices], model.get_input_embeddings().weight.device)
         lengths_B1 = mask_BT.sum(dim=1, keepdim=True)
         prompt_output = model.base_model(
             input_ids=tokens_BT,
@@ -270,7 +270,7 @@ def _uncached_sequence_log_probs(model, prompts, sequences, tokens_per_batch, pr
     return log_probs_NC
 
 
-def _left_padded(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T) tokens that end together, and the mask of those that are there."""
     length = max(len(row) for row in rows)
     tokens_BT = torch.tensor([[0] * (length - len(row)) + list(row) for row in rows], device=device)

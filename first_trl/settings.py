@@ -176,6 +176,19 @@ class Datasets(Section):
                 yield Problem(("test", name), MISSING, what, "choose another name")
 
 
+class WriteAnswers(Section):
+    """How the teacher answers rows of `datasets.transfer`; answers that they have are not read. Greedy by default."""
+
+    max_new_tokens: Count = Field(512, description="Most tokens of an answer, of those that task.max_length counts.")
+    temperature: Number = Field(0.0, ge=0, le=10, description="0: the most probable token each time; 1: as it is.")
+    top_p: Number = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that have this mass.")
+    seed: Seed = Field(0, description="Seed of the samples.")
+
+    def conflicts(self) -> Iterator[Problem]:
+        if self.top_p < 1 and self.temperature == 0:
+            yield self.wrong("top_p", "nothing is sampled at temperature 0", "remove it, or write a temperature")
+
+
 class CacheConfig(Section):
     """What is kept of the teacher, and how it is run."""
 
@@ -193,6 +206,9 @@ class CacheConfig(Section):
     )
     load_in_4bit: bool | None = Field(None, description="Run the teacher in NF4, or not. Default: as trained.")
     attn_implementation: str | None = Field(None, description="Attention of the teacher, e.g. sdpa.")
+    write_answers: WriteAnswers | None = Field(
+        None, description="The teacher writes the answers of datasets.transfer: settings below, {} for all defaults."
+    )
     streaming: bool = Field(False, description="Read the rows as a stream: no copy of the dataset on this machine.")
     backend: Literal["hf", "server"] = Field("hf", description="What runs the teacher: transformers, or `vllm serve`.")
     server_url: str | None = Field(None, description="Its address; any server that gives prompt_logprobs.")

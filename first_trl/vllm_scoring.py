@@ -141,6 +141,19 @@ class PromptServer:
         entry = _choice(answer, self.url, "logprobs")["top_logprobs"][0]
         return {int(token.removeprefix("token_id:")): _number(value) for token, value in entry.items()}
 
+    def answer(
+        self, tokens: list[int], ends: list[int], max_new_tokens: int, sampling: dict, give_up: threading.Event
+    ) -> list[int]:
+        """The tokens written after a prompt, up to one of `ends`."""
+        content = {"model": self.model, "prompt": tokens, "max_tokens": max_new_tokens, "stop_token_ids": ends}
+        # All that a server would take from the model's generation_config.json otherwise
+        content |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, **sampling}
+        content |= {"logprobs": 1, "return_tokens_as_token_ids": True}
+        answer = self.ask("/v1/completions", content, give_up, 2**20 + 4 * ENTRY_BYTES * max_new_tokens)
+        written = [int(token.removeprefix("token_id:")) for token in _choice(answer, self.url, "logprobs")["tokens"]]
+        ended = answer["choices"][0]["finish_reason"] == "stop" and not {*written} & {*ends}  # some leave it out
+        return [*written, ends[0]] if ended else written
+
     def _one_token(self) -> dict:
         return {"model": self.model, "max_tokens": 1, "temperature": 1.0}  # the fewest that a server takes
 
@@ -267,6 +280,38 @@ def server_teacher_rows(
         if progress is not None:
             progress(len(example["input_ids"]))
     return rows
+
+
+def server_answers(
+    server: PromptServer,
+    prompts: list[list[int]],
+    ends: list[int],
+    *,
+    max_new_tokens: int,
+    requests: int = 16,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """As `first_trl.generation.written_answers`, by a server, at most `requests` under way at once."""
+    give_up = threading.Event()
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+
+    def written(prompt: list[int]) -> list[int]:
+        try:
+            return server.answer([int(token) for token in prompt], ends, max_new_tokens, sampling, give_up)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, ServerError):
+                raise
+            raise ServerError(f"The answer of {server.url} has no readable token ids ({error!r}).") from error
+
+    answers = []
+    for prompt, answer in zip(prompts, _in_threads(written, prompts, requests, give_up), strict=True):
+        answers.append(answer)
+        if progress is not None:
+            progress(len(prompt))
+    return answers
 
 
 def _in_threads(function: Callable, items: list, count: int, give_up: threading.Event) -> Iterator:

@@ -12,7 +12,7 @@ FLOORS = (  # seven between the ground and the command line
     ("losses", "loss_rules", "head", "metrics", "templates", "files", "redaction", "interrupts", "trl_fields", "demo"),
     ("log", "failures", "settings", "calibration", "modeling", "first_config", "vllm_scoring"),
     ("data", "scoring", "student", "checkpoints", "hub"),
-    ("recipe", "training", "cache"),
+    ("recipe", "training", "cache", "generation"),
     ("run", "collator", "evaluation", "cache_tools", "plan", "model_checks"),
     ("trainer", "checks", "prediction", "merging", "report", "schema"),
     ("stages",),

@@ -142,6 +142,8 @@ def open_recipe_cache(
         "dataset": source_identity(cached_split(recipe, role), role),
         "backend": {"name": recipe.cache.backend},
     }
+    if cached_split(recipe, role) is recipe.datasets.transfer and recipe.cache.write_answers:
+        expected["write_answers"] = dict(recipe.cache.write_answers)
     tokenizer, found = None, cache.manifest["teacher"]
     if Path(teacher_path).is_dir():
         expected["teacher"] = teacher_identity(teacher_path, section) if verify else _how_it_runs(section)

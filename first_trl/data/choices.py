@@ -13,7 +13,7 @@ import numpy as np
 
 from ..constants import IGNORED
 from ..errors import FirstTrlError
-from ..settings import TaskConfig
+from ..settings import TaskConfig, WriteAnswers
 from ..templates import parse_template, render_template, text_around_field
 from .conversations import chat_arguments, chat_ids, is_conversational, message_column, split_messages
 from .encoding import check_prefix, encode_example, encode_prompt, encode_row, templates_of, text_ids, with_end
@@ -267,7 +267,7 @@ def _answer_columns(task: TaskConfig, row: Mapping[str, Any]) -> list[str]:
 
 
 def with_answer(row: Mapping[str, Any], task: TaskConfig, choice: str) -> dict[str, Any]:
-    """The row, answered with one of the choices.
+    """The row, answered with one of the choices, or any text.
 
     Raises:
         FirstTrlError: the completion looks into its column, which a choice alone cannot fill.
@@ -278,14 +278,23 @@ def with_answer(row: Mapping[str, Any], task: TaskConfig, choice: str) -> dict[s
     if is_conversational(task, row):
         return {**row, "completion": [message]}
     template = templates_of(task, row)[1]
-    (field,) = (piece for piece in parse_template(template) if piece.column is not None)
-    assert field.column is not None
-    if field.indices:
+    fields = [piece for piece in parse_template(template) if piece.column is not None]
+    if inside := [piece.column for piece in fields if piece.indices]:
         raise FirstTrlError(
-            f"the rows have no {field.column!r}, and the completion {template!r} looks into it; write the answer as a "
+            f"the rows have no {inside[0]!r}, and the completion {template!r} looks into it; write the answer as a "
             "column of its own, or label datasets.transfer"
         )
-    return {**row, field.column: choice}
+    return {**row, **{piece.column: choice for piece in fields if piece.column is not None}}
+
+
+def with_stand_in(row: Mapping[str, Any], task: TaskConfig) -> dict[str, Any]:
+    """The row with a short answer in the place of the one that the teacher is about to write."""
+    return with_answer(row, task, _ANSWERS[0])
+
+
+def room_to_write(task: TaskConfig, write: WriteAnswers) -> TaskConfig:
+    """The task whose rows, a stand-in included, leave `write.max_new_tokens` of `task.max_length`."""
+    return task.model_copy(update={"max_length": task.max_length - write.max_new_tokens})
 
 
 def with_placeholder_answers(dataset: "Dataset", task: TaskConfig, place: str = "datasets.transfer") -> "Dataset":
@@ -303,7 +312,7 @@ def _choices_of(task: TaskConfig, place: str) -> list[str]:
     if not task.choices:
         raise FirstTrlError(
             f"{place}: the rows have no answer, and task.choices is not set. A teacher gives rows without labels one "
-            "of the declared answers; list them, or give the rows their answers"
+            "of the declared answers; list them, let it write its own (cache.write_answers), or give the rows answers"
         )
     return task.choices
 

@@ -210,8 +210,8 @@ def _check_characters(task: TaskConfig, count: int) -> None:
 def _too_long(task: TaskConfig, tokens: _Tokens) -> str:
     return (
         f"the prompt is {tokens.num_prompt_tokens} tokens and the whole example {len(tokens.input_ids)}, so that "
-        f"task.max_length = {task.max_length} leaves nothing to learn or to answer; raise task.max_length, shorten "
-        "the prompt, or set task.too_long: drop or cut"
+        f"{task.max_length} tokens (task.max_length, less what cache.write_answers may add) leave nothing to learn or "
+        "to answer; raise task.max_length, shorten the prompt, or set task.too_long: drop or cut"
     )
 
 

@@ -20,8 +20,8 @@ from .. import templates
 from ..constants import IGNORED
 from ..errors import FirstTrlError
 from ..files import file_digest
-from ..settings import DatasetConfig, TaskConfig
-from .choices import with_placeholder_answers
+from ..settings import DatasetConfig, TaskConfig, WriteAnswers
+from .choices import room_to_write, with_placeholder_answers, with_stand_in
 from .encoding import TooLongError, encode_example
 from .loading import load_split
 
@@ -53,16 +53,20 @@ def load_rows(
     *,
     place: str = "",
     streaming: bool = False,
+    write: WriteAnswers | None = None,
 ) -> UsableRows:
     """Load a split and keep the rows that can be used; with `datasets.*.bad_rows` and `task.too_long` as they say.
 
-    Rows of `datasets.transfer` (a `place`) may have no answers.
+    Rows of `datasets.transfer` (a `place`) may have no answers; with `write` they come back with stand-ins, and leave
+    room for the answers that the teacher is about to write.
 
     Raises:
         FirstTrlError: as `load_split` and `usable_rows`; or rows of a stream are to be dropped.
     """
     place = place or f"datasets.{role}"
     rows = load_split(config, role, streaming=streaming)
+    if write and place == "datasets.transfer":
+        rows, task = rows.map(partial(with_stand_in, task=task)), room_to_write(task, write)
     if not streaming:
         labelled = place != "datasets.transfer"
         return usable_rows(rows, task, tokenizer, place=place, bad_rows=config.bad_rows, labelled=labelled)

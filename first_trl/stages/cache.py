@@ -35,7 +35,7 @@ def cache_splits(recipe) -> None:
 
     state, path, section = PartialState(), teacher_path(recipe), teacher_section(recipe)
     tokenizer = load_tokenizer(path, recipe.cache.teacher_revision)
-    run_teacher, backend = teacher_runner(recipe, path, section, len(tokenizer))
+    run_teacher, write, backend = teacher_runner(recipe, path, section, len(tokenizer))
     roles = cached_roles(recipe)
     identities: list = [None] * len(roles)
     if state.is_main_process:  # hashing a large teacher takes its time: once is enough
@@ -43,31 +43,34 @@ def cache_splits(recipe) -> None:
         identities = [cache_identity(recipe, role, tokenizer, teacher, backend) for role in roles]
     broadcast_object_list(identities)
     for role, identity in zip(roles, identities, strict=True):
-        cache_split(recipe, role, run_teacher, tokenizer, identity)
+        cache_split(recipe, role, run_teacher, write, tokenizer, identity)
 
 
-def teacher_runner(recipe, path: str, section: dict, vocab_limit: int) -> tuple[Callable, dict]:
-    """A function from examples (and a progress callback) to a shard's columns, and the manifest's `backend`."""
+def teacher_runner(recipe, path: str, section: dict, vocab_limit: int) -> tuple[Callable, Callable, dict]:
+    """Functions from examples to a shard's columns and from prompts to answers, and the manifest's `backend`."""
     from accelerate import PartialState
 
     settings = recipe.cache
     wanted = {"top_k": settings.top_k, "vocab_limit": vocab_limit}
     if settings.backend == "server":
-        from first_trl.vllm_scoring import connect, server_teacher_rows
+        from first_trl.vllm_scoring import connect, server_answers, server_teacher_rows
 
         server = connect(settings.server_url, path, settings.top_k, recipe.task.max_length)
         backend = {"name": "server", "model": PurePath(server.model).name, "version": server.version}
-        return partial(server_teacher_rows, server, requests=settings.server_requests, **wanted), backend
+        run_teacher = partial(server_teacher_rows, server, requests=settings.server_requests, **wanted)
+        return run_teacher, partial(server_answers, server, requests=settings.server_requests), backend
+    from first_trl.generation import written_answers
     from first_trl.modeling import load_model
     from first_trl.scoring import teacher_rows
     from first_trl.training import load_arguments
 
     model = load_model(path, device=PartialState().device, **load_arguments(section))
     run_teacher = partial(teacher_rows, model, tokens_per_batch=settings.tokens_per_batch, **wanted)
-    return run_teacher, {"name": "hf", "model": None, "version": None}  # the library versions have it
+    write = partial(written_answers, model, tokens_per_batch=settings.tokens_per_batch, vocab_limit=vocab_limit)
+    return run_teacher, write, {"name": "hf", "model": None, "version": None}  # the library versions have it
 
 
-def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: dict) -> None:
+def cache_split(recipe, role: str, run_teacher: Callable, write: Callable, tokenizer, identity: dict) -> None:
     """Cache one split: this process's shards, then, on the main process, the manifest."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -78,12 +81,15 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
     from first_trl.data.choices import forced_tokens, with_answer
     from first_trl.data.encoding import first_row
     from first_trl.data.rows import describe_lost, load_rows
+    from first_trl.generation import answer_ends, answered_examples, count_answers
 
     state, settings, folder = PartialState(), recipe.cache, new_folder(recipe.run_folder / "cache" / role)
     place = "datasets.transfer" if role == "train" and recipe.datasets.transfer else f"datasets.{role}"
+    written = settings.write_answers if place == "datasets.transfer" else None
     with state.local_main_process_first():
         split = cached_split(recipe, role)
-        dataset, _, lost = load_rows(split, role, recipe.task, tokenizer, place=place, streaming=settings.streaming)
+        how = {"place": place, "streaming": settings.streaming, "write": written}
+        dataset, _, lost = load_rows(split, role, recipe.task, tokenizer, **how)
     if line := describe_lost(place, lost):
         status(line)
     first = next(iter(dataset))
@@ -91,13 +97,23 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
     unlabelled = "candidates" in asked
     identity = {
         **identity,
-        "labels": "teacher" if unlabelled else "given",
+        "labels": "teacher" if unlabelled or written else "given",
         "rows": lost,
         "forced": forced_tokens(recipe.task, tokenizer, first),
         "first_row": first_row(
             recipe.task, tokenizer, with_answer(first, recipe.task, recipe.task.choices[0]) if unlabelled else first
         ),
     }
+    ends, closing = answer_ends(recipe.task, tokenizer, first) if written else ([], [])
+    if written:
+        identity["write_answers"] = dict(written)
+
+    def columns(examples: list[dict], progress: Callable[[int], None] | None) -> list[dict]:
+        if written:  # what takes long is writing; reading it again is one pass
+            answer = partial(write, ends=ends, progress=progress, **dict(written))
+            examples, progress = answered_examples(examples, answer, ends, closing), None
+        return run_teacher(examples, progress=progress, **asked)
+
     layout = {"top_k": kept_tokens(recipe), "dtype": settings.dtype, "rows_per_shard": settings.rows_per_shard}
     writer = CacheWriter(folder, identity, **layout)
     # What is there and of another job is removed: the run folder's record says that it is out of date
@@ -108,21 +124,27 @@ def cache_split(recipe, role: str, run_teacher: Callable, tokenizer, identity: d
             writer,
             dataset,
             encode,
-            lambda examples, progress: run_teacher(examples, progress=progress, **asked),
+            columns,
             present=frozenset(present[0]),
             rank=state.process_index,
             processes=state.num_processes,
-            answered_by_teacher=unlabelled,
+            answered_by_teacher=identity["labels"] == "teacher",
             title=f"cache {role}",
         )
         state.wait_for_everyone()
         if state.is_main_process:
-            totals = writer.finish(num_rows)["totals"]
+            count = partial(count_answers, closing=closing) if written else None
+            totals = writer.finish(num_rows, count)["totals"]
             status(
                 f"cache: {role} has {totals['rows']} rows, {totals['supervised_positions']} supervised positions; the "
                 f"teacher puts {totals['teacher_mass_mean']:.3f} of its mass on {kept_tokens(recipe)} tokens (p10 "
                 f"{totals['teacher_mass_p10']:.3f})"
             )
+            if written:
+                status(
+                    f"cache: the teacher wrote these answers; {totals['answers_cut']} are cut at "
+                    f"{written.max_new_tokens} tokens and have no end, {totals['answers_empty']} are empty"
+                )
     state.wait_for_everyone()
 
 
@@ -131,11 +153,20 @@ def row_encoder(recipe, role: str, tokenizer, first_row: dict) -> tuple[Callable
 
     Rows of `datasets.transfer` need no labels: the teacher's most probable choice stands in for each.
     """
-    from first_trl.data.choices import encode_answer_row, has_answer, single_token_ids, unlabelled_encoder, with_answer
+    from first_trl.data.choices import (
+        encode_answer_row,
+        has_answer,
+        room_to_write,
+        single_token_ids,
+        unlabelled_encoder,
+        with_answer,
+    )
     from first_trl.data.encoding import encode_row
 
     place = "datasets.transfer" if role == "train" and recipe.datasets.transfer else f"datasets.{role}"
     wanted = {"task": recipe.task, "tokenizer": tokenizer, "place": place}
+    if place == "datasets.transfer" and recipe.cache.write_answers:
+        return partial(encode_row, **wanted | {"task": room_to_write(recipe.task, recipe.cache.write_answers)}), {}
     encode: Callable = partial(encode_row, **wanted)
     asked: dict = {}
     if recipe.cache.support == "choices":

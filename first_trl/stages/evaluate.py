@@ -7,6 +7,7 @@ processes of the job. `teacher_recalibrated` and `<arm>_post_hoc` are the same a
 """
 
 import json
+from functools import partial
 
 from first_trl.errors import FirstTrlError
 from first_trl.log import Progress
@@ -111,9 +112,10 @@ def measured_sets(recipe) -> dict:
         fitted = {"train": data.train, "transfer": data.transfer}
         splits = {role: (c, "train", recipe.task) for role, c in fitted.items() if c is not None} | splits
     tests = {name: (config, "test", test_task(recipe.task, config.task)) for name, config in data.test.items()}
+    load = partial(load_rows, tokenizer=tokenizer, write=recipe.cache.write_answers)
     with PartialState().main_process_first():
         used = {
-            name: load_rows(config, role, task, tokenizer, place=f"datasets.{'test.' * (name in tests)}{name}")
+            name: load(config, role, task, place=f"datasets.{'test.' * (name in tests)}{name}")
             for name, (config, role, task) in (splits | tests).items()
         }
     found = check_disjoint({name: rows.tokenized for name, rows in used.items()})

@@ -1,0 +1,145 @@
+"""Answers that a model writes: a teacher to prompts without any (`cache.write_answers`), a student to whoever asks.
+
+Greedy or sampled, in batches that depend on the prompts alone, so that the same prompts give the same tokens.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from .constants import IGNORED
+from .data.choices import forced_tokens
+from .data.conversations import is_conversational
+from .data.encoding import eos_token_id
+from .errors import FirstTrlError
+from .head import partition_log_probs
+from .modeling import innermost, language_model_head
+from .scoring import hidden_states_at, left_padded, length_batches
+from .settings import TaskConfig
+
+
+def answer_ends(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """(tokens that each end an answer, the tokens that a learned answer ends in: those of the template, or the EOS).
+
+    Raises:
+        FirstTrlError: the chat template ends a turn with text alone, or the tokenizer has no end of sequence.
+    """
+    if not is_conversational(task, row):
+        return [eos_token_id(tokenizer)], [eos_token_id(tokenizer)]
+    closing = forced_tokens(task, tokenizer, row)["closing"]
+    at = next((i for i, token in enumerate(closing) if token in tokenizer.added_tokens_decoder), None)
+    if at is None:
+        raise FirstTrlError(
+            f"the chat template ends an answer with {tokenizer.decode(closing)!r}, no token of its own, so that a "
+            "written answer would have no end; take a template that ends its turns with a special token"
+        )
+    return sorted({closing[at], tokenizer.eos_token_id} - {None}), closing[at:]
+
+
+@torch.inference_mode()
+def written_answers(
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    ends: list[int],
+    *,
+    max_new_tokens: int,
+    tokens_per_batch: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    vocab_limit: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """The tokens written after each prompt, in order: up to one of `ends`, or `max_new_tokens` of them.
+
+    Args:
+        ends: from `answer_ends`.
+        temperature: 0 takes the most probable token each time.
+        vocab_limit: size of the tokenizer; rows of the head beyond it are padding and never written.
+        progress: called with the number of prompt tokens of each finished batch.
+    """
+    inner = innermost(model)
+    embeddings = inner.get_input_embeddings().weight
+    beyond = list(range(vocab_limit or len(embeddings), inner.config.get_text_config().vocab_size))
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    # In the place of the checkpoint's own, whose penalties and sampling would fill in what is not said here
+    inner.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+        suppress_tokens=beyond or None,
+        **sampling,
+    )
+    answers: list[list[int]] = [[]] * len(prompts)
+    for indices in length_batches([len(prompt) + max_new_tokens for prompt in prompts], tokens_per_batch):
+        batch = [list(prompts[i]) for i in indices]
+        torch.manual_seed(int.from_bytes(hashlib.sha256(json.dumps([seed, batch]).encode()).digest()[:6]))
+        tokens_BT, mask_BT = left_padded(batch, embeddings.device)
+        written_BT = model.generate(input_ids=tokens_BT, attention_mask=mask_BT)[:, tokens_BT.shape[1] :]
+        for i, written in zip(indices, written_BT.tolist(), strict=True):
+            answers[i] = written  # what follows an end is padding
+        if progress is not None:
+            progress(sum(map(len, batch)))
+    return answers
+
+
+def until_end(written: list[int], ends: list[int]) -> tuple[list[int], bool]:
+    """The tokens before the first that ends an answer, and whether there is one."""
+    at = next((i for i, token in enumerate(written) if token in ends), None)
+    return written[:at], at is not None
+
+
+def answered_examples(examples: list[dict], write: Callable, ends: list[int], closing: list[int]) -> list[dict]:
+    """Examples with what `write` makes of their prompts as answers; where one was cut, no end is learned."""
+    prompts = [
+        example["input_ids"][: next(i for i, label in enumerate(example["labels"]) if label != IGNORED)]
+        for example in examples
+    ]
+    answers = [tokens + closing * ended for tokens, ended in (until_end(written, ends) for written in write(prompts))]
+    return [
+        {"input_ids": [*prompt, *answer], "labels": [IGNORED] * len(prompt) + answer}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def count_answers(labels: list[list[int]], closing: list[int]) -> Counter:
+    """How many written answers were cut before their end, and how many are nothing but their end."""
+    answers = [[label for label in row if label != IGNORED] for row in labels]
+    cut = sum(answer[-len(closing) :] != closing for answer in answers)
+    return Counter(answers_cut=cut, answers_empty=sum(answer == closing for answer in answers))
+
+
+@torch.inference_mode()
+def token_probabilities(
+    model: torch.nn.Module,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    *,
+    temperature: float,
+    tokens_per_batch: int,
+) -> list[np.ndarray]:
+    """The probability of each token of each answer under a temperature, given its prompt and all tokens before it."""
+    head = language_model_head(innermost(model))
+    # softcap * tanh(scale * x / softcap) / T is the same form with both divided by T
+    scale, softcap = head.logit_scale / temperature, head.softcap and head.softcap / temperature
+    found: list[np.ndarray] = [np.empty(0)] * len(prompts)
+    written = [i for i, answer in enumerate(answers) if answer]
+    rows = [[*prompts[i], *answers[i]] for i in written]
+    places = [range(len(prompts[i]) - 1, len(prompts[i]) + len(answers[i]) - 1) for i in written]
+    for indices, hidden_ND in hidden_states_at(model, rows, places, tokens_per_batch):
+        ids = [token for i in indices for token in answers[written[i]]]
+        ids_N1 = torch.tensor(ids, device=head.weight.device)[:, None]
+        hidden_ND = hidden_ND.to(head.weight.device)
+        log_probs_N2 = partition_log_probs(hidden_ND, head.weight, ids_N1, head.bias, scale, softcap)
+        probabilities = log_probs_N2[:, 0].exp().float().cpu().numpy()
+        ends = np.cumsum([len(places[i]) for i in indices])[:-1]
+        for i, part in zip(indices, np.split(probabilities, ends), strict=True):
+            found[written[i]] = part
+    return found
