@@ -1,14 +1,22 @@
 """Exact log-probabilities of a few tokens and of everything else, straight from the hidden states.
 
-A distillation step needs, for each position, the log-probability of K kept tokens and of the tail, the V - K others
-taken together. All of it follows from K+1 numbers: the K logits, and the logsumexp of the other logits,
+The definition, in eager PyTorch, with the K kept tokens S of each position in `token_ids`:
+
+    z         = logit_scale * (hidden @ weight.T + bias)                       # (N, V)
+    z         = softcap * tanh(z / softcap)                                    # where the model has a cap
+    log_probs = z.log_softmax(-1)
+    kept      = log_probs.gather(1, token_ids)                                 # (N, K)
+    tail      = log_probs.scatter(1, token_ids, -inf).logsumexp(-1)            # (N,): all other tokens, together
+    result    = cat([kept, tail[:, None]], 1)                                  # (N, K+1)
+
+What is different here is that no (N, V) tensor ever exists. All of it follows from K+1 numbers: the K logits, and
 
     tail_logit = log sum_{j not in S} exp(z_j)          the tail is a (K+1)-th token, and this is its logit
-    log_probs  = log_softmax([z_S, tail_logit])
+    result     = log_softmax([z_S, tail_logit])
 
 so the vocabulary is needed for `tail_logit` alone. It is read in tiles (some positions by some of the vocabulary)
-with the running maximum and sum of an online softmax, and no (N, V) tensor ever exists. The tail is a sum of positive
-terms, never one minus something: a tail of 1e-10 comes out as accurate as one of 0.5.
+with the running maximum and sum of an online softmax. The tail is a sum of positive terms, never one minus something:
+a tail of 1e-10 comes out as accurate as one of 0.5.
 
 The gradient needs no second look at the vocabulary. With q the softmax over the complement of S,
 
@@ -18,19 +26,16 @@ is a mean of head rows, which the same online softmax accumulates while the tile
 together multiply (N, D) by (D, V) twice, 4NVD flops, where recomputing the logits in the backward would cost 6NVD.
 Only a head that is itself trained sees the vocabulary again in the backward.
 
-What this module is not: it knows neither losses nor models. It takes hidden states and a weight matrix.
-
 Shapes: N positions, n positions of one chunk, D hidden size, V vocabulary, v vocabulary rows of one tile, K kept
-tokens, K1 = K+1 (last column the tail). S is the set of a position's kept tokens.
-Logits: z = logit_scale * (hidden @ weight.T + bias), then softcap * tanh(z / softcap) where there is a softcap.
+tokens, K1 = K+1 (last column the tail).
 Units: nats. Everything but the multiplications is computed in float32 (float64 where hidden is float64), whatever the
 inputs' dtype.
 """
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -39,7 +44,7 @@ from .errors import FirstTrlError
 
 # Positions that share one pass over the vocabulary, and logits of one tile: on a CPU a tile should stay in its cache,
 # on an accelerator it should be worth a launch.
-CHUNK_SIZE, _CHUNK_SIZE_OF_ACCELERATOR = 1024, 4096
+_CHUNK_SIZE, _CHUNK_SIZE_OF_ACCELERATOR = 1024, 4096
 _TILE_ELEMENTS, _TILE_ELEMENTS_OF_ACCELERATOR = 2**22, 2**25
 _GATHER_ELEMENTS = 2**22  # elements of the gathered head rows of S
 
@@ -56,10 +61,8 @@ def partition_log_probs(
     """Log-probabilities of the kept tokens and of the tail: (N, D), (V, D), (N, K) -> (N, K+1), in float32.
 
     Differentiable in `hidden`, `weight` and `bias`, and only where they require grad: a frozen head allocates no
-    gradient. With K = V the tail is -inf and the gradients stay finite.
-
-    The logits are multiplied in hidden's dtype (autocast's, where it is on); all else is float32, or float64 where
-    hidden is. `chunk_size` (positions) trades memory against reads of the head.
+    gradient. With K = V the tail is -inf and the gradients stay finite. The logits are multiplied in hidden's dtype
+    (autocast's, where it is on). `chunk_size` (positions) trades memory against reads of the head.
 
     Raises ValueError where shapes do not fit, and where a token id lies outside [0, V) or repeats within its row.
     """
@@ -82,13 +85,11 @@ def partition_log_probs_and_tail_max(
     The model's prediction is a kept token where the largest of the first K columns is above the second result.
     `check_ids=False` takes the ids' word for it: on a GPU the check waits for the device.
     """
-    weight, bias = _whole(weight), _whole(bias)
-    with _gathered(weight, bias):
-        rule = _logit_rule(hidden, weight, bias, logit_scale, softcap)
-        token_ids = _checked_token_ids(token_ids, hidden, weight) if check_ids else token_ids
-        chunk_size = _chunk_size(weight) if chunk_size is None else chunk_size
+    with _opened(hidden, weight, bias, logit_scale, softcap) as head:
+        token_ids = _checked_ids(token_ids, hidden, head) if check_ids else token_ids
+        chunk_size = _chunk_size(head) if chunk_size is None else chunk_size
         with_grad = torch.is_grad_enabled() and hidden.requires_grad
-        logits_NK1, tail_max_N = _PartitionLogits.apply(hidden, weight, bias, token_ids, rule, chunk_size, with_grad)
+        logits_NK1, tail_max_N = _PartitionLogits.apply(hidden, *head[:2], token_ids, head[2:], chunk_size, with_grad)
     log_normalizer_N = logits_NK1.logsumexp(dim=-1)
     return logits_NK1 - log_normalizer_N[:, None], tail_max_N - log_normalizer_N.detach()
 
@@ -108,11 +109,9 @@ def selected_logits(
     Enough for whatever is normalised over S alone. Differentiable, checked and typed like `partition_log_probs`, but
     that a token may occur twice in a row.
     """
-    weight, bias = _whole(weight), _whole(bias)
-    with _gathered(weight, bias):
-        rule = _logit_rule(hidden, weight, bias, logit_scale, softcap)
-        token_ids = _checked_token_ids(token_ids, hidden, weight, distinct=False) if check_ids else token_ids
-        return _SelectedLogits.apply(hidden, weight, bias, token_ids, rule)
+    with _opened(hidden, weight, bias, logit_scale, softcap) as head:
+        token_ids = _checked_ids(token_ids, hidden, head, distinct=False) if check_ids else token_ids
+        return _SelectedLogits.apply(hidden, *head[:2], token_ids, head[2:])
 
 
 @torch.compiler.disable
@@ -135,37 +134,27 @@ def top_k_log_probs(
     `vocab_limit` keeps ids >= vocab_limit (rows of the head beyond the tokenizer) out of S; their mass stays in the
     tail. Raises ValueError where shapes do not fit, or k tokens cannot be kept.
     """
-    weight, bias = _whole(weight), _whole(bias)
-    with _gathered(weight, bias):
-        head = _Head(weight, bias, _logit_rule(hidden, weight, bias, logit_scale, softcap))
-        limit = len(weight) if vocab_limit is None else min(vocab_limit, len(weight))
+    with _opened(hidden, weight, bias, logit_scale, softcap) as head:
+        vocab_size = len(head.weight_VD)
+        limit = vocab_size if vocab_limit is None else min(vocab_limit, vocab_size)
         if not 1 <= k <= limit:
             raise FirstTrlError(f"k={k} must be between 1 and the {limit} tokens that can be kept")
         ids_NK = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
-        log_probs_NK1 = hidden.new_empty(len(hidden), k + 1, dtype=head.rule.sum_dtype)
-        with _no_autocast(hidden):
-            for rows in _slices(len(hidden), _chunk_size(weight) if chunk_size is None else chunk_size):
-                ids_NK[rows], log_probs_NK1[rows] = _top_k_of_chunk(head, hidden[rows], k, limit)
+        log_probs_NK1 = hidden.new_empty(len(hidden), k + 1, dtype=head.sum_dtype)
+        for rows in _slices(len(hidden), _chunk_size(head) if chunk_size is None else chunk_size):
+            ids_NK[rows], log_probs_NK1[rows] = _top_k_of_chunk(head, hidden[rows], k, limit)
     return ids_NK, log_probs_NK1
 
 
-@dataclass(frozen=True)
-class _LogitRule:
-    """What the logits are besides a product with the head, and the dtypes to work in."""
-
-    logit_scale: float
-    softcap: float | None
-    dtype: torch.dtype  # of the factors of a product
-    sum_dtype: torch.dtype  # of everything else
-
-
-@dataclass(frozen=True)
-class _Head:
+class _Head(NamedTuple):
     """The map from hidden states to logits."""
 
     weight_VD: torch.Tensor
     bias_V: torch.Tensor | None
-    rule: _LogitRule
+    logit_scale: float
+    softcap: float | None
+    dtype: torch.dtype  # of the factors of a product
+    sum_dtype: torch.dtype  # of everything else
 
     def tile(self, hidden_nD: torch.Tensor, columns: slice) -> torch.Tensor:
         """Logits of a few positions over a part of the vocabulary, (n, v)."""
@@ -174,7 +163,7 @@ class _Head:
 
     def selected(self, hidden_ND: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
         """Logits of S, (N, K), as dot products in `sum_dtype`."""
-        z_NK = hidden_ND.new_empty(ids_NK.shape, dtype=self.rule.sum_dtype)
+        z_NK = hidden_ND.new_empty(ids_NK.shape, dtype=self.sum_dtype)
         for rows, weight_nKD in self._rows_of(ids_NK):
             z_NK[rows] = (weight_nKD @ hidden_ND[rows, :, None].to(z_NK.dtype)).squeeze(-1)
         return self._finish(z_NK, None if self.bias_V is None else self.bias_V[ids_NK])
@@ -186,32 +175,32 @@ class _Head:
             grad_ND[rows] = (grad_NK[rows, None, :] @ weight_nKD).squeeze(1)
         return grad_ND
 
-    def slope(self, z: torch.Tensor) -> torch.Tensor | None:
-        """Slope of the soft cap at the logits z: dz / d(product) without the factor logit_scale. None without cap."""
-        return None if self.rule.softcap is None else 1 - (z / self.rule.softcap) ** 2
+    def slope(self, z: torch.Tensor) -> torch.Tensor | float:
+        """Slope of the soft cap at the logits z: dz / d(product) without the factor logit_scale."""
+        return 1.0 if self.softcap is None else 1 - (z / self.softcap) ** 2
 
     def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """a @ b in `sum_dtype`, from factors in `dtype`."""
-        a, b = a.to(self.rule.dtype), b.to(self.rule.dtype)
-        if a.is_cuda and self.rule.dtype != self.rule.sum_dtype:
-            return torch.mm(a, b, out_dtype=self.rule.sum_dtype)  # not rounded to half precision on the way out
+        a, b = a.to(self.dtype), b.to(self.dtype)
+        if a.is_cuda and self.dtype != self.sum_dtype:
+            return torch.mm(a, b, out_dtype=self.sum_dtype)  # not rounded to half precision on the way out
         if a.device.type in ("xpu", "mps"):
-            a, b = a.to(self.rule.sum_dtype), b.to(self.rule.sum_dtype)
-        return torch.mm(a, b).to(self.rule.sum_dtype)
+            a, b = a.to(self.sum_dtype), b.to(self.sum_dtype)
+        return torch.mm(a, b).to(self.sum_dtype)
 
     def _finish(self, z: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if bias is not None:
             z += bias
-        if self.rule.logit_scale != 1.0:
-            z *= self.rule.logit_scale
-        if self.rule.softcap is not None:
-            z.div_(self.rule.softcap).tanh_().mul_(self.rule.softcap)
+        if self.logit_scale != 1.0:
+            z *= self.logit_scale
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
         return z
 
     def _rows_of(self, ids_NK: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """The head's rows of S, (n, K, D), for a few positions at a time: (N, K, D) is never built."""
-        for rows in _gather_slices(ids_NK, self.weight_VD):
-            yield rows, self.weight_VD[ids_NK[rows]].to(self.rule.sum_dtype)
+        for rows in _slices(len(ids_NK), max(1, _GATHER_ELEMENTS // (ids_NK.shape[1] * self.weight_VD.shape[1]))):
+            yield rows, self.weight_VD[ids_NK[rows]].to(self.sum_dtype)
 
 
 class _OnlineLogSumExp:
@@ -228,11 +217,10 @@ class _OnlineLogSumExp:
         Returns them, (n, v), and the factor by which all earlier ones have shrunk, (n,).
         """
         max_n = torch.maximum(self.max_n, z_nv.amax(dim=-1))
-        shift_n, self.max_n = self.max_n - max_n, max_n
-        z_nv -= max_n[:, None]
-        shrink_n = shift_n.exp()
-        self.sum_n *= shrink_n
-        self.sum_n += z_nv.exp_().sum(dim=-1)
+        shrink_n = (self.max_n - max_n).exp()
+        self.max_n = max_n
+        z_nv.sub_(max_n[:, None]).exp_()
+        self.sum_n.mul_(shrink_n).add_(z_nv.sum(dim=-1))
         return z_nv, shrink_n
 
     def log_sum(self) -> torch.Tensor:
@@ -245,15 +233,13 @@ class _PartitionLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, ids_NK, rule, chunk_size, with_hidden_grad):
-        head = _Head(weight_VD, bias_V, rule)
-        with _no_autocast(hidden_ND):
-            logits_NK = head.selected(hidden_ND, ids_NK)
-            tail_N, tail_max_N = logits_NK.new_empty(2, len(hidden_ND)).unbind()
-            tail_grad_ND = logits_NK.new_zeros(hidden_ND.shape) if with_hidden_grad else None
-            for rows in _slices(len(hidden_ND), chunk_size):
-                tail_N[rows], tail_max_N[rows] = _tail_of_chunk(
-                    head, hidden_ND[rows], ids_NK[rows], tail_grad_ND[rows] if with_hidden_grad else None
-                )
+        head = _Head(weight_VD, bias_V, *rule)
+        logits_NK = head.selected(hidden_ND, ids_NK)
+        tail_N, tail_max_N = logits_NK.new_empty(2, len(hidden_ND)).unbind()
+        tail_grad_ND = logits_NK.new_zeros(hidden_ND.shape) if with_hidden_grad else None
+        for rows in _slices(len(hidden_ND), chunk_size):
+            grad_nD = tail_grad_ND[rows] if with_hidden_grad else None
+            tail_N[rows], tail_max_N[rows] = _tail_of_chunk(head, hidden_ND[rows], ids_NK[rows], grad_nD)
         ctx.rule, ctx.chunk_size = rule, chunk_size
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, ids_NK, logits_NK, tail_N, tail_grad_ND)
         ctx.mark_non_differentiable(tail_max_N)
@@ -264,10 +250,10 @@ class _PartitionLogits(torch.autograd.Function):
     def backward(ctx, grad_NK1, _):
         hidden_ND, weight_VD, bias_V, ids_NK, logits_NK, tail_N, tail_grad_ND = ctx.saved_tensors
         grad_hidden = grad_weight = grad_bias = None
-        with _gathered(weight_VD, bias_V), _no_autocast(hidden_ND):
-            head = _Head(weight_VD, bias_V, ctx.rule)
+        with _gathered(weight_VD, bias_V), torch.autocast(hidden_ND.device.type, enabled=False):
+            head = _Head(weight_VD, bias_V, *ctx.rule)
             if ctx.needs_input_grad[0]:
-                grad_product_NK = _times_slope(grad_NK1[:, :-1] * ctx.rule.logit_scale, head.slope(logits_NK))
+                grad_product_NK = grad_NK1[:, :-1] * head.logit_scale * head.slope(logits_NK)
                 grad_hidden = torch.empty_like(hidden_ND)
                 for rows in _slices(len(hidden_ND), ctx.chunk_size):
                     of_kept_nD = head.selected_hidden_grad(ids_NK[rows], grad_product_NK[rows])
@@ -282,8 +268,7 @@ class _SelectedLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, ids_NK, rule):
-        with _no_autocast(hidden_ND):
-            logits_NK = _Head(weight_VD, bias_V, rule).selected(hidden_ND, ids_NK)
+        logits_NK = _Head(weight_VD, bias_V, *rule).selected(hidden_ND, ids_NK)
         ctx.rule = rule
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, ids_NK, logits_NK)
         return logits_NK
@@ -293,16 +278,15 @@ class _SelectedLogits(torch.autograd.Function):
     def backward(ctx, grad_NK):
         hidden_ND, weight_VD, bias_V, ids_NK, logits_NK = ctx.saved_tensors
         grad_hidden = grad_weight = grad_bias = None
-        with _gathered(weight_VD, bias_V), _no_autocast(hidden_ND):
-            head = _Head(weight_VD, bias_V, ctx.rule)
-            grad_NK = _times_slope(grad_NK * ctx.rule.logit_scale, head.slope(logits_NK))
+        with _gathered(weight_VD, bias_V), torch.autocast(hidden_ND.device.type, enabled=False):
+            head = _Head(weight_VD, bias_V, *ctx.rule)
+            grad_NK = grad_NK * head.logit_scale * head.slope(logits_NK)
             if ctx.needs_input_grad[0]:
                 grad_hidden = head.selected_hidden_grad(ids_NK, grad_NK).to(hidden_ND.dtype)
             if ctx.needs_input_grad[1]:
                 grad_weight = grad_NK.new_zeros(weight_VD.shape)
-                for rows in _gather_slices(ids_NK, weight_VD):
-                    outer_nKD = grad_NK[rows, :, None] * hidden_ND[rows, None, :]
-                    grad_weight.index_add_(0, ids_NK[rows].flatten(), outer_nKD.flatten(0, 1))
+                for column_N, grad_N in zip(ids_NK.T, grad_NK.T, strict=True):  # (N, K, D) is never built
+                    grad_weight.index_add_(0, column_N, grad_N[:, None] * hidden_ND)
                 grad_weight = grad_weight.to(weight_VD.dtype)
             if ctx.needs_input_grad[2]:
                 grad_bias = grad_NK.new_zeros(bias_V.shape).index_add_(0, ids_NK.flatten(), grad_NK.flatten())
@@ -310,31 +294,31 @@ class _SelectedLogits(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
-def _tail_of_chunk(head, hidden_nD, ids_nK, grad_nD) -> tuple[torch.Tensor, torch.Tensor]:
+def _tail_of_chunk(head: _Head, hidden_nD, ids_nK, grad_nD) -> tuple[torch.Tensor, torch.Tensor]:
     """The tail's logit and its largest logit, (n,) each. `grad_nD`, zeros, receives d tail_logit / d hidden."""
-    tail = _OnlineLogSumExp(hidden_nD, head.rule.sum_dtype)
-    for columns in _tiles(head.weight_VD, len(hidden_nD)):
+    tail = _OnlineLogSumExp(hidden_nD, head.sum_dtype)
+    for columns in _tiles(head, len(hidden_nD)):
         z_nv = head.tile(hidden_nD, columns)
-        slope_nv = None if grad_nD is None else head.slope(z_nv)
+        slope_nv = 1.0 if grad_nD is None else head.slope(z_nv)
         _mask_kept(z_nv, ids_nK, columns)
         exp_nv, shrink_n = tail.fold(z_nv)
         if grad_nD is not None:
             grad_nD *= shrink_n[:, None]
-            grad_nD += head.product(_times_slope(exp_nv, slope_nv), head.weight_VD[columns])
+            grad_nD += head.product(_times(exp_nv, slope_nv), head.weight_VD[columns])
         del z_nv, exp_nv, slope_nv  # before the next tile, not beside it
     if grad_nD is not None:
         # A sum is at least exp(0), the largest logit's own, unless S is the whole vocabulary
-        grad_nD *= head.rule.logit_scale / tail.sum_n.clamp_min(1)[:, None]
+        grad_nD *= head.logit_scale / tail.sum_n.clamp_min(1)[:, None]
     logit_n = tail.log_sum()
     return logit_n, tail.max_n.masked_fill(logit_n == -math.inf, -math.inf)
 
 
-def _head_grads(head, hidden_ND, ids_NK, grad_NK1, tail_N, chunk_size) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _head_grads(head: _Head, hidden_ND, ids_NK, grad_NK1, tail_N, chunk_size):
     """Gradients of a trained head, (V, D) and (V,), from logits that are computed once more."""
     grad_weight_VD = torch.empty_like(head.weight_VD)
     grad_bias_V = None if head.bias_V is None else torch.empty_like(head.bias_V)
     tail_N = tail_N.clamp_min(torch.finfo(tail_N.dtype).min)  # finite where K = V: no -inf - -inf
-    for columns in _tiles(head.weight_VD, min(chunk_size, len(hidden_ND))):
+    for columns in _tiles(head, min(chunk_size, len(hidden_ND))):
         grad_weight_vD = tail_N.new_zeros(head.weight_VD[columns].shape)
         grad_bias_v = tail_N.new_zeros(len(grad_weight_vD))
         for rows in _slices(len(hidden_ND), chunk_size):
@@ -345,24 +329,24 @@ def _head_grads(head, hidden_ND, ids_NK, grad_NK1, tail_N, chunk_size) -> tuple[
             grad_nv = z_nv.sub_(tail_N[rows, None]).exp_().mul_(grad_NK1[rows, -1:])
             local_nK, inside_nK = _columns_of(ids_NK[rows], columns)
             grad_nv.scatter_add_(1, local_nK, grad_NK1[rows, :-1] * inside_nK)
-            grad_nv = _times_slope(grad_nv, slope_nv)
+            grad_nv = _times(grad_nv, slope_nv)
             grad_weight_vD += head.product(grad_nv.T, hidden_ND[rows])
             grad_bias_v += grad_nv.sum(dim=0)
-        grad_weight_VD[columns] = grad_weight_vD * head.rule.logit_scale
+        grad_weight_VD[columns] = grad_weight_vD * head.logit_scale
         if grad_bias_V is not None:
-            grad_bias_V[columns] = grad_bias_v * head.rule.logit_scale
+            grad_bias_V[columns] = grad_bias_v * head.logit_scale
     return grad_weight_VD, grad_bias_V
 
 
-def _top_k_of_chunk(head, hidden_nD, k, limit) -> tuple[torch.Tensor, torch.Tensor]:
+def _top_k_of_chunk(head: _Head, hidden_nD, k: int, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(n, k) ids and (n, k+1) log-probabilities, in one pass over the vocabulary.
 
     What never enters the running top k, and what drops out of it, goes to the tail: nothing is ever subtracted.
     """
-    best_nk = hidden_nD.new_empty(len(hidden_nD), 0, dtype=head.rule.sum_dtype)
+    best_nk = hidden_nD.new_empty(len(hidden_nD), 0, dtype=head.sum_dtype)
     best_ids_nk = best_nk.long()
-    tail = _OnlineLogSumExp(hidden_nD, head.rule.sum_dtype)
-    for columns in _tiles(head.weight_VD, len(hidden_nD)):
+    tail = _OnlineLogSumExp(hidden_nD, head.sum_dtype)
+    for columns in _tiles(head, len(hidden_nD)):
         z_nv = head.tile(hidden_nD, columns)
         if columns.start < limit:
             local = _top_columns(z_nv[:, : limit - columns.start], k)
@@ -378,7 +362,7 @@ def _top_k_of_chunk(head, hidden_nD, k, limit) -> tuple[torch.Tensor, torch.Tens
     best_ids_nk = best_ids_nk.sort(dim=1).values
     best = head.selected(hidden_nD, best_ids_nk).sort(dim=1, descending=True, stable=True)
     logits_nK1 = torch.cat([best.values, tail.log_sum()[:, None]], dim=1)
-    return best_ids_nk.gather(1, best.indices), logits_nK1 - logits_nK1.logsumexp(dim=1, keepdim=True)
+    return best_ids_nk.gather(1, best.indices), logits_nK1.log_softmax(dim=1)
 
 
 def _top_columns(z_nv: torch.Tensor, k: int) -> torch.Tensor:
@@ -408,8 +392,8 @@ def _columns_of(ids_nK: torch.Tensor, columns: slice) -> tuple[torch.Tensor, tor
     return local_nK, local_nK + columns.start == ids_nK
 
 
-def _times_slope(grad: torch.Tensor, slope: torch.Tensor | None) -> torch.Tensor:
-    return grad if slope is None else grad.mul_(slope)
+def _times(grad_nv: torch.Tensor, slope_nv: torch.Tensor | float) -> torch.Tensor:
+    return grad_nv if isinstance(slope_nv, float) else grad_nv.mul_(slope_nv)  # without a cap, no pass over the tile
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
@@ -419,75 +403,39 @@ def _slices(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-def _tiles(weight_VD: torch.Tensor, num_positions: int) -> Iterator[slice]:
+def _tiles(head: _Head, num_positions: int) -> Iterator[slice]:
     """Parts of the vocabulary within the tile budget; two or more of them, so that no tile is (N, V)."""
-    vocab_size = len(weight_VD)
-    return _slices(
-        vocab_size, max(1, min(_tile_elements(weight_VD) // max(1, num_positions), math.ceil(vocab_size / 2)))
+    vocab_size, elements = len(head.weight_VD), _TILE_ELEMENTS
+    if head.weight_VD.device.type not in ("cpu", "meta"):
+        elements = _TILE_ELEMENTS_OF_ACCELERATOR
+    if head.weight_VD.is_cuda:  # a sixteenth of the free memory, with three copies of a tile beside it
+        free, _ = torch.cuda.mem_get_info(head.weight_VD.device)
+        elements = max(_TILE_ELEMENTS, min(elements, free // 256))
+    return _slices(vocab_size, max(1, min(elements // max(1, num_positions), math.ceil(vocab_size / 2))))
+
+
+def _chunk_size(head: _Head) -> int:
+    return _CHUNK_SIZE if head.weight_VD.device.type in ("cpu", "meta") else _CHUNK_SIZE_OF_ACCELERATOR
+
+
+@contextmanager
+def _opened(hidden, weight, bias, logit_scale, softcap) -> Iterator[_Head]:
+    """The head to read: whole where FSDP2 or ZeRO-3 hold it in pieces, with autocast's dtype, and autocast off."""
+    weight, bias = (
+        tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP2's DTensor
+        for tensor in (weight, bias)
     )
-
-
-def _chunk_size(weight_VD: torch.Tensor) -> int:
-    return CHUNK_SIZE if weight_VD.device.type in ("cpu", "meta") else _CHUNK_SIZE_OF_ACCELERATOR
-
-
-def _tile_elements(weight_VD: torch.Tensor) -> int:
-    """Logits of one tile; on a GPU as many as a sixteenth of its free memory holds, with three copies beside them."""
-    if weight_VD.device.type in ("cpu", "meta"):
-        return _TILE_ELEMENTS
-    if not weight_VD.is_cuda:
-        return _TILE_ELEMENTS_OF_ACCELERATOR
-    free, _ = torch.cuda.mem_get_info(weight_VD.device)
-    return max(_TILE_ELEMENTS, min(_TILE_ELEMENTS_OF_ACCELERATOR, free // 256))
-
-
-def _gather_slices(ids_NK: torch.Tensor, weight_VD: torch.Tensor) -> Iterator[slice]:
-    return _slices(len(ids_NK), max(1, _GATHER_ELEMENTS // (ids_NK.shape[1] * weight_VD.shape[1])))
-
-
-def _logit_rule(hidden, weight, bias, logit_scale, softcap) -> _LogitRule:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise FirstTrlError(
-            f"hidden {tuple(hidden.shape)} must be (N, D) and weight {tuple(weight.shape)} must be (V, D)"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise FirstTrlError(f"bias {tuple(bias.shape)} must be (V,) with the V of weight {tuple(weight.shape)}")
-    if softcap is not None and softcap <= 0:
-        raise FirstTrlError(f"softcap={softcap} must be positive, or None for no soft-capping")
-    if hidden.dtype == torch.float64:
-        return _LogitRule(logit_scale, softcap, torch.float64, torch.float64)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _LogitRule(logit_scale, softcap, dtype, torch.float32)
-
-
-def _checked_token_ids(
-    token_ids: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, distinct: bool = True
-) -> torch.Tensor:
-    if token_ids.ndim != 2 or len(token_ids) != len(hidden) or token_ids.shape[1] == 0:
-        raise FirstTrlError(f"token_ids {tuple(token_ids.shape)} must be (N, K), K >= 1, N = {len(hidden)} of hidden")
-    ids = token_ids.long()
-    sorted_ids = ids.sort(dim=1).values
-    outside = (ids < 0) | (ids >= len(weight))
-    repeated = (sorted_ids[:, 1:] == sorted_ids[:, :-1]) & distinct
-    if outside.any() or repeated.any():  # rare, so the words are worked out only then
-        if outside.any():
-            position, column = outside.nonzero()[0].tolist()
-            raise FirstTrlError(
-                f"token id {ids[position, column].item()} (position {position}) is outside the head's vocabulary of "
-                f"{len(weight)}: teacher and student must share a tokenizer"
-            )
-        position, column = repeated.nonzero()[0].tolist()
-        raise FirstTrlError(
-            f"token id {sorted_ids[position, column].item()} occurs twice at position {position}: its probability "
-            "would be counted twice; keep K different tokens per position"
-        )
-    return ids
-
-
-def _whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """The full tensor of an FSDP2-sharded parameter (a DTensor); anything else as it is."""
-    return parameter.full_tensor() if parameter is not None and hasattr(parameter, "full_tensor") else parameter
+    dtypes = (torch.float64, torch.float64) if hidden.dtype == torch.float64 else (dtype, torch.float32)
+    with _gathered(weight, bias), torch.autocast(device, enabled=False):
+        if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+            raise FirstTrlError(f"hidden {tuple(hidden.shape)} must be (N, D) and weight {tuple(weight.shape)} (V, D)")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise FirstTrlError(f"bias {tuple(bias.shape)} must be (V,) with the V of weight {tuple(weight.shape)}")
+        if softcap is not None and softcap <= 0:
+            raise FirstTrlError(f"softcap={softcap} must be positive, or None for no soft-capping")
+        yield _Head(weight, bias, logit_scale, softcap, *dtypes)
 
 
 def _gathered(*parameters: torch.Tensor | None) -> AbstractContextManager:
@@ -500,5 +448,22 @@ def _gathered(*parameters: torch.Tensor | None) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(partitioned)
 
 
-def _no_autocast(tensor: torch.Tensor) -> AbstractContextManager:
-    return torch.autocast(tensor.device.type, enabled=False)
+def _checked_ids(token_ids, hidden, head: _Head, distinct: bool = True) -> torch.Tensor:
+    if token_ids.ndim != 2 or len(token_ids) != len(hidden) or token_ids.shape[1] == 0:
+        raise FirstTrlError(f"token_ids {tuple(token_ids.shape)} must be (N, K), K >= 1, N = {len(hidden)} of hidden")
+    ids = token_ids.long()
+    outside = (ids < 0) | (ids >= len(head.weight_VD))
+    if outside.any():
+        position = int(outside.any(dim=1).nonzero()[0])
+        raise FirstTrlError(
+            f"token id {ids[outside][0]} (position {position}) is outside the head's vocabulary of "
+            f"{len(head.weight_VD)}: teacher and student must share a tokenizer"
+        )
+    ordered = ids.sort(dim=1).values
+    repeated = ordered[:, 1:] == ordered[:, :-1]
+    if distinct and repeated.any():
+        position = int(repeated.any(dim=1).nonzero()[0])
+        raise FirstTrlError(
+            f"token id {ordered[:, 1:][repeated][0]} occurs twice at position {position}; keep K different tokens"
+        )
+    return ids
