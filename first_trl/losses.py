@@ -3,10 +3,7 @@
 A row of K+1 log-probabilities, last column the tail, is a categorical distribution, so every divergence here is a true
 divergence between two distributions: non-negative, and zero only where they agree. This is the knowledge matching of
 FIRST (arXiv 2408.12168, section 3.3), with the teacher's tail kept where the authors' code renormalises it away
-(`tail="renormalize"`).
-
-What this module is not: it reads no model and builds no vocabulary-sized tensor (`head.py` makes the rows), and it
-averages nothing (how positions are weighted is the trainer's decision).
+(`tail="renormalize"`). The rows come from `head.py`; how positions are weighted is the trainer's decision.
 
 Shapes: N supervised positions, K kept tokens, K1 = K+1. S is a position's set of kept tokens; t and p are the
 teacher's and the student's probabilities, a and Q the mass they put on S, tau = 1 - a and rho = 1 - Q their tails.
@@ -55,8 +52,7 @@ def partition_divergence(
         case "jsd":
             mixture = _log_mean_prob(student, teacher)
             return 0.5 * (_kl(teacher, mixture) + _kl(student, mixture))
-        case _:
-            raise FirstTrlError(f"divergence={divergence!r} is not one of {', '.join(DIVERGENCES)}")
+    raise FirstTrlError(f"divergence={divergence!r} is not one of {', '.join(DIVERGENCES)}")
 
 
 def conditional_divergence(student_logits: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
@@ -72,15 +68,9 @@ def conditional_divergence(student_logits: torch.Tensor, teacher_log_probs: torc
 
     `student_logits` is (N, K), on S, up to a constant per position; `teacher_log_probs` is (N, K+1). Returns (N,).
     """
-    if student_logits.ndim != 2 or teacher_log_probs.shape != (len(student_logits), student_logits.shape[1] + 1):
-        raise FirstTrlError(
-            f"student_logits {tuple(student_logits.shape)} must be (N, K) and teacher_log_probs "
-            f"{tuple(teacher_log_probs.shape)} must be (N, K+1): the teacher's last column is its tail"
-        )
-    student = _promoted(student_logits).log_softmax(dim=-1)
-    teacher = teacher_log_probs[:, :-1].detach().to(student.dtype)
-    kept_mass = teacher.logsumexp(dim=-1).exp()
-    return kept_mass * _kl(teacher.log_softmax(dim=-1), student)
+    student_NK1 = torch.nn.functional.pad(student_logits, (0, 1))  # a tail that is not read
+    student, teacher = (rows[:, :-1] for rows in _checked_rows(student_NK1, teacher_log_probs))
+    return teacher.logsumexp(dim=-1).exp() * _kl(teacher.log_softmax(dim=-1), student.log_softmax(dim=-1))
 
 
 def mass_divergence(student_log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> torch.Tensor:
@@ -112,14 +102,11 @@ def _log_mean_prob(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 
 def _checked_rows(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both rows in float32, or in float64 where the student is; the teacher without gradient."""
     if student.ndim != 2 or student.shape != teacher.shape or student.shape[1] < 2:
         raise FirstTrlError(
-            f"student_log_probs {tuple(student.shape)} and teacher_log_probs {tuple(teacher.shape)} must both be "
-            "(N, K+1): K kept tokens, then the tail"
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must both be (N, K+1): K kept tokens, "
+            "then the tail"
         )
-    student = _promoted(student)
-    return student, teacher.detach().to(student.dtype)
-
-
-def _promoted(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    return student.to(dtype), teacher.detach().to(dtype)
