@@ -1,4 +1,4 @@
-"""From rows of a cache to batches: TRL's own tokens, and the teacher's rows beside them in the same order.
+"""A cache's rows into batches: TRL's own tokens, and the teacher's rows beside them in the same order.
 
 A row of the dataset is one example, with one entry of the teacher's columns for each of its supervised positions;
 packing joins examples, and moves those entries with their tokens. Rows come as Arrow buffers: no number is ever a
@@ -42,9 +42,7 @@ def prepare_rows(cache: TeacherCache, args: FIRSTConfig, packing: bool) -> Arrow
     if packing:
         max_length = args.max_length or cache.manifest.get("task", {}).get("max_length")
         if max_length is None:
-            raise FirstTrlError(
-                "packing needs max_length, the number of tokens in a packed row; set it in FIRSTConfig."
-            )
+            raise FirstTrlError("packing needs max_length, the tokens of a packed row; set it in FIRSTConfig.")
         spread = dataset.with_format("arrow").map(_one_entry_per_token, batched=True, desc="Aligning teacher rows")
         dataset = pack_dataset(spread.with_format(None), max_length, args.packing_strategy).with_format(None)
     rows = copy.copy(dataset)
@@ -54,8 +52,7 @@ def prepare_rows(cache: TeacherCache, args: FIRSTConfig, packing: bool) -> Arrow
 
 def _one_entry_per_token(table: pa.Table) -> pa.Table:
     """Spread the teacher's rows over the tokens, entry i for token i's label, so that packing moves both alike."""
-    labels = table["labels"].combine_chunks()
-    lengths_E, supervised_T = _supervised(labels)
+    lengths_E, supervised_T = _supervised(table["labels"].combine_chunks())
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths_E)]), pa.int32())
     row_T = np.where(supervised_T, np.cumsum(supervised_T) - 1, 0)  # any row will do where no label is learned
     for name in TEACHER_COLUMNS:
@@ -71,10 +68,6 @@ def _supervised(labels: pa.ListArray, documents: list[list[int]] | None = None) 
     supervised_T = labels.flatten().to_numpy(zero_copy_only=False) != IGNORED
     supervised_T[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
     return lengths_E, supervised_T
-
-
-def _table_of(example: dict) -> pa.Table:
-    return pa.table({name: pa.array([np.asarray(value).tolist()]) for name, value in example.items()})
 
 
 @dataclass
@@ -96,18 +89,16 @@ class TeacherCollator:
     tokens: Callable[[list[dict]], dict[str, torch.Tensor]]
 
     def __call__(self, examples: list) -> dict[str, torch.Tensor]:
-        tables = [table if isinstance(table, pa.Table) else _table_of(table) for table in examples]
-        table = pa.concat_tables(tables)
+        table = examples[0] if isinstance(examples[0], pa.Table) else pa.Table.from_pylist(examples)
         documents = table["seq_lengths"].to_pylist() if "seq_lengths" in table.column_names else None
         lengths_E, supervised_T = _supervised(table["labels"].combine_chunks(), documents)
         ends = np.cumsum(lengths_E)
         positions_E = np.diff(np.concatenate([[0], np.cumsum(supervised_T)[ends - 1]]))
-        if not positions_E.all():
-            raise FirstTrlError(
-                "A row of the dataset has no supervised position, so a student learns nothing from it: leave it out, "
-                'as in dataset.filter(lambda row: len(row["teacher_ids"]) > 0).'
-            )
-        ids_NK, log_probs_NK1 = self._teacher_rows(table, supervised_T, packed=documents is not None)
+        ids_NK = flat(table["teacher_ids"])
+        log_probs_NK1 = np.column_stack([flat(table["teacher_log_probs"]), flat(table["teacher_tail_log_prob"])])
+        if documents is not None:  # packed, with one entry per token
+            ids_NK, log_probs_NK1 = ids_NK[supervised_T], log_probs_NK1[supervised_T]
+        self._check(positions_E, ids_NK)
         columns = {name: np.split(flat(table[name]), ends[:-1]) for name in ("input_ids", "labels")}
         if documents is not None:
             columns["seq_lengths"] = documents
@@ -121,17 +112,18 @@ class TeacherCollator:
         return batch
 
     @staticmethod
-    def _teacher_rows(table: pa.Table, supervised_T: np.ndarray, packed: bool) -> tuple[np.ndarray, np.ndarray]:
-        ids_NK = flat(table["teacher_ids"])
-        log_probs_NK1 = np.column_stack([flat(table["teacher_log_probs"]), flat(table["teacher_tail_log_prob"])])
-        if packed:  # one entry per token, see `_one_entry_per_token`
-            ids_NK, log_probs_NK1 = ids_NK[supervised_T], log_probs_NK1[supervised_T]
-        if len(ids_NK) != supervised_T.sum():
+    def _check(positions_E: np.ndarray, ids_NK: np.ndarray) -> None:
+        """On the host, once, for on a GPU every check of ids would wait for the device."""
+        if not positions_E.all():
             raise FirstTrlError(
-                f"A batch has {supervised_T.sum()} supervised positions but {len(ids_NK)} rows: the dataset was "
+                "A row of the dataset has no supervised position, so a student learns nothing from it: leave it out, "
+                'as in dataset.filter(lambda row: len(row["teacher_ids"]) > 0).'
+            )
+        if len(ids_NK) != positions_E.sum():
+            raise FirstTrlError(
+                f"A batch has {positions_E.sum()} supervised positions but {len(ids_NK)} rows: the dataset was "
                 "changed after the cache was written. Pass the cache itself as the dataset."
             )
-        sorted_NK = np.sort(ids_NK, axis=1)  # checked here, for on a GPU every check would wait for the device
+        sorted_NK = np.sort(ids_NK, axis=1)
         if (sorted_NK[:, 0] < 0).any() or (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any():
             raise FirstTrlError("A row has a teacher token twice, or a negative one; make the cache again.")
-        return ids_NK, log_probs_NK1

@@ -1,8 +1,4 @@
-"""FIRSTConfig: the settings of a distillation run, on top of TRL's SFTConfig.
-
-Everything that SFTConfig knows keeps its meaning. The fields below are the method's own (design of the loss: the
-paper's sections 3.2 and 3.3; the K+1 partition: `first_trl.losses`).
-"""
+"""FIRSTConfig: the settings of a distillation run, on top of TRL's SFTConfig, whose own keep their meaning."""
 
 import json
 from dataclasses import dataclass, field
@@ -79,26 +75,30 @@ class FIRSTConfig(SFTConfig):
         # The cache is complete before TRL sees it: tokenised, truncated, labelled.
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
-        if self.divergence not in DIVERGENCES:
-            raise FirstTrlError(f"divergence is {self.divergence!r}; choose one of {', '.join(DIVERGENCES)}.")
-        if self.tail not in TAILS:
-            raise FirstTrlError(f"tail is {self.tail!r}; choose one of {', '.join(TAILS)}.")
-        if not 0 <= self.ce_weight <= 1:
-            raise FirstTrlError(f"ce_weight is {self.ce_weight}; it must lie in [0, 1].")
-        if not 0 < self.mass_fraction <= 1:
-            raise FirstTrlError(f"mass_fraction is {self.mass_fraction}; it must lie in (0, 1], 1.0 being exact.")
         if self.calibration is not None:
             self._read_calibration()
         if self.recalibration_method is None:
             self.recalibration_method = "none" if self.recalibration_value is None else "temperature"
         for key, what, remedy in loss_conflicts(vars(self)):
             raise FirstTrlError(f"{key}={getattr(self, key)!r}: {what}; {remedy}.")
+        smoothing = "it has no effect here; use recalibration_method='label_smoothing', which smooths the teacher"
+        for key, fits, remedy in (
+            ("divergence", self.divergence in DIVERGENCES, f"choose one of {', '.join(DIVERGENCES)}"),
+            ("tail", self.tail in TAILS, f"choose one of {', '.join(TAILS)}"),
+            ("ce_weight", 0 <= self.ce_weight <= 1, "it must lie in [0, 1]"),
+            ("mass_fraction", 0 < self.mass_fraction <= 1, "it must lie in (0, 1], 1.0 being exact"),
+            ("label_smoothing_factor", self.label_smoothing_factor == 0, smoothing),
+            ("use_liger_kernel", not self.use_liger_kernel, "remove it: no logits are built that it would save"),
+            ("trust_remote_code", not self.trust_remote_code, "code of a model is never run; remove it"),
+            ("assistant_only_loss", not self.assistant_only_loss, "remove it: the cache decides what is supervised"),
+        ):
+            if not fits:
+                raise FirstTrlError(f"{key}={getattr(self, key)!r}: {remedy}.")
         if self.recalibration_method != "none" and self.recalibration_value is None:
             raise FirstTrlError(
                 f"recalibration_method is {self.recalibration_method!r} but recalibration_value is missing; take the "
                 "value from calibration.json, or from first_trl.calibration.search on a validation cache."
             )
-        self._refuse_what_this_trainer_cannot_honour()
 
     def _read_calibration(self):
         try:
@@ -115,13 +115,3 @@ class FIRSTConfig(SFTConfig):
                 f"recalibration_value is {self.recalibration_value}, and {self.calibration} says {value}; give one."
             )
         self.recalibration_method, self.recalibration_value = method, value
-
-    def _refuse_what_this_trainer_cannot_honour(self):
-        for name, allowed, remedy in (
-            ("label_smoothing_factor", 0.0, "use recalibration_method='label_smoothing', which smooths the teacher"),
-            ("use_liger_kernel", False, "remove it: the loss here never builds the logits that it would save"),
-            ("trust_remote_code", False, "code of a model is never run; load it yourself and pass it"),
-            ("assistant_only_loss", False, "remove it: the cache decides which tokens are supervised"),
-        ):
-            if getattr(self, name) != allowed:
-                raise FirstTrlError(f"{name}={getattr(self, name)!r} has no effect in FIRSTTrainer; {remedy}.")

@@ -1,4 +1,4 @@
-"""How a `transformers` causal language model exposes its backbone and its head, and the forward that distils.
+"""How a `transformers` causal language model is loaded, where its backbone and head are, and the forward that distils.
 
 `add_partition_head` gives a model a second way to be called: with `partition_ids` it runs the backbone, projects only
 the supervised positions and returns log-probabilities of the K teacher tokens and of the tail, never logits. The call
@@ -12,9 +12,8 @@ import functools
 import re
 import types
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import transformers
@@ -29,7 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import ModelOutput, find_adapter_config_file, logging
+from transformers.utils import find_adapter_config_file, logging
 
 from .errors import FirstTrlError
 from .head import partition_log_probs, partition_log_probs_and_tail_max, selected_logits
@@ -44,11 +43,7 @@ _SHARED_BY_LAYERS = ("vblora_vector_bank", "prompt_encoder", "tinylora_v", "unil
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or an adapter: a Hub id or a folder. Code that comes with it is never run.
-
-    Raises:
-        FirstTrlError: the tokenizer needs code of its own.
-    """
+    """The tokenizer of a model or an adapter: a Hub id or a folder. Code that comes with it is never run."""
     with _own_code_refused(path):
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
 
@@ -79,20 +74,15 @@ def load_model(
     Raises:
         FirstTrlError: the model needs code of its own, an adapter's weights do not fit, or the head is not understood.
     """
-    if named := [name for name in ("trust_remote_code", "use_kernels") if options.pop(name, False)]:
-        raise FirstTrlError(f"{path}: {named[0]} would run code that comes with a model, and is refused; remove it.")
-    if "/" in (attn_implementation or ""):
-        raise FirstTrlError(
-            f"attn_implementation is {attn_implementation!r}: kernels of the Hub are code, which is never run; take "
-            "one of transformers' own, such as sdpa or flash_attention_2."
-        )
+    runs_code = [name for name in ("trust_remote_code", "use_kernels") if options.pop(name, False)]
+    if runs_code or "/" in (attn_implementation or ""):  # attention kernels of the Hub
+        name = runs_code[0] if runs_code else f"attn_implementation={attn_implementation!r}"
+        raise FirstTrlError(f"{path}: {name} would run code that is not transformers' own, and is refused; remove it")
     options |= {"dtype": dtype, "quantization_config": quantization_config, "attn_implementation": attn_implementation}
     options["device_map"] = None if device is None or torch.device(device).type in ("cpu", "mps") else {"": device}
     with _own_code_refused(path):
-        if find_adapter_config_file(str(path), revision=revision) is None:
-            model = _load_base(path, revision, options)
-        else:
-            model = _load_adapter(path, revision, options, device)
+        load = _load_base if find_adapter_config_file(str(path), revision=revision) is None else _load_adapter
+        model = load(path, revision, options)
     if device is not None and quantization_config is None:
         model = model.to(device)
     check_head(model)
@@ -101,15 +91,13 @@ def load_model(
 
 @contextmanager
 def _own_code_refused(path):
-    """Translate transformers' advice to trust remote code, which nothing here ever follows."""
+    """Replace transformers' advice to trust remote code, which nothing here ever follows."""
     try:
         yield
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise FirstTrlError(
-            f"{path} needs code of its own, which first-trl never runs; take a model that transformers itself knows."
-        ) from None
+        raise FirstTrlError(f"{path} needs code of its own, which first-trl never runs; take another model") from None
 
 
 def _load_base(path, revision, options: dict) -> PreTrainedModel:
@@ -125,7 +113,7 @@ def _load_base(path, revision, options: dict) -> PreTrainedModel:
     return model
 
 
-def _load_adapter(path, revision, options: dict, device) -> "PeftModel":
+def _load_adapter(path, revision, options: dict) -> "PeftModel":
     from peft import PeftConfig, PeftModel
 
     revision_of_base, adapter_revision = (revision, None) if Path(path).is_dir() else (None, revision)
@@ -135,7 +123,7 @@ def _load_adapter(path, revision, options: dict, device) -> "PeftModel":
         num_tokens = len(load_tokenizer(path))
         if num_tokens > base.get_input_embeddings().weight.shape[0]:  # tokens were added before it was trained
             base.resize_token_embeddings(num_tokens)
-    kwargs = {"revision": adapter_revision, "torch_device": str(device or "cpu")}
+    kwargs = {"revision": adapter_revision, "torch_device": str((options["device_map"] or {"": "cpu"})[""])}
     try:
         model = PeftModel.from_pretrained(base, str(path), **kwargs)
         loaded = model.load_adapter(str(path), "default", **kwargs)  # once more, for what PEFT keeps to itself
@@ -146,13 +134,12 @@ def _load_adapter(path, revision, options: dict, device) -> "PeftModel":
     if strangers := [name for name in strangers if not any(shared in name for shared in _SHARED_BY_LAYERS)]:
         raise FirstTrlError(
             f"{len(strangers)} weights of the adapter {path} have no counterpart on its base "
-            f"{config.base_model_name_or_path}, e.g. {strangers[0]}: without them it would be the base that answers. "
-            "Give the base that it was trained on, loaded as it was then, or train it again."
+            f"{config.base_model_name_or_path}, e.g. {strangers[0]}; give the base that it was trained on"
         )
     return model
 
 
-def settle_names(model: torch.nn.Module) -> None:
+def settle_names(model: nn.Module) -> None:
     """Call the backbone and the soft cap of a few architectures as TRL, and most of transformers, call them."""
     inner = innermost(model)
     if inner.base_model is inner and hasattr(inner, "model"):  # Llama 4's and Mllama's text models
@@ -163,7 +150,7 @@ def settle_names(model: torch.nn.Module) -> None:
             config.final_logit_softcapping = getattr(config, name)
 
 
-def innermost(model: torch.nn.Module) -> PreTrainedModel:
+def innermost(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PeftModel, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -190,42 +177,22 @@ class Head(NamedTuple):
     softcap: float | None
 
 
-@dataclass
-class PartitionOutput(ModelOutput):
-    """What a model returns when called with `partition_ids`; row-major over the supervised positions.
-
-    Args:
-        log_probs: (M, K+1) nats, last column the tail, at the M positions of `sample` (all N by default).
-        tail_max: (M,) nats, the largest log-probability in the tail, without gradient.
-        logits: (N, K) logits of the K tokens at every position, where they were asked for.
-        label_log_probs: (M,) nats, log-probability of the label, where it was asked for.
-    """
-
-    log_probs: Any = None
-    tail_max: Any = None
-    logits: Any = None
-    label_log_probs: Any = None
-
-
-def logit_scale(config) -> float:
-    """The factor that a model multiplies its logits by; 1.0 for most. Each family has its own name for it."""
-    text_config = config.get_text_config()
-    if text_config.model_type == "mpt":  # reads its `logit_scale` from checkpoints and never applies it
-        return 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
-        if getattr(text_config, name, None) is not None:
-            return float(getattr(text_config, name))
-    scaling = getattr(text_config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return float(scaling if text_config.model_type == "hyperclovax" else 1 / scaling)  # Granite, MiniCPM3 divide
-
-
 def language_model_head(model: PreTrainedModel) -> Head:
     """The model's [`Head`]. FSDP2 and ZeRO-3 may hold it in pieces; `first_trl.head` gathers them when it reads."""
-    module = model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return Head(module.weight, getattr(module, "bias", None), logit_scale(model.config), softcap)
+    module, config = model.get_output_embeddings(), model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(module.weight, getattr(module, "bias", None), _logit_scale(config), softcap)
+
+
+def _logit_scale(config) -> float:
+    """The factor that a model multiplies its logits by. Each family has its own name for it."""
+    if config.model_type == "mpt":  # reads its `logit_scale` from checkpoints and never applies it
+        return 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)  # Granite, MiniCPM3 divide
 
 
 def backbone_hidden_states(model: PreTrainedModel, *args, **inputs) -> torch.Tensor:
@@ -234,7 +201,7 @@ def backbone_hidden_states(model: PreTrainedModel, *args, **inputs) -> torch.Ten
 
 
 @torch.no_grad()
-def check_head(model: torch.nn.Module, fused: bool = False) -> None:
+def check_head(model: nn.Module, fused: bool = False) -> None:
     """Refuse a model whose logits are not what its head, as understood here, makes of its last hidden states.
 
     Eight tokens go through `model(...).logits` and through [`language_model_head`] (with `fused`, through the head
@@ -245,124 +212,109 @@ def check_head(model: torch.nn.Module, fused: bool = False) -> None:
         FirstTrlError: they differ by more, naming the architecture and both numbers; or the model computes NaN.
     """
     inner, training = innermost(model), model.training
+    name = type(inner).__name__
     if any(hasattr(weight, "ds_id") or weight.is_meta for weight in inner.parameters()):
-        logger.info(f"The head of {type(inner).__name__} is not checked: its weights are shared out over processes.")
+        logger.info(f"The head of {name} is not checked: its weights are shared out over processes.")
         return
+    for module in inner.modules():
+        # On a CPU bitsandbytes repacks 4-bit weights, for good, at the first forward without gradient, and its kernels
+        # for those return no gradient: a training evaluated once would go on with its last layer alone
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     model.eval()
-    keep_gradients(inner)
     embeddings = inner.get_input_embeddings().weight
     ids_BT = torch.arange(10, 18, device=embeddings.device)[None] % len(embeddings)
     logits_TV = inner(input_ids=ids_BT, use_cache=False).logits[0]
     start_TV = inner(input_ids=ids_BT[:, :4], use_cache=False).logits[0]
-    expected_TV = logits_TV.float().log_softmax(dim=-1).to(ids_BT.device)
-    if expected_TV.isnan().any():
-        raise FirstTrlError(
-            f"{type(inner).__name__} computes NaN from eight ordinary tokens: its weights, or its adapter's, are "
-            f"damaged, or overflow in {logits_TV.dtype}; train it again, or load it in another dtype."
-        )
+    if logits_TV.isnan().any():
+        raise FirstTrlError(f"{name} computes NaN from eight ordinary tokens; train it again, or change its dtype")
+    log_probs_TV = logits_TV.float().log_softmax(dim=-1).to(ids_BT.device)
     try:
         if fused:
-            found = inner(input_ids=ids_BT, labels=ids_BT, fused_lm_head=True).log_probs.to(ids_BT.device).T
-            expected = expected_TV[:-1].gather(1, ids_BT[0, 1:, None])
+            ids_TK = ids_BT[0, 1:, None]
+            found_TK = inner(input_ids=ids_BT, labels=ids_BT, fused_lm_head=True).log_probs.to(ids_BT.device).T
         else:
-            head, hidden_BTD = language_model_head(inner), backbone_hidden_states(inner, input_ids=ids_BT)
-            top_TK = expected_TV.topk(min(5, expected_TV.shape[1] - 1)).indices
-            hidden_TD, ids_TK = (tensor.to(head.weight.device) for tensor in (hidden_BTD[0], top_TK))
-            found = partition_log_probs(hidden_TD, head.weight, ids_TK, *head[1:])[:, :-1].to(ids_BT.device)
-            expected = expected_TV.gather(1, top_TK)
+            ids_TK = log_probs_TV.topk(min(5, log_probs_TV.shape[1] - 1)).indices
+            head, hidden_TD = language_model_head(inner), backbone_hidden_states(inner, input_ids=ids_BT)[0]
+            rows_TK1 = partition_log_probs(
+                hidden_TD.to(head.weight.device), head.weight, ids_TK.to(head.weight.device), *head[1:]
+            )
+            found_TK = rows_TK1[:, :-1].to(ids_BT.device)
     except (AttributeError, ValueError) as error:
-        raise FirstTrlError(
-            f"{type(inner).__name__} has no backbone and head of the usual kind: {error}; take another architecture."
-        ) from error
+        raise FirstTrlError(f"{name} has no backbone and head of the usual kind: {error}; take another") from error
     model.train(training)
     if not torch.allclose(start_TV, logits_TV[:4], rtol=0.05, atol=0.05 * float(logits_TV.float().std())):
-        raise FirstTrlError(
-            f"{type(inner).__name__} is no causal model: what it says of a token depends on those after it."
-        )
-    worst = (found - expected).abs().argmax()
+        raise FirstTrlError(f"{name} is no causal model: what it says of a token depends on later ones; take another")
+    expected_TK = log_probs_TV[: len(ids_TK)].gather(1, ids_TK)
+    worst = (found_TK - expected_TK).abs().argmax()
+    found, expected = float(found_TK.flatten()[worst]), float(expected_TK.flatten()[worst])
     # Half precision rounds a logit to a share of itself, a few times on its way
     rounding = 4 * torch.finfo(logits_TV.dtype).eps * logits_TV.float().abs().nan_to_num(posinf=0).max()
-    if (found - expected).abs().flatten()[worst] > 1e-2 + rounding:
+    if abs(found - expected) > 1e-2 + rounding:
         raise FirstTrlError(
-            f"{type(inner).__name__} ({inner.config.model_type}) computes logits as {'TRL' if fused else 'first-trl'} "
-            f"does not: the log-probability of a token is {expected.flatten()[worst]:.4f} nats by the model, "
-            f"{found.flatten()[worst]:.4f} by its head. All that follows would be wrong; take another architecture."
+            f"{name} ({inner.config.model_type}) computes logits as {'TRL' if fused else 'first-trl'} does not: a log-"
+            f"probability is {expected:.4f} nats by the model, {found:.4f} by its head; take another architecture"
         )
 
 
 def add_partition_head(model: PreTrainedModel) -> None:
-    """Let `model(..., partition_ids=ids_NK)` return a [`PartitionOutput`]; any other call is unchanged.
+    """Let `model(..., partition_ids=ids_NK, places=places_N)` return log-probabilities; other calls are unchanged.
 
-    Add it to the innermost model, after TRL's own fused head and before `accelerate` wraps anything. New arguments:
-    `partition_ids` (N, K) int64 and `places` (N,) int64, one per supervised position: its kept tokens, and where its
-    hidden state is among the flattened (B, T); `sample` (M,) int64, the positions that pay for the whole vocabulary
-    (default all); `want_logits`, for the K logits at every position; `want_labels`, for the label's log-probability;
-    `want_grad`, whether the log-probabilities carry a gradient, which costs as much again as their values (the K
-    logits always do).
+    Add it to the innermost model, after TRL's own fused head and before `accelerate` wraps anything.
+
+    Args of the new call:
+        partition_ids, places: (N, K) and (N,) int64, one per supervised position: its kept tokens, and where its
+            hidden state is among the flattened (B, T).
+        sample: (M,) int64, the positions that pay for the whole vocabulary; default all.
+        want_logits, want_labels: whether to return these.
+        want_grad: whether the log-probabilities carry a gradient, which costs as much again as their values; the K
+            logits always do.
+
+    It returns a dict, row-major over the supervised positions, of what was asked for: `logits` (N, K); at the
+    positions of `sample`, unless there are none, `log_probs` (M, K+1) nats, last column the tail, `tail_max` (M,)
+    nats, the largest log-probability in the tail, without gradient, and `label_log_probs` (M,) nats.
     """
     original_forward = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(self, *args, partition_ids=None, places=None, sample=None, labels=None, **kwargs):
+    def forward(self, *args, partition_ids=None, labels=None, **kwargs):
         if partition_ids is None:
             return original_forward(*args, **kwargs, **({} if labels is None else {"labels": labels}))
-        wanted = {name: kwargs.pop(name, name == "want_grad") for name in ("want_logits", "want_labels", "want_grad")}
-        hidden_BTD = backbone_hidden_states(self, *args, **kwargs)
-        head = language_model_head(self)
-        # With the model split over devices, the backbone can end on another device than the head.
-        device = head.weight.device
-        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, places.to(hidden_BTD.device)).to(device)
-        labels_N = labels.flatten().index_select(0, places.to(labels.device) + 1).to(device)
-        return _project(hidden_ND, labels_N, head, partition_ids.to(device), sample, **wanted)
+        return _partition_forward(self, *args, partition_ids=partition_ids, labels=labels, **kwargs)
 
     model.forward = types.MethodType(forward, model)
 
 
-def _project(
-    hidden_ND, labels_N, head: Head, ids_NK, sample_M, want_logits: bool, want_labels: bool, want_grad: bool
-) -> PartitionOutput:
-    output = PartitionOutput()
+def _partition_forward(
+    model,
+    *args,
+    partition_ids,
+    places,
+    labels,
+    sample=None,
+    want_logits=False,
+    want_labels=False,
+    want_grad=True,
+    **kwargs,
+) -> dict[str, torch.Tensor]:
+    hidden_BTD = backbone_hidden_states(model, *args, **kwargs)
+    weight, *rule = language_model_head(model)
+    # Where the model is split over devices, the backbone can end on another one than the head
+    hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, places.to(hidden_BTD.device)).to(weight.device)
+    labels_N = labels.flatten().index_select(0, places.to(labels.device) + 1).to(weight.device)
+    ids_NK = partition_ids.to(weight.device)
+    output = {}
     if want_logits:
-        output["logits"] = selected_logits(hidden_ND, head.weight, ids_NK, *head[1:], check_ids=False)
-    if sample_M is not None:
-        hidden_ND, ids_NK, labels_N = hidden_ND[sample_M], ids_NK[sample_M], labels_N[sample_M]
-    if not want_grad:
-        hidden_ND = hidden_ND.detach()
-    if sample_M is None or len(sample_M):
-        log_probs_MK1, tail_max_M = partition_log_probs_and_tail_max(
-            hidden_ND, head.weight, ids_NK, *head[1:], check_ids=False
-        )
-        output["log_probs"], output["tail_max"] = log_probs_MK1, tail_max_M
-        if want_labels:
-            # log p(label) = z_label - log Z, and log Z = z_1 - log p_1 for any token 1 of the partition
-            ids_M2 = torch.stack([labels_N, ids_NK[:, 0]], dim=1)
-            logits_M2 = selected_logits(hidden_ND, head.weight, ids_M2, *head[1:], check_ids=False)
-            output["label_log_probs"] = logits_M2[:, 0] - logits_M2[:, 1] + log_probs_MK1[:, 0]
+        output["logits"] = selected_logits(hidden_ND, weight, ids_NK, *rule, check_ids=False)
+    if sample is not None:
+        hidden_ND, ids_NK, labels_N = hidden_ND[sample], ids_NK[sample], labels_N[sample]
+        if not len(sample):
+            return output
+    hidden_ND = hidden_ND if want_grad else hidden_ND.detach()
+    rows_NK1, output["tail_max"] = partition_log_probs_and_tail_max(hidden_ND, weight, ids_NK, *rule, check_ids=False)
+    output["log_probs"] = rows_NK1
+    if want_labels:  # log p(label) = z_label - log Z, and log Z = z_1 - log p_1 for any token 1 of the partition
+        ids_N2 = torch.stack([labels_N, ids_NK[:, 0]], dim=1)
+        logits_N2 = selected_logits(hidden_ND, weight, ids_N2, *rule, check_ids=False)
+        output["label_log_probs"] = logits_N2[:, 0] - logits_N2[:, 1] + rows_NK1[:, 0]
     return output
-
-
-def keep_gradients(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on a CPU, for good, at the first forward without gradient.
-
-    The kernels for repacked weights return no gradient: a training that is evaluated once would go on without those of
-    every layer but the last, and nothing would say so. Nor can repacked weights be dequantised.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def adapters_to_float32(model: torch.nn.Module) -> None:
-    """Hold the trained weights of adapters in float32, where a run asks for no mixed precision.
-
-    TRL stores the adapter of a quantised base in bfloat16, whose 8 bits of mantissa lose most of Adam's small steps;
-    under `bf16: true` that is the user's choice, in a float32 run it is not. Other trained weights keep their type:
-    their neighbours multiply in it.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
-        for part in (getattr(module, name) for name in module.adapter_layer_names if hasattr(module, name)):
-            for parameter in part.parameters():
-                if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-                    parameter.data = parameter.data.float()

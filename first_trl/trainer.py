@@ -1,8 +1,8 @@
 """FIRSTTrainer: TRL's SFTTrainer with the teacher's cached rows in place of the labels.
 
-It joins the parts and holds no mathematics: the cache gives each supervised position its teacher row, the collator
-keeps rows and labels in the same order, the model's partition head gives the student's row, `recalibrate` is applied
-to the teacher's, `partition_divergence` compares the two, and the sum is normalised as SFTTrainer normalises its own.
+It joins the parts and holds no mathematics. A step is `compute_loss`: the collator gives each supervised position its
+teacher row, `recalibrate` is applied to it, the model's partition head gives the student's row for the same tokens,
+`partition_divergence` compares the two, and the sum is divided as SFTTrainer divides its own loss.
 
 Shapes: N supervised positions of a batch in row-major order, M a subset of them, K kept tokens.
 """
@@ -26,23 +26,14 @@ from .data.encoding import check_first_row
 from .errors import FirstTrlError
 from .first_config import FIRSTConfig
 from .losses import conditional_divergence, mass_divergence, partition_divergence
-from .modeling import (
-    PartitionOutput,
-    adapters_to_float32,
-    add_partition_head,
-    check_head,
-    innermost,
-    keep_to_text,
-    load_model,
-    load_tokenizer,
-    settle_names,
-)
+from .modeling import add_partition_head, check_head, innermost, keep_to_text, load_model, load_tokenizer, settle_names
 from .settings import TaskConfig
-from .training import check_loss, launched_sharded
+from .training import adapters_to_float32, check_loss, launched_sharded
 
 logger = logging.get_logger(__name__)
 
 ADDED_COLUMNS = {*TEACHER_COLUMNS, "places", "positions_per_row"}  # of a batch, beside TRL's own
+METRICS = ["num_tokens", "kl", "teacher_mass", "student_mass", "teacher_agreement", "cross_entropy"]
 LOW_MASS = 0.5  # below this, `renormalize` trains a distribution that the student's argmax never visits
 
 
@@ -57,17 +48,10 @@ def _as_cache(dataset, tokenizer) -> TeacherCache:
         if "task" in dataset.manifest:  # written by the cache stage, and not by hand with a CacheWriter
             check_first_row(dataset.manifest.get("first_row"), TaskConfig(**dataset.manifest["task"]), tokenizer)
     else:
-        raise TypeError(
-            f"FIRSTTrainer trains on a teacher cache (a folder, a TeacherCache, or its Dataset), not on a "
-            f"{type(dataset).__name__}. Write one with `first-trl cache`."
-        )
-    names = dataset.dataset.column_names
-    missing = [name for name in COLUMNS if name not in names]
-    if missing:
-        raise FirstTrlError(
-            f"The dataset lacks {', '.join(missing)}; it has {', '.join(names)}. FIRSTTrainer trains on a teacher "
-            "cache, written by `first-trl cache`."
-        )
+        kind = type(dataset).__name__
+        raise TypeError(f"FIRSTTrainer trains on a teacher cache, not on a {kind}. Write one with `first-trl cache`.")
+    if missing := [name for name in COLUMNS if name not in dataset.dataset.column_names]:
+        raise FirstTrlError(f"The dataset lacks {', '.join(missing)}. Pass a cache, written by `first-trl cache`.")
     return dataset
 
 
@@ -99,10 +83,6 @@ class FIRSTTrainer(SFTTrainer):
 
     _tag_names = ["trl", "first-trl"]
     _name = "FIRST"
-    _paper = {
-        "title": "FIRST: Teach A Reliable Large Language Model Through Efficient Trustworthy Distillation",
-        "id": "2408.12168",
-    }
 
     def __init__(
         self,
@@ -113,59 +93,62 @@ class FIRSTTrainer(SFTTrainer):
         processing_class=None,
         **kwargs,
     ):
-        if args is None:
-            args = FIRSTConfig(output_dir="first-student")
+        # Settings
+        args = FIRSTConfig(output_dir="first-student") if args is None else args
         if not isinstance(args, FIRSTConfig):
             raise TypeError(f"args is a {type(args).__name__}; FIRSTTrainer needs a FIRSTConfig.")
         for name in ("data_collator", "formatting_func", "compute_loss_func", "compute_metrics"):
             if kwargs.pop(name, None) is not None:
-                raise FirstTrlError(
-                    f"{name} has no place in FIRSTTrainer: the cache is already tokenised, and no logits are built."
-                )
+                raise FirstTrlError(f"{name} has no place here: the cache is tokenised, and no logits are built.")
+
+        # Caches
         if processing_class is None:
             processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
-        eval_packing = args.packing if args.eval_packing is None else args.eval_packing
-        named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset} if eval_dataset else {}
+        several = isinstance(eval_dataset, dict)
+        named = eval_dataset if several else {} if eval_dataset is None else {"eval": eval_dataset}
         train_cache = _as_cache(train_dataset, processing_class)
+        eval_caches = {name: _as_cache(dataset, processing_class) for name, dataset in named.items()}
         if args.ce_weight > 0 and train_cache.manifest.get("labels") == "teacher":
             raise FirstTrlError(
                 f"ce_weight is {args.ce_weight}, and the rows of {train_cache.path} have no labels but the teacher's "
                 "own answers: set it to 0, or make the cache from labelled rows."
             )
-        eval_caches = {name: _as_cache(dataset, processing_class) for name, dataset in named.items()}
-        eval_datasets = {name: prepare_rows(cache, args, eval_packing) for name, cache in eval_caches.items()}
-        train_dataset = prepare_rows(train_cache, args, args.packing)
+        eval_packing = args.packing if args.eval_packing is None else args.eval_packing
+        eval_rows = {name: prepare_rows(cache, args, eval_packing) for name, cache in eval_caches.items()}
+        train_rows = prepare_rows(train_cache, args, args.packing)
         if not args.packing:
             args.max_length = None  # the cache is truncated; SFTTrainer would refuse it with padding-free
+
+        # Student
         if isinstance(model, str):
             options, args.model_init_kwargs = args.model_init_kwargs or {}, None
-            quantization = kwargs.pop("quantization_config", None)
-            device = None if launched_sharded() else args.device
-            model = load_model(model, device=device, quantization_config=quantization, **options)
+            options["quantization_config"] = kwargs.pop("quantization_config", None)
+            model = load_model(model, device=None if launched_sharded() else args.device, **options)
         else:
             settle_names(model)
             check_head(model)
         keep_to_text(kwargs.get("peft_config"), model)
+
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_datasets if isinstance(eval_dataset, dict) else eval_datasets.get("eval"),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows if several else eval_rows.get("eval"),
             processing_class=processing_class,
             **kwargs,
         )
         vocab_size = self.model.config.get_text_config().vocab_size
         for cache in (train_cache, *eval_caches.values()):
             check_vocabulary(cache, vocab_size, tokenizer=processing_class)
-        self._refuse_unsupported_parallelism()
+        self._refuse_unsupported()
         self.data_collator: Any = TeacherCollator(self.data_collator)
         add_partition_head(innermost(self.model))
-        if not (args.bf16 or args.fp16):
-            adapters_to_float32(self.model)
+        adapters_to_float32(self)
+        # {mode: {metric: [sum since the last log, positions]}}
         self._sums: dict[str, Any] = {mode: defaultdict(lambda: [0.0, 0]) for mode in ("train", "eval")}
         self._low_mass_logs = 0
 
-    def _refuse_unsupported_parallelism(self):
+    def _refuse_unsupported(self):
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise FirstTrlError(
@@ -183,38 +166,38 @@ class FIRSTTrainer(SFTTrainer):
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *TEACHER_COLUMNS]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Divergence summed over the supervised positions, divided as SFTTrainer divides its own loss (design 2.2)."""
+        """Divergence summed over the supervised positions, divided as SFTTrainer divides its own loss."""
         if return_outputs:
             raise FirstTrlError("FIRSTTrainer never builds logits; return_outputs=True is not supported.")
         args, inputs = self.args, self._without_repeated_rows(inputs)
-        teacher = recalibrate(inputs["teacher_log_probs"], args.recalibration_method, args.recalibration_value)
-        count, sample = len(teacher), self._sampled_positions(len(teacher), teacher.device)
+        teacher_NK1 = recalibrate(inputs["teacher_log_probs"], args.recalibration_method, args.recalibration_value)
+        count, sample_M = len(teacher_NK1), self._sampled_positions(inputs)
         renormalized = args.tail == "renormalize"
-        output = model(
+        student = model(
             **{name: value for name, value in inputs.items() if name not in ADDED_COLUMNS},
             partition_ids=inputs["teacher_ids"],
             places=inputs["places"],
-            sample=sample,
-            want_logits=renormalized or sample is not None,
+            sample=sample_M,
+            want_logits=renormalized or sample_M is not None,
             want_labels=args.ce_weight > 0,
             want_grad=not renormalized or args.ce_weight > 0,
         )
         if renormalized:
-            kept = torch.nn.functional.pad(output.logits.float(), (0, 1))  # the last column, the tail, is ignored
-            divergence_sum = partition_divergence(kept, teacher, args.divergence, tail="renormalize").sum()
-        elif sample is None:
-            divergence_sum = partition_divergence(output.log_probs, teacher, args.divergence).sum()
+            student_NK1 = torch.nn.functional.pad(student["logits"], (0, 1))  # the last column, the tail, is ignored
+            divergence_sum = partition_divergence(student_NK1, teacher_NK1, args.divergence, "renormalize").sum()
+        elif sample_M is None:
+            divergence_sum = partition_divergence(student["log_probs"], teacher_NK1, args.divergence).sum()
         else:  # the same in expectation: the mass term of a few positions stands for that of all
-            mass_sum = mass_divergence(output.log_probs, teacher[sample]).sum()
-            divergence_sum = conditional_divergence(output.logits, teacher).sum() + count / len(sample) * mass_sum
-        self._add_metrics(output, teacher, sample, divergence_sum)
-        if self.model.training:
-            self._count_tokens(inputs)
+            mass_sum = count / len(sample_M) * mass_divergence(student["log_probs"], teacher_NK1[sample_M]).sum()
+            divergence_sum = conditional_divergence(student["logits"], teacher_NK1).sum() + mass_sum
         loss = divergence_sum
         if args.ce_weight > 0:
-            cross_entropy_sum = -count / max(len(output.label_log_probs), 1) * output.label_log_probs.sum()
+            label_N = student["label_log_probs"]
+            cross_entropy_sum = -count / max(len(label_N), 1) * label_N.sum()
             self._add("cross_entropy", cross_entropy_sum, count)
             loss = (1 - args.ce_weight) * divergence_sum + args.ce_weight * cross_entropy_sum
+        self._add("kl", divergence_sum, count)
+        self._add_metrics(inputs, student, teacher_NK1, sample_M)
         if num_items_in_batch is None:
             return loss / max(count, 1)
         if isinstance(num_items_in_batch, torch.Tensor):
@@ -223,9 +206,9 @@ class FIRSTTrainer(SFTTrainer):
         ranks = self.accelerator.num_processes // self.get_tp_size() if args.average_tokens_across_devices else 1
         return loss * ranks / num_items_in_batch
 
-    def _sampled_positions(self, count: int, device) -> torch.Tensor | None:
+    def _sampled_positions(self, inputs: dict) -> torch.Tensor | None:
         """Positions (M,) at which the whole vocabulary is projected; None for all of them."""
-        args, training = self.args, self.model.training
+        args, training, count = self.args, self.model.training, len(inputs["places"])
         if args.tail == "renormalize" and args.ce_weight == 0:  # only the logged mass needs the vocabulary
             log_is_due = (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
             size = min(64, count) if log_is_due or not training else 0
@@ -233,7 +216,7 @@ class FIRSTTrainer(SFTTrainer):
             size = max(1, round(args.mass_fraction * count))
         else:
             return None
-        return torch.randperm(count, device=device)[:size]
+        return torch.randperm(count, device=inputs["places"].device)[:size]
 
     def _without_repeated_rows(self, inputs: dict) -> dict:
         """Leave out rows that were repeated to fill an evaluation's last batches on every process.
@@ -249,39 +232,35 @@ class FIRSTTrainer(SFTTrainer):
         return inputs | {name: inputs[name][:kept] for name in ("teacher_ids", "teacher_log_probs", "places")}
 
     @torch.no_grad()
-    def _add_metrics(self, output: PartitionOutput, teacher_NK1, sample_M, divergence_sum) -> None:
-        self._add("kl", divergence_sum, len(teacher_NK1))
+    def _add_metrics(self, inputs: dict, student: dict, teacher_NK1: torch.Tensor, sample_M) -> None:
+        if self.model.training:
+            tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            self._add("num_tokens", tokens, 0)
         self._add("teacher_mass", teacher_NK1[:, :-1].exp().sum(), len(teacher_NK1))
-        if output.log_probs is not None and len(output.log_probs):
-            student_MK, teacher_MK1 = (
-                output.log_probs[:, :-1],
-                teacher_NK1 if sample_M is None else teacher_NK1[sample_M],
-            )
-            first_M = student_MK.gather(1, teacher_MK1[:, :-1].argmax(dim=1, keepdim=True)).squeeze(1)
-            agrees_M = first_M >= torch.maximum(student_MK.amax(dim=1), output.tail_max)
+        if "log_probs" in student:
+            student_MK = student["log_probs"][:, :-1]
+            teacher_MK = (teacher_NK1 if sample_M is None else teacher_NK1[sample_M])[:, :-1]
+            first_M = student_MK.gather(1, teacher_MK.argmax(dim=1, keepdim=True)).squeeze(1)
+            agrees_M = first_M >= torch.maximum(student_MK.amax(dim=1), student["tail_max"])
             self._add("student_mass", student_MK.exp().sum(), len(student_MK))
             self._add("teacher_agreement", agrees_M.sum(), len(student_MK))
 
-    def _add(self, name: str, value_sum: torch.Tensor, count: int) -> None:
+    def _add(self, name: str, value: torch.Tensor | int, count: int) -> None:
         """Keep [sum, count]: the sum stays on its device until the next log, so that no micro-step waits for it."""
         entry = self._sums["train" if self.model.training else "eval"][name]
-        entry[0], entry[1] = entry[0] + value_sum.detach().double(), entry[1] + count
-
-    def _count_tokens(self, inputs: dict) -> None:
-        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        self._sums["train"]["num_tokens"][0] += tokens
+        entry[0] += value.detach().double() if isinstance(value, torch.Tensor) else value
+        entry[1] += count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over all ranks since the last log; every rank calls this, so the reduction is safe."""
         check_loss(logs, self.state.global_step)
         mode = "train" if self.model.training else "eval"
         # Every name on every rank: one without a genuine row would otherwise leave the others waiting for its sums.
-        names = ["num_tokens", "kl", "teacher_mass", "student_mass", "teacher_agreement", "cross_entropy"]
-        pairs = [value for name in names for value in self._sums[mode][name]]
+        pairs = [value for name in METRICS for value in self._sums[mode][name]]
         sums = torch.stack([torch.as_tensor(value, dtype=torch.double, device=self.args.device) for value in pairs])
-        totals = dict(zip(names, self.accelerator.reduce(sums, "sum").view(-1, 2).tolist(), strict=True))
+        totals = dict(zip(METRICS, self.accelerator.reduce(sums, "sum").view(-1, 2).tolist(), strict=True))
         self._sums[mode].clear()
-        self._total_train_tokens += int(totals.pop("num_tokens")[0])
+        self._total_train_tokens += int(totals["num_tokens"][0])
         means = {name: total / count for name, (total, count) in totals.items() if count}
         self._metrics[mode].update({name: [mean] for name, mean in means.items()})
         if self._total_train_tokens:
@@ -295,8 +274,7 @@ class FIRSTTrainer(SFTTrainer):
         if self.args.tail == "renormalize" and self._low_mass_logs == 2:
             logger.warning(
                 f"The student puts only {student_mass:.2f} of its probability on the teacher's tokens, and "
-                "tail='renormalize' gives it no reason to put more: its most probable token is likely to be another. "
-                "Use tail='bucket'."
+                "tail='renormalize' gives it no reason to put more. Use tail='bucket'."
             )
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
@@ -311,6 +289,6 @@ class FIRSTTrainer(SFTTrainer):
         )
         text = (
             f"---\n{data.to_yaml()}\n---\n\n# {model_name or 'student'}\n\nA student distilled with "
-            f"[FIRST](https://arxiv.org/abs/{self._paper['id']}) by first-trl. A checkpoint, not yet evaluated.\n"
+            "[FIRST](https://arxiv.org/abs/2408.12168) by first-trl. A checkpoint, not yet evaluated.\n"
         )
         ModelCard(text, ignore_metadata_errors=True).save(os.path.join(self.args.output_dir, "README.md"))

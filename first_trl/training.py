@@ -7,37 +7,31 @@ set here: where to write, how often to save, and what to resume from.
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import TrainerCallback
-from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from .checkpoints import last_whole_checkpoint, remove_checkpoints, watch
 from .data.rows import describe_lost, load_rows
 from .errors import FirstTrlError
 from .log import status
-from .modeling import keep_to_text, load_model
+from .modeling import check_head, keep_to_text, load_model, load_tokenizer
 from .settings import STAGE_DEFAULTS
-
-
-def split_section(section: dict, config_class: type) -> tuple[dict, ModelConfig]:
-    """Split a recipe section into the fields of `config_class` and a `trl.ModelConfig`."""
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    own = {field.name for field in dataclasses.fields(config_class)}
-    model_args = ModelConfig(**{key: value for key, value in section.items() if key in names})
-    return {key: value for key, value in section.items() if key in own and key not in names}, model_args
 
 
 def training_arguments(section: dict, config_class: type, folder: Path, seed: int):
     """(config_class, ModelConfig) of a section, with our defaults where the recipe is silent.
 
     Raises:
-        ValueError: 4-bit weights are to be shared out over processes, and are not stored so that they can be.
+        FirstTrlError: 4-bit weights are to be shared out over processes, and are not stored so that they can be.
     """
     if launched_sharded() and (problem := missing_quant_storage(section)):
         raise FirstTrlError(f"bnb_4bit_quant_storage: {problem}.")
-    settings, model_args = split_section(section, config_class)
+    model_args = _model_config(section)
+    fields = {field.name for field in dataclasses.fields(config_class)} - vars(model_args).keys()
     defaults = {
         "output_dir": str(folder),
         "seed": seed,
@@ -45,13 +39,26 @@ def training_arguments(section: dict, config_class: type, folder: Path, seed: in
         "bf16": model_args.dtype == "bfloat16",
         "logging_nan_inf_filter": False,  # it would log the mean of the finite losses, and wait for the GPU each step
     }
-    return config_class(**{**defaults, **settings}), model_args
+    return config_class(**defaults | {key: value for key, value in section.items() if key in fields}), model_args
 
 
-def label_arguments(recipe, section: dict, folder: Path, seed: int):
-    """`training_arguments` of a training on labels. Its rows are cut already; `max_length` is that of packed rows."""
-    length = recipe.task.max_length if section.get("packing") or section.get("eval_packing") else None
-    return training_arguments({**section, "max_length": length}, SFTConfig, folder, seed)
+def _model_config(section: dict) -> ModelConfig:
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    return ModelConfig(**{key: value for key, value in section.items() if key in names})
+
+
+def load_arguments(section: dict) -> dict:
+    """The arguments of `first_trl.modeling.load_model` for a model that a recipe section describes."""
+    return _load_arguments(_model_config(section))
+
+
+def _load_arguments(model_args: ModelConfig) -> dict:
+    return {
+        "revision": model_args.model_revision,
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+        "quantization_config": get_quantization_config(model_args),
+    }
 
 
 def model_arguments(args, model_args: ModelConfig) -> dict:
@@ -62,7 +69,7 @@ def model_arguments(args, model_args: ModelConfig) -> dict:
     """
     options, args.model_init_kwargs = args.model_init_kwargs or {}, None
     device = None if launched_sharded() else args.device
-    model = load_model(model_args.model_name_or_path, device=device, **{**_load_arguments(model_args), **options})
+    model = load_model(model_args.model_name_or_path, device=device, **_load_arguments(model_args) | options)
     adapter = get_peft_config(model_args)
     if adapter is not None and model_args.model_revision != "main":
         adapter.revision = model_args.model_revision  # PEFT loads the base of an adapter at the revision that it names
@@ -70,27 +77,60 @@ def model_arguments(args, model_args: ModelConfig) -> dict:
     return {"model": model, "peft_config": adapter}
 
 
-def tokenized_splits(recipe, roles: tuple[str, ...], tokenizer) -> dict:
-    """{role: tokenised rows} of the recipe's splits; the main process makes them, the others read its files."""
-    with PartialState().main_process_first():
-        used = {role: load_rows(getattr(recipe.datasets, role), role, recipe.task, tokenizer) for role in roles}
+def label_trainer(recipe, section: dict, folder: Path, seed: int) -> SFTTrainer:
+    """TRL's own trainer on the labels of the recipe's rows: of a teacher, or of a student for comparison."""
+    packed = section.get("packing") or section.get("eval_packing")  # rows are cut already; packed ones have a length
+    section = section | {"max_length": recipe.task.max_length if packed else None}
+    args, model_args = training_arguments(section, SFTConfig, folder, seed)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    with PartialState().main_process_first():  # it tokenises, the others read its files
+        used = {role: load_rows(getattr(recipe.datasets, role), role, recipe.task, tokenizer) for role in roles(args)}
     for role, rows in used.items():
         if line := describe_lost(f"datasets.{role}", rows.lost):
             status(line)
-    return {role: rows.tokenized for role, rows in used.items()}
+    trainer = SFTTrainer(
+        args=args,
+        train_dataset=used["train"].tokenized,
+        eval_dataset=used["validation"].tokenized if "validation" in used else None,
+        processing_class=tokenizer,
+        **model_arguments(args, model_args),
+    )
+    check_head(trainer.model, fused=True)
+    adapters_to_float32(trainer)
+    return trainer
 
 
-def train_and_save(trainer, folder: Path, continues: bool, title: str) -> None:
+def roles(args) -> tuple[str, ...]:
+    """The splits that a training reads."""
+    return ("train", "validation") if args.eval_strategy != "no" else ("train",)
+
+
+def adapters_to_float32(trainer) -> None:
+    """Hold the trained weights of adapters in float32, where a run asks for no mixed precision.
+
+    TRL stores the adapter of a quantised base in bfloat16, whose 8 bits of mantissa lose most of Adam's small steps;
+    under `bf16: true` that is the user's choice, in a float32 run it is not. Other trained weights keep their type:
+    their neighbours multiply in it.
+    """
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    if not (trainer.args.bf16 or trainer.args.fp16):
+        for adapter in getattr(trainer.model, "peft_config", {}):
+            cast_adapter_dtype(trainer.model, adapter)
+
+
+def train_and_save(make_trainer: Callable, folder: Path, continues: bool, title: str) -> None:
     """Train, from the last checkpoint if this continues an interrupted attempt, and save the model to `folder`."""
     finished = folder / "trainer_state.json"  # written when all else is
     if not (continues and finished.is_file()):
+        trainer = make_trainer()
         watch(trainer, title)
         trainer.add_callback(RefuseNonFiniteLoss)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if continues else None)
         save_whole(trainer, folder)
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(finished))
-    if trainer.is_world_process_zero():
+    if PartialState().is_main_process:
         remove_checkpoints(folder)
 
 
@@ -125,20 +165,6 @@ def save_whole(trainer, folder: Path) -> None:
         raise FirstTrlError(f"training has ended and {folder} has no weights; its checkpoints are kept")
 
 
-def load_arguments(section: dict) -> dict:
-    """The arguments of `first_trl.modeling.load_model` for a model that a recipe section describes."""
-    return _load_arguments(split_section(section, ModelConfig)[1])
-
-
-def _load_arguments(model_args: ModelConfig) -> dict:
-    return {
-        "revision": model_args.model_revision,
-        "dtype": model_args.dtype,
-        "attn_implementation": model_args.attn_implementation,
-        "quantization_config": get_quantization_config(model_args),
-    }
-
-
 def launched_sharded() -> bool:
     """Whether `accelerate launch` was told to share the weights out over the processes of this job."""
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -151,17 +177,9 @@ def missing_quant_storage(section: dict) -> str | None:
 
     4-bit weights are stored in bytes unless told otherwise, and a sharding that packs parameters of one type together
     cannot put them beside bfloat16 ones: the storage has to be declared of the type of the others.
-
-    Args:
-        section: settings of `sft`, `distill` or an arm, as the recipe has them.
     """
-    if not section.get("load_in_4bit"):
-        return None
     dtype, storage = section.get("dtype") or "float32", section.get("bnb_4bit_quant_storage")
-    if storage == dtype:
+    if not section.get("load_in_4bit") or storage == dtype:
         return None
     said = "it is missing" if storage is None else f"it is {storage}"
-    return (
-        f"{said}, and sharded 4-bit weights must be stored in the type of the others ({dtype}); write "
-        f"bnb_4bit_quant_storage: {dtype} beside dtype: {dtype}"
-    )
+    return f"{said}, and sharded 4-bit weights are stored as the others are; write bnb_4bit_quant_storage: {dtype}"

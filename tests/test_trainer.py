@@ -330,11 +330,11 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_step_and_a_remedy(make
 def test_only_adapters_are_held_in_float32(make_model):
     from peft import LoraConfig, get_peft_model
 
-    from first_trl.modeling import adapters_to_float32
+    from first_trl.training import adapters_to_float32
 
     adapter = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
     model = get_peft_model(make_model(tie_word_embeddings=False).to(torch.bfloat16), adapter).to(torch.bfloat16)
-    adapters_to_float32(model)
+    adapters_to_float32(SimpleNamespace(model=model, args=SimpleNamespace(bf16=False, fp16=False)))
     trained = {name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad}
     assert {dtype for name, dtype in trained.items() if "lora" in name} == {torch.float32}
     assert {dtype for name, dtype in trained.items() if "lora" not in name} == {torch.bfloat16}

@@ -9,13 +9,7 @@ from first_trl.checkpoints import LIST, ListFiles, last_whole_checkpoint
 from first_trl.errors import FirstTrlError
 from first_trl.files import write_atomically
 from first_trl.recipe import load_recipe, teacher_section
-from first_trl.training import (
-    label_arguments,
-    load_arguments,
-    model_arguments,
-    save_whole,
-    training_arguments,
-)
+from first_trl.training import label_trainer, load_arguments, model_arguments, save_whole, training_arguments
 from tests.cache_recipe import write_recipe
 from tests.tiny import build_model
 
@@ -82,11 +76,10 @@ def test_the_teacher_runs_as_it_was_trained_unless_cache_says_otherwise():
     assert quantization(True) is not None and quantization(False) is None
 
 
-@pytest.mark.parametrize(("settings", "length"), [({}, None), ({"padding_free": True}, None), ({"packing": True}, 32)])
+@pytest.mark.parametrize(("settings", "length"), [({}, None), ({"padding_free": True}, None), ({"packing": True}, 60)])
 def test_labels_are_trained_on_with_every_layout_that_the_cache_is(settings, length, tmp_path):
-    recipe = SimpleNamespace(task=SimpleNamespace(max_length=32))
-    args, _ = label_arguments(recipe, {**settings, "use_cpu": True}, tmp_path, 0)
-    assert args.max_length == length
+    recipe = load_recipe(write_recipe(tmp_path, rows=8))
+    assert label_trainer(recipe, recipe.distill | settings, tmp_path / "out", 0).args.max_length == length
 
 
 def test_a_model_that_was_not_written_is_an_error_and_not_a_finished_training(tmp_path):
