@@ -193,7 +193,7 @@ def test_the_checkpoints_of_a_finished_training_are_removed_when_its_student_is_
     folder = distill.new_folder(recipe.run_folder / "students" / "first")
     (folder / "checkpoint-2").mkdir(parents=True)
     (folder / "trainer_state.json").write_text("{}")
-    monkeypatch.setattr(distill, "train_arm", pytest.fail)
+    monkeypatch.setattr(distill, "cache_trainer", pytest.fail)
     monkeypatch.setattr(distill, "close_student", lambda *args: None)
     distill.make_student(recipe, "first", None, continues=True)
     assert [file.name for file in folder.iterdir()] == ["trainer_state.json"]
