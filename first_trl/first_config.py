@@ -79,8 +79,8 @@ class FIRSTConfig(SFTConfig):
             self._read_calibration()
         if self.recalibration_method is None:
             self.recalibration_method = "none" if self.recalibration_value is None else "temperature"
-        for key, what, remedy in loss_conflicts(vars(self)):
-            raise FirstTrlError(f"{key}={getattr(self, key)!r}: {what}; {remedy}.")
+        for key, why in loss_conflicts(vars(self)):
+            raise FirstTrlError(f"{key}={getattr(self, key)!r}: {why}.")
         smoothing = "it has no effect here; use recalibration_method='label_smoothing', which smooths the teacher"
         for key, fits, remedy in (
             ("divergence", self.divergence in DIVERGENCES, f"choose one of {', '.join(DIVERGENCES)}"),

@@ -1,8 +1,8 @@
 """One YAML file is one experiment: here it becomes a checked [`Recipe`], or all that is wrong with it is reported.
 
-Everything is checked before anything heavy is imported: keys and types by the models of `first_trl.settings`, what
-settings ask of each other by `first_trl.recipe_rules`. `sft`, `distill` and the arms are plain dicts of checked
-settings, only those that were written: stages choose the defaults.
+Everything is checked before anything heavy is imported: keys, types and rules inside a section by the models of
+`first_trl.settings`, rules between sections by `first_trl.recipe_rules`. `sft`, `distill` and the arms are plain dicts
+of checked settings, only those that were written: stages choose the defaults.
 """
 
 import copy
@@ -15,27 +15,23 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import Field, ValidationError, create_model
 
-from .constants import DEFAULT_ARMS, FOLDER_NAME, STAGES
-from .errors import FirstTrlError
+from .constants import DEFAULT_ARMS, SECRET_VALUE, STAGES
+from .errors import FirstTrlError, shorten
 from .files import write_atomically
-from .recipe_file import COMMAND_LINE, ErrorCollector, RecipeError, is_secret, read_recipe_file, read_value
-from .recipe_rules import conflicts_of, recipe_conflicts, touched
+from .recipe_file import RecipeError, RecipeFile, is_secret, read_value
+from .recipe_rules import recipe_conflicts, unsafe_settings
 from .settings import (
-    CONFLICTS_LATER,
-    DISTILL_ONLY,
-    MISSING,
-    NAME_REMEDY,
-    REMOVED_VALUES,
-    RESERVED_KEYS,
-    TRAINING,
+    RESERVED,
     CacheConfig,
     CalibrateConfig,
+    Conflict,
     Datasets,
     EvaluateConfig,
-    Problem,
+    FolderName,
     PushConfig,
+    RunName,
     Section,
     Seed,
     TaskConfig,
@@ -46,9 +42,10 @@ from .settings import (
 __all__ = ["STAGES", "Recipe", "RecipeError", "arm_of", "load_recipe"]
 
 # What people call a setting elsewhere, where spelling alone would not find it.
-_ALIASES = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
-_ALIASES |= {"rank": "lora_r", "model": "model_name_or_path", "torch_dtype": "dtype", "k": "top_k"}
-_ALIASES |= {"max_seq_length": "max_length"}
+_ALIASES = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",
+            "rank": "lora_r", "model": "model_name_or_path", "torch_dtype": "dtype", "k": "top_k",
+            "max_seq_length": "max_length"}  # fmt: skip
+_COMMAND_LINE = (0, 0, "command line")
 
 
 def arm_of(student: str) -> str:
@@ -59,8 +56,8 @@ def arm_of(student: str) -> str:
 class Recipe(Section):
     """A checked recipe. `sft`, `distill` and `arms` hold the settings as written; stages fill in the rest."""
 
-    name: str = Field(description="The run's folder in output_dir.")
-    output_dir: str = Field("runs", description="Folder of all runs.")
+    name: RunName = Field(description="The run's folder in output_dir.")
+    output_dir: str = Field("runs", pattern=r"\S", description="Folder of all runs.")
     seed: Seed = Field(0, description="Seed of the teacher and, without seeds, of every student.")
     seeds: list[Seed] | None = Field(None, description="Train every student once with each of these seeds.")
     task: TaskConfig = Field(default_factory=TaskConfig)
@@ -75,14 +72,6 @@ class Recipe(Section):
     )
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     push: PushConfig = Field(default_factory=PushConfig)
-
-    def conflicts(self) -> Iterator[Problem]:
-        if not FOLDER_NAME.fullmatch(self.name.replace(".", "-")) or ".." in self.name:
-            yield self.wrong("name", "it is not the name of a folder in output_dir", NAME_REMEDY)
-        if not self.output_dir.strip():
-            yield self.wrong("output_dir", "it is empty", "write a folder, or remove the line for `runs`")
-        if self.seeds is not None and (not self.seeds or len(set(self.seeds)) < len(self.seeds)):
-            yield self.wrong("seeds", "these are not seeds", "list different whole numbers, e.g. [0, 1, 2]")
 
     @property
     def run_folder(self) -> Path:
@@ -116,7 +105,7 @@ class Recipe(Section):
 
         For an arm with `trainer: sft` the settings that only FIRSTConfig knows are left out.
         """
-        left_out = {"trainer", *DISTILL_ONLY} | (first_only_keys() if self.arm_trainer(arm) == "sft" else set())
+        left_out = {"trainer", "closing"} | (first_only_keys() if self.arm_trainer(arm) == "sft" else set())
         return {key: value for key, value in (self.distill | self._arm(arm)).items() if key not in left_out}
 
     def _arm(self, arm: str) -> dict:
@@ -127,15 +116,20 @@ class Recipe(Section):
 
     def to_dict(self) -> dict:
         """Plain values that [`load_recipe`] reads back to an equal recipe; variables and overrides are resolved."""
-        return _plain(self)
+        return self.model_dump(exclude_none=True)
 
     def to_yaml(self) -> str:
-        """The recipe as it runs, defaults included."""
-        return yaml.safe_dump(_plain(self, escape=True), sort_keys=False, allow_unicode=True, width=100)
+        """The recipe as it runs, defaults included; `${` is written so that reading gives it back."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+        return text.replace("${", "$${")
 
     def write_resolved(self, path: str | Path) -> None:
         """Write the recipe as it runs, as YAML."""
         write_atomically(path, self.to_yaml())
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.seeds is not None and (not self.seeds or len(set(self.seeds)) < len(self.seeds)):
+            yield ("seeds",), "these are not seeds; list different whole numbers, e.g. [0, 1, 2]"
 
 
 QUANTIZATION = (
@@ -163,33 +157,16 @@ def teacher_section(recipe) -> dict:
     }
 
 
-def _plain(value: Any, escape: bool = False) -> Any:
-    """Models as mappings, without the settings that are None; what the user wrote in a mapping stays as it is.
-
-    With `escape` every `${` is written so that reading gives it back.
-    """
-    if isinstance(value, BaseModel):
-        value = {key: item for key, item in value if item is not None}
-    if isinstance(value, dict):
-        return {key: _plain(item, escape) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item, escape) for item in value]
-    return value.replace("${", "$${") if escape and isinstance(value, str) else value
-
-
 @cache
 def file_model() -> type[Recipe]:
     """A recipe as its file has it: `sft`, `distill` and the arms with TRL's settings."""
-    trainer = Field("first", description="`first`: knowledge matching; `sft`: trained on labels.")
-    own: Any = {"trainer": (Literal["first", "sft"], trainer)}
-    arm = create_model("Arm", __base__=training_model("distill"), **own)
+    sft, distill, arm = map(training_model, ("sft", "distill", "arms"))
     help = {name: field.description for name, field in Recipe.model_fields.items()}
-    distill = create_model("DistillSettings", __base__=training_model("distill"), **DISTILL_ONLY)
     sections: Any = {
-        section: (model, Field(default_factory=model, description=help[section]))
-        for section, model in (("sft", training_model("sft")), ("distill", distill))
+        "sft": (sft, Field(default_factory=sft, description=help["sft"])),
+        "distill": (distill, Field(default_factory=distill, description=help["distill"])),
+        "arms": (dict[FolderName, arm], Field(description=help["arms"])),  # type: ignore[valid-type]
     }
-    sections["arms"] = (dict[str, arm], Field(default_factory=dict, description=help["arms"]))
     return create_model("RecipeFile", __base__=Recipe, **sections)
 
 
@@ -207,68 +184,96 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
     Raises:
         RecipeError: with every problem of the recipe: file, line, section, key, value, remedy.
     """
-    assert stage is None or stage in STAGES, stage
-    errors = ErrorCollector(str(path))
-    tree = {key: value for key, value in _read_with_base(Path(path), errors).items() if value is not None}
+    file = RecipeFile(Path(path))
+    tree = {key: value for key, value in file.values.items() if value is not None}
     tree.setdefault("arms", copy.deepcopy(DEFAULT_ARMS))
-    for key, value in _split_overrides(overrides, errors):
-        _apply_override(tree, key, value, stage, errors)
-    if isinstance(tree["arms"], dict):
-        tree["arms"] = {arm: {} if own is None else own for arm, own in tree["arms"].items()}
-    if isinstance(tree.get("datasets"), dict):
-        tree["datasets"] = {role: split for role, split in tree["datasets"].items() if split is not None}
-    for problem in _unsafe(tree, ()):
-        errors.add(*problem, settle=True)
-    checked, broken = _validated(file_model(), tree, (), errors)
-    if checked is None:
-        errors.raise_if_any()
-    recipe = _as_recipe(checked, tree)
-    broken |= errors.settled
-    problems = list(recipe_conflicts(recipe, broken))
-    for name, test in recipe.datasets.test.items():
-        where = ("datasets", "test", name, "task")
-        if test.task is not None and not touched(broken, ("task",)):
-            task, wrong = _validated(TaskConfig, dict(recipe.task) | test.task, where, errors)
-            problems += conflicts_of(task, where, wrong)
-    for problem in problems:
-        errors.add(*problem)
-    errors.raise_if_any()
+    _apply_overrides(file, tree, overrides, stage)
+    for name, drop in (("arms", False), ("datasets", True)):  # `first:` alone is an arm, `train:` alone is no split
+        if isinstance(tree.get(name), dict):
+            tree[name] = {k: {} if own is None else own for k, own in tree[name].items() if not (drop and own is None)}
+    problems = dict(unsafe_settings(tree)) | file.problems  # one for each setting, the first that is found
+    recipe: Recipe | None
+    try:
+        recipe = _as_recipe(tree)
+    except ValidationError as error:
+        problems = dict(_explained(error, tree, file_model())) | problems
+        recipe = _without(tree, problems)
+    if recipe is not None:
+        between = {**dict(_task_problems(recipe, tree)), **dict(recipe_conflicts(recipe))}
+        wrong = {where[0] for where in problems}  # what follows from a mistake is not another one
+        problems |= {where: why for where, why in between.items() if where[0] not in wrong}
+    if problems or recipe is None:
+        raise RecipeError(str(path), _in_words(problems, tree, file.places))
     return recipe
 
 
-def _read_with_base(path: Path, errors: ErrorCollector) -> dict:
-    """The recipe's values over those of the recipe that it extends."""
-    tree = read_recipe_file(path, errors)
-    if "extends" not in tree:
-        return tree
-    name, own_places = tree.pop("extends"), errors.places
-    base = path.parent / name if isinstance(name, str) and name else None
-    if base is None or not base.is_file():
-        errors.add(("extends",), name, "there is no such recipe", "give the path of one, relative to this file", True)
-        return tree
-    errors.places = {}
-    below = read_recipe_file(base, errors, rank=2)
-    errors.places |= own_places
-    if "extends" in below:
-        what = "that recipe extends another one, and only one level is read"
-        errors.add(("extends",), name, what, "extend the last one directly")
-    # Two recipes under one name would share a folder.
-    return _merged({key: value for key, value in below.items() if key not in ("extends", "name")}, tree)
+def _as_recipe(tree: dict) -> Recipe:
+    """The settings checked; those of TRL as dicts of what was written, in the order in which it was."""
+
+    def written(section: Section, own: dict) -> dict:
+        return {key: getattr(section, key) for key in own}
+
+    checked = dict(file_model().model_validate(tree))
+    checked |= {name: written(checked[name], tree.get(name, {})) for name in ("sft", "distill")}
+    checked["arms"] = {arm: written(own, tree["arms"][arm]) for arm, own in checked["arms"].items()}
+    return Recipe.model_construct(**checked)
 
 
-def _merged(below: Any, above: Any) -> Any:
-    """Mappings key by key; anything else from above."""
-    if not isinstance(below, dict) or not isinstance(above, dict):
-        return above
-    rest = {key: value for key, value in below.items() if key not in above}
-    return {key: _merged(below.get(key), value) for key, value in above.items()} | rest
+def _without(tree: dict, problems: dict[tuple, str]) -> Recipe | None:
+    """The recipe without the settings that are wrong, to look at the others; None where that is none."""
+    good = copy.deepcopy(tree)
+    for where in problems:
+        above = _value_at(good, where[:-1])
+        if isinstance(above, dict):
+            above.pop(where[-1], None)
+    try:
+        return _as_recipe(good)
+    except ValidationError:
+        return None
+
+
+def _task_problems(recipe: Recipe, tree: dict) -> Iterator[Conflict]:
+    for name, test in recipe.datasets.test.items():
+        try:
+            TaskConfig.model_validate(dict(recipe.task) | (test.task or {}))
+        except ValidationError as error:
+            yield from _explained(error, tree, TaskConfig, ("datasets", "test", name, "task"))
+
+
+def _in_words(problems: dict[tuple, str], tree: dict, places: dict[tuple, tuple[int, int, str]]) -> list[str]:
+    """Place, setting, value, what is wrong and what to do, in the order of the file; no secret."""
+    lines = []
+    for path, why in problems.items():
+        known = (places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places)
+        rank, line, place = next(known, (0, 0, "recipe"))
+        value, shown = _value_at(tree, path), ""
+        if value is not _MISSING and not isinstance(value, dict):
+            secret = is_secret(path, value) or SECRET_VALUE.search(repr(value))
+            shown = " = (not shown)" if secret else f" = {shorten(repr(value), 100)}"
+        text = f"{place}: {'.'.join(map(str, path))}{shown}: {why}{'' if why.endswith('?') else '.'}"
+        lines.append((rank, line, SECRET_VALUE.sub("(not shown)", text)))
+    return [text for _, _, text in sorted(lines, key=lambda item: item[:2])]
+
+
+_MISSING = object()
+
+
+def _value_at(tree: Any, path: tuple) -> Any:
+    for part in path:
+        if isinstance(tree, list) and isinstance(part, int) and part < len(tree):
+            tree = tree[part]
+        elif isinstance(tree, dict) and part in tree:
+            tree = tree[part]
+        else:
+            return _MISSING
+    return tree
 
 
 # --- overrides
 
 
-def _split_overrides(words: Sequence[str], errors: ErrorCollector) -> list[tuple[str, str | list[str]]]:
-    """`--a 1 --b=2 --c x y --d` -> [("a", "1"), ("b", "2"), ("c", ["x", "y"]), ("d", "true")]."""
+def _apply_overrides(file: RecipeFile, tree: dict, words: Sequence[str], stage: str | None) -> None:
+    """`--a 1 --b=2 --c x y --d` sets a to 1, b to 2, c to [x, y] and d to true."""
     pairs: list[tuple[str, list[str]]] = []
     for word in words:
         if word.startswith("--") and len(word) > 2:
@@ -277,83 +282,77 @@ def _split_overrides(words: Sequence[str], errors: ErrorCollector) -> list[tuple
         elif pairs:
             pairs[-1][1].append(word)
         else:
-            errors.add_at(COMMAND_LINE, f"the argument {word!r} belongs to no setting", "write --key value")
-    return [(key, "true" if not values else values[0] if len(values) == 1 else values) for key, values in pairs]
+            file.places[word,], file.problems[word,] = _COMMAND_LINE, "it belongs to no setting; write --key value"
+    for key, values in pairs:
+        path = tuple(key.split("."))
+        if len(path) == 1 and key not in ("name", "output_dir", "seed", "seeds"):
+            owners = [section for section, keys in _known_keys().items() if key in keys]
+            if stage not in owners and len(owners) != 1:
+                several = f"it is a setting of several sections; write {' or '.join(f'--{o}.{key}' for o in owners)}"
+                why = several if owners else f"it is unknown; {_suggestion(key, ())}"
+                file.places[f"--{key}",], file.problems[f"--{key}",] = _COMMAND_LINE, why
+                continue
+            path = (stage if stage in owners else owners[0], key)
+        _set(file, tree, path, values or ["true"])
 
 
-def _apply_override(tree: dict, key: str, value: str | list[str], stage: str | None, errors: ErrorCollector) -> None:
-    path = tuple(key.split(".")) if "." in key else _override_path(key, stage, errors)
-    if path is None:
-        return
-    errors.overridden.add(path)
-    errors.settled -= {known for known in errors.settled if known[: len(path)] == path}
+def _set(file: RecipeFile, tree: dict, path: tuple, words: list[str]) -> None:
     place = tree
-    for i, part in enumerate(path[:-1]):
+    for n, part in enumerate(path[:-1], 1):
         if place.get(part) is None:
             place[part] = {}
+            file.places[path[:n]] = _COMMAND_LINE
         place = place[part]
         if not isinstance(place, dict):
-            errors.add(path[: i + 1], place, f"--{key} needs a mapping here", "correct the recipe or the override")
+            file.problems[path[:n]] = f"--{'.'.join(path)} needs a mapping here; correct the recipe or the override"
             return
-    _, hint, _ = _setting_at(file_model(), path)
+    model = _model_at(path[:-1])
+    hint = model.model_fields[path[-1]].annotation if model and path[-1] in model.model_fields else None
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    is_text = all(member in (str, NoneType) or get_origin(member) is Literal for member in members)
-    if isinstance(value, list):
-        place[path[-1]] = [read_value(item) for item in value]
-    else:  # the shell has eaten any quotes: where text is wanted, 123 and yes are meant as text
-        place[path[-1]] = value if is_text and not (value == "null" and NoneType in members) else read_value(value)
-
-
-def _override_path(key: str, stage: str | None, errors: ErrorCollector) -> tuple | None:
-    if key in ("name", "output_dir", "seed", "seeds"):
-        return (key,)
-    owners = [section for section, keys in _known_keys().items() if key in keys]
-    if stage in owners or len(owners) == 1:
-        return (stage if stage in owners else owners[0], key)
-    if owners:
-        candidates = " or ".join(f"--{owner}.{key}" for owner in owners)
-        errors.add_at(COMMAND_LINE, f"--{key} is a setting of several sections", f"write {candidates}")
+    # The shell has eaten any quotes: where text is wanted, 123 and yes are meant as text.
+    text = all(member in (str, NoneType) or get_origin(member) is Literal for member in members)
+    if len(words) > 1:
+        place[path[-1]] = [read_value(word) for word in words]
     else:
-        errors.add_at(COMMAND_LINE, f"--{key} is unknown", _suggest(key, []))
-    return None
+        is_none = words == ["null"] and NoneType in members
+        place[path[-1]] = words[0] if text and not is_none else read_value(words[0])
+    for known in (file.places, file.problems):  # what the file said there no longer counts
+        for where in [where for where in known if where[: len(path)] == path]:
+            del known[where]
+    file.places[path] = _COMMAND_LINE
 
 
-# --- keys and types
+# --- what is wrong with a setting, in words
 
 
 def section_of(hint: Any) -> type[Section] | None:
     """The section that a type stands for, or None."""
-    members = [member for member in get_args(hint) if member is not NoneType] if get_origin(hint) is not dict else []
-    hint = members[0] if len(members) == 1 else hint
-    return hint if isinstance(hint, type) and issubclass(hint, Section) else None
+    members = () if get_origin(hint) is dict else (hint, *get_args(hint))
+    return next((member for member in members if isinstance(member, type) and issubclass(member, Section)), None)
 
 
-def _setting_at(model: type[Section], path: tuple) -> tuple[tuple, Any, str]:
-    """(the setting that a path leads to or into, its type, its help); the type is None for an unknown key."""
-    hint: Any = model
-    help = ""
-    for i, part in enumerate(path):
+def _model_at(path: tuple) -> type[Section] | None:
+    """The section whose settings stand below a path."""
+    hint: Any = file_model()
+    for part in path:
         if section := section_of(hint):
-            if part not in section.model_fields:
-                return path[: i + 1], None, ""
-            field = section.model_fields[part]
-            hint, help = field.annotation, field.description or ""
-        elif get_origin(hint) is dict and section_of(get_args(hint)[1]):
-            hint = get_args(hint)[1]
+            hint = section.model_fields[part].annotation if part in section.model_fields else None
         else:
-            return path[:i], hint, help
-    return path, hint, help
+            hint = get_args(hint)[1] if get_origin(hint) is dict else None
+    return section_of(hint)
 
 
+@cache
 def _known_keys() -> dict[str, set[str]]:
     """Section -> the keys it knows."""
     sections = {name: section_of(field.annotation) for name, field in file_model().model_fields.items()}
     known = {name: set(model.model_fields) for name, model in sections.items() if model and name != "datasets"}
-    # max_length is there for packed rows only: what people mean is the task's.
-    return {section: keys - {"max_length"} if section in TRAINING else keys for section, keys in known.items()}
+    for section in ("sft", "distill"):  # what people mean by max_length is the task's
+        known[section].discard("max_length")
+    return known
 
 
-def _suggest(key: str, known: Sequence[str]) -> str:
+def _suggestion(key: str, known: Sequence[str]) -> str:
     """The remedy for an unknown key: another section that knows it, or the nearest name here."""
     alias = _ALIASES.get(key, key)
     if alias in known:
@@ -367,85 +366,43 @@ def _suggest(key: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]}?" if close else "remove it"
 
 
-def _validated(model: type[Section], tree: dict, path: tuple, errors: ErrorCollector) -> tuple[Any, set[tuple]]:
-    """(the settings as a model, without those that are wrong; the wrong ones), or None where a required one is."""
-    good = copy.deepcopy(tree)
-    broken: set[tuple] = set()
-    try:
-        return model.model_validate(good, context=CONFLICTS_LATER), broken
-    except ValidationError as error:
-        found = error.errors(include_url=False)
-    for problem in found:
-        where, hint, help = _setting_at(model, problem["loc"])
-        pruned, value = good, tree
-        for part in where:
-            value = value.get(part, MISSING)
-        for part in where[:-1]:
-            pruned = pruned.get(part, {})
-        if problem["type"] == "missing":
-            words = "it is missing", f"write it: {help.rstrip('.')}"
-        elif problem["type"] == "extra_forbidden":
-            above = section_of(_setting_at(model, where[:-1])[1])
-            known = list(above.model_fields) if above else []
-            words = RESERVED_KEYS.get(where[-1]) or ("unknown key", _suggest(where[-1], known))
+def _explained(error: ValidationError, tree: dict, model: type[Section], path: tuple = ()) -> Iterator[Conflict]:
+    """What pydantic refuses, as (path of the setting, what is wrong; what to do), the last of a setting's first."""
+    for found in reversed(error.errors(include_url=False)):
+        where, kind = path, found["type"]
+        for part in found["loc"]:
+            absent = _value_at(tree, (*where, part)) is _MISSING
+            if isinstance(part, int) or (absent and kind not in ("missing", "conflict")):
+                break  # an item of a list, or a member of a union
+            where = (*where, part)
+        if kind == "missing":
+            why = "it is missing; write it"
+        elif kind == "extra_forbidden":
+            above = (model if where[:-1] == path else _model_at(where[:-1])) or model
+            why = RESERVED.get(where[-1]) or f"unknown key; {_suggestion(where[-1], list(above.model_fields))}"
         else:
-            words = _misfit(problem, value)
-        errors.add((*path, *where), value, *words, settle=True)
-        if problem["type"] != "extra_forbidden":
-            broken.add((*path, *where))
-        pruned.pop(where[-1], None)
-        if hint is bool:
-            pruned[where[-1]] = True  # `use_peft: "true"` is one mistake, not a missing use_peft as well
-    try:
-        return model.model_validate({"name": "unnamed", **good} if not path else good, context=CONFLICTS_LATER), broken
-    except ValidationError:
-        return None, broken
+            why = found["msg"] if kind == "conflict" else _misfit(found, _value_at(tree, where))
+        yield where, why
 
 
-def _misfit(found: Any, value: Any) -> tuple[str, str]:
-    """(what is wrong, the remedy) of a value that pydantic refuses."""
-    items, wanted = value if isinstance(value, list) else [value], found["msg"].removeprefix("Input should be ")
-    what, remedy = "it does not fit", f"write {wanted if wanted.startswith('a ') else f'a value {wanted}'}"
-    if "model_type" in found["type"]:
-        return "it needs a mapping", "write its settings on the lines below, indented"
-    if re.search("string|literal", found["type"]) and any(isinstance(item, bool) for item in items):
-        remedy = "YAML reads an unquoted yes, no, on, off, true or false as a boolean: put it in quotes"
-    elif "string" in found["type"] and any(isinstance(item, int | float) for item in items):
-        remedy = "put it in quotes"
-    elif found["type"] == "literal_error":
+def _misfit(found: Any, value: Any) -> str:
+    """What is wrong with a value that has another type or lies out of range, and what to do."""
+    kind, items = found["type"], value if isinstance(value, list) else [value]
+    wanted = found["msg"].removeprefix("Input should be ")
+    if "model_type" in kind or kind == "dict_type":
+        return "it needs a mapping; write its settings on the lines below, indented"
+    if kind == "string_pattern_mismatch":
+        letters = "use letters, digits, '-' and '_', starting with a letter or digit"
+        return "it is not the id of a repository; write owner/name" if "/" in wanted else f"it is no name; {letters}"
+    if re.search("string|literal", kind) and any(isinstance(item, bool) for item in items):
+        return "YAML reads an unquoted yes, no, on, off, true or false as a boolean; put it in quotes"
+    if "string" in kind and any(isinstance(item, int | float) for item in items):
+        return "it does not fit; put it in quotes"
+    if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", wanted)
         close = difflib.get_close_matches(str(value), choices, n=1)
         guess = f"did you mean {close[0]}? Choose " if close else "choose "
-        return REMOVED_VALUES.get(str(value)) or (what, f"{guess}one of {', '.join(choices)}")
-    elif isinstance(value, list) and len(value) == 1 and not isinstance(found["loc"][-1], int):
-        remedy = f"write {value[0]!r} without the brackets"
-    return what, remedy
-
-
-def _unsafe(value: Any, path: tuple) -> Iterator[Problem]:
-    """Credentials, since recipes are published, and whatever runs code that comes with a model; at any depth."""
-    key = path[-1] if path else None
-    if is_secret(path, value):
-        what = "it looks like a credential, and recipes are published"
-        yield Problem(path, value, what, "run `hf auth login` instead")
-    elif key in ("trust_remote_code", "use_kernels", "kernel_config"):
-        remedy = "remove it, and take a model that transformers has a class for"
-        yield Problem(path, value, "code that comes with a model is never run", remedy)
-    elif key == "attn_implementation" and isinstance(value, str) and "/" in value:
-        what, remedy = "it names a kernel on the Hub, whose code would run", "write sdpa, eager or flash_attention_2"
-        yield Problem(path, value, what, remedy)
-    elif isinstance(value, dict | list):
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _unsafe(item, (*path, name))
-
-
-def _as_recipe(checked: Any, tree: dict) -> Recipe:
-    """The sections of TRL's settings as dicts of what was written, in the order in which it was."""
-
-    def written(section: Section, own: dict) -> dict:
-        return {key: getattr(section, key) for key in own or () if key in section.model_fields_set}
-
-    parts = dict(checked)
-    parts |= {name: written(parts[name], tree.get(name, {})) for name in TRAINING}
-    parts["arms"] = {arm: written(own, tree["arms"][arm]) for arm, own in checked.arms.items()}
-    return Recipe.model_construct(**parts)
+        return RESERVED.get(str(value)) or f"it does not fit; {guess}one of {', '.join(choices)}"
+    if isinstance(value, list) and len(value) == 1 and not isinstance(found["loc"][-1], int):
+        return f"it does not fit; write {value[0]!r} without the brackets"
+    return f"it does not fit; write {wanted if wanted.startswith('a ') else f'a value {wanted}'}"

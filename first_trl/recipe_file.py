@@ -1,8 +1,8 @@
-"""From a recipe's text to plain values, with the line of every key, and the list of all problems found.
+"""From a recipe's text to plain values, with the line of every key and what is wrong with the text.
 
 YAML as people mean it: a key written twice is an error and not a silent replacement, `${NAME}` and `${NAME:-default}`
-are read from the environment, and only texts, numbers, booleans, lists and mappings come out. What the keys mean is
-decided in `first_trl.recipe`.
+are read from the environment, `extends` is followed, and only texts, numbers, booleans, lists and mappings come out.
+What the keys mean is decided in `first_trl.recipe`.
 """
 
 import json
@@ -15,7 +15,6 @@ import yaml
 
 from .constants import SECRET_VALUE
 from .errors import FirstTrlError
-from .settings import MISSING
 
 # A recipe is a page. These bounds stop aliases that unfold into millions of nodes, and files that are something else.
 _MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 100_000, 20_000, 32
@@ -24,7 +23,6 @@ _VARIABLE_NAME = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
 _SECRET_NAME = r"token|secret|pass|password|passwd|passphrase|pwd|pat|auth|dsn|api_?key|private_?key|credentials?"
 _SECRET_KEY = re.compile(rf"(?!eos_token|pad_token|bos_token)(.*_)?({_SECRET_NAME})", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(rf"(^|_)({_SECRET_NAME}|key)(_|$)|(pass|passwd|password|token|secret)$", re.IGNORECASE)
-COMMAND_LINE = (0, 0, "command line")
 
 
 class RecipeError(FirstTrlError):
@@ -36,88 +34,11 @@ class RecipeError(FirstTrlError):
         self.file, self.problems = file, problems
 
 
-class ErrorCollector:
-    """Collects problems with their place, to raise them together as one [`RecipeError`]."""
-
-    def __init__(self, file: str):
-        self.file = file
-        self.places: dict[tuple, tuple[int, int, str]] = {}  # path of a key -> (rank of its file, line, in words)
-        self.overridden: set[tuple] = set()  # paths set on the command line
-        self.settled: set[tuple] = set()  # paths that have their problem: one each is enough
-        self._found: dict[str, tuple[int, int]] = {}
-
-    def add(self, path: tuple, value: Any, what: str, remedy: str, settle: bool = False) -> None:
-        """Record that `value` at `path` is wrong. Values that may be secrets are not repeated."""
-        if path in self.settled:
-            return
-        if settle:
-            self.settled.add(path)
-        shown = "" if value is MISSING or isinstance(value, dict) or not path else f" = {_shown(path, value)}"
-        name = ".".join(map(str, path))
-        self.add_at(self._place(path), f"{name}{shown}: {what}" if name else what, remedy)
-
-    def add_at(self, place: tuple[int, int, str], what: str, remedy: str) -> None:
-        """Record a problem of the text itself, or of the command line."""
-        text = f"{place[2]}: {what}; {remedy}{'' if remedy.endswith('?') else '.'}"
-        self._found.setdefault(SECRET_VALUE.sub("(not shown)", text), place[:2])
-
-    def _place(self, path: tuple) -> tuple[int, int, str]:
-        for over in self.overridden:
-            above = path and over[: len(path)] == path and path not in self.places
-            if above or path[: len(over)] == over:
-                return COMMAND_LINE
-        known = (self.places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.places)
-        return next(known, (0, 0, "recipe"))
-
-    def raise_if_any(self) -> None:
-        """Raise the [`RecipeError`] of everything recorded, in the order of the file."""
-        if self._found:
-            raise RecipeError(self.file, sorted(self._found, key=lambda text: self._found[text])) from None
-
-
 def is_secret(path: tuple, value: Any) -> bool:
     """Whether a key or a value looks like a credential."""
     key = next((part for part in reversed(path) if isinstance(part, str)), "")
     named = value is not None and _SECRET_KEY.fullmatch(key) is not None
     return named or (isinstance(value, str) and SECRET_VALUE.search(value) is not None)
-
-
-def _shown(path: tuple, value: Any) -> str:
-    text = repr(value)
-    if is_secret(path, value) or SECRET_VALUE.search(text):
-        return "(not shown)"
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-def read_recipe_file(path: Path, errors: ErrorCollector, rank: int = 1) -> dict:
-    """The recipe as nested dicts and lists; lines and problems go to `errors`.
-
-    Args:
-        rank: 1 for the recipe itself, 2 for the one that it extends, whose name its places carry.
-
-    Raises:
-        RecipeError: the file cannot be read as one YAML mapping; every other problem is only recorded.
-    """
-    reader = _Reader(errors, rank, "" if rank == 1 else f"{path.name}, ")
-    what, remedy, root = "a recipe is a mapping of sections", "start with e.g. `name: my-run`", None
-    place = reader.place(None)
-    try:
-        if path.is_file() and path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has {path.stat().st_size} bytes, more than a recipe can")
-        reader.loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
-        root = reader.loader.get_single_node()
-    except (yaml.YAMLError, RecursionError) as error:
-        place = reader.place(getattr(error, "problem_mark", None))
-        why = " ".join(filter(None, (getattr(error, "context", ""), getattr(error, "problem", "")))) or type(error)
-        what, remedy = f"this is not YAML ({why})", "look at the indentation, colons and quotes here"
-    except (OSError, ValueError) as error:
-        what, remedy = f"it cannot be read ({getattr(error, 'strerror', None) or error})", "give a recipe, a YAML file"
-        place = rank, 0, f"{reader.prefix}file"
-    if isinstance(root, yaml.MappingNode):
-        return reader.value(root, ())
-    errors.add_at(place, what, remedy)
-    errors.raise_if_any()
-    raise AssertionError("a problem was just added")
 
 
 def read_value(text: str) -> Any:
@@ -130,87 +51,124 @@ def read_value(text: str) -> Any:
     return value
 
 
-class _Reader:
-    """Walks the nodes of one document: records lines, refuses duplicates, expands variables."""
+class RecipeFile:
+    """The values of a recipe file and of the one that it extends.
 
-    loader: Any
+    Attributes:
+        values (`dict`): as written, with variables replaced.
+        places (`dict`): path of a key -> (rank of its file, line, both in words).
+        problems (`dict`): path of a key -> "what is wrong; what to do".
 
-    def __init__(self, errors: ErrorCollector, rank: int, prefix: str):
-        self.errors, self.rank, self.prefix = errors, rank, prefix
-        self.count = 0
+    Raises:
+        RecipeError: the file cannot be read as one YAML mapping; every other problem is only kept.
+    """
 
-    def place(self, mark: yaml.Mark | None) -> tuple[int, int, str]:
-        line = mark.line + 1 if mark else 1
-        return self.rank, line, f"{self.prefix}line {line}"
+    def __init__(self, path: Path, below: str = ""):
+        """`below`: the name of the recipe that extends this one."""
+        self.name, self.rank, self.prefix = below or str(path), 2 if below else 1, f"{path.name}, " if below else ""
+        self.places: dict[tuple, tuple[int, int, str]] = {}
+        self.problems: dict[tuple, str] = {}
+        self._count = 0
+        self.values: dict[str, Any] = self._value(self._root(path), ())
+        extends = self.values.get("extends")
+        if extends is None or below:
+            return
+        if not isinstance(extends, str) or not (path.parent / extends).is_file():
+            self.problems["extends",] = "there is no such recipe; give the path of one, relative to this file"
+            return
+        other = RecipeFile(path.parent / extends, below=self.name)
+        if "extends" in other.values:
+            self.problems["extends",] = "that recipe extends another, and only one level is read; extend the last one"
+            return
+        del self.values["extends"]
+        other.values.pop("name", None)  # two recipes under one name would share a folder
+        self.values = _merged(other.values, self.values)
+        self.problems |= {where: why for where, why in other.problems.items() if where not in self.places}
+        self.places = other.places | self.places
 
-    def value(self, node: yaml.Node, path: tuple) -> Any:
-        self.count += 1
-        if self.count > _MAX_NODES or len(path) > _MAX_DEPTH:
-            what, remedy = "this recipe unfolds into too many values", "remove nested aliases (*name)"
-            self.errors.add_at(self.place(node.start_mark), what, remedy)
-            self.errors.raise_if_any()
-        kind = node.tag.removeprefix("tag:yaml.org,2002:")
-        if not isinstance(node, yaml.ScalarNode) and kind not in ("map", "seq"):
-            return self.errors.add(path, f"!!{kind}", "a recipe holds no objects", "remove the tag", settle=True)
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            return [self.value(item, (*path, i)) for i, item in enumerate(node.value)]
-        return self._scalar(node, path)
-
-    def _mapping(self, node: yaml.MappingNode, path: tuple) -> dict:
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            place, where = self.place(key_node.start_mark), (*path, str(key_node.value))
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                self.errors.add_at(place, "merge keys (<<) are not read", "write the keys out")
-            elif not isinstance(key_node, yaml.ScalarNode):
-                self.errors.add_at(place, "a key must be text", "quote it, or indent what follows it")
-            elif key_node.tag != "tag:yaml.org,2002:str":
-                kind = key_node.tag.rpartition(":")[2]
-                self.errors.add_at(place, f"YAML reads the key {key_node.value} as {kind}, not as text", "quote it")
-            elif key_node.value in result:
-                what = f"{'.'.join(map(str, where))} is written twice, first on line {self.errors.places[where][1]}"
-                self.errors.add_at(place, what, "remove one")
-            else:
-                self.errors.places[where] = place
-                result[key_node.value] = self.value(value_node, where)
-        return result
-
-    def _scalar(self, node: yaml.ScalarNode, path: tuple) -> Any:
+    def _root(self, path: Path) -> yaml.MappingNode:
+        line, why = 1, "a recipe is a mapping of sections; start with e.g. `name: my-run`"
         try:
-            value = self.loader.construct_object(node)
+            if path.is_file() and path.stat().st_size > _MAX_BYTES:
+                raise ValueError(f"it has {path.stat().st_size} bytes, more than a recipe can")
+            self._loader: Any = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+            root = self._loader.get_single_node()
+            if isinstance(root, yaml.MappingNode):
+                return root
+        except (yaml.YAMLError, RecursionError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = mark.line + 1 if mark else 1
+            what = " ".join(filter(None, (getattr(error, "context", ""), getattr(error, "problem", ""))))
+            why = f"this is not YAML ({what or error}); look at the indentation, colons and quotes here"
+        except (OSError, ValueError) as error:
+            why = f"it cannot be read ({getattr(error, 'strerror', None) or error}); give a recipe, a YAML file"
+        raise RecipeError(self.name, [f"{self.prefix}line {line}: {why}."]) from None
+
+    def _value(self, node: yaml.Node, path: tuple) -> Any:
+        self._count += 1
+        if self._count > _MAX_NODES or len(path) > _MAX_DEPTH:
+            why = "this recipe unfolds into too many values; remove nested aliases (*name)."
+            raise RecipeError(self.name, [f"{self.prefix}line {node.start_mark.line + 1}: {why}"])
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if isinstance(node, yaml.MappingNode) and kind == "map":
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode) and kind == "seq":
+            return [self._value(item, (*path, i)) for i, item in enumerate(node.value)]
+        try:
+            value = self._loader.construct_object(node)
             if not isinstance(value, bool | int | float | str | None):
                 raise ValueError(f"as {type(value).__name__}")
         except (yaml.YAMLError, ValueError, OverflowError) as error:
-            what = f"YAML cannot read it as text or a number ({getattr(error, 'problem', None) or error})"
-            return self.errors.add(path, node.value, what, "put it in quotes", settle=True)
+            reason = getattr(error, "problem", None) or error
+            self.problems[path] = f"YAML cannot read it as text or a number ({reason}); put it in quotes"
+            return str(node.value)
         if not isinstance(value, str) or "${" not in value:
             return value
-        expanded = _VARIABLE.sub(lambda match: self._expand(match, value, path), value)
-        if path in self.errors.settled:
-            return None
+        expanded = _VARIABLE.sub(lambda match: self._expanded(match, path), value)
+        if path in self.problems:
+            return value
         whole = _VARIABLE.fullmatch(value)
-        if whole is None or whole[1] is None or node.style is not None:
+        if whole is None or whole[1] is None or isinstance(node, yaml.ScalarNode) and node.style is not None:
             return expanded
         plain = read_value(expanded)  # an unquoted `${ROWS:-100}` means what an unquoted 100 would
         return expanded if isinstance(plain, list | dict) else plain
 
-    def _expand(self, match: re.Match, text: str, path: tuple) -> str:
+    def _mapping(self, node: yaml.MappingNode, path: tuple) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            where, line = (*path, str(key_node.value)), key_node.start_mark.line + 1
+            kind = key_node.tag.rpartition(":")[2]
+            if kind == "merge":
+                self.problems[where] = "merge keys (<<) are not read; write the keys out"
+            elif not isinstance(key_node, yaml.ScalarNode):
+                self.problems[where] = "a key must be text; quote it, or indent what follows it"
+            elif kind != "str":
+                self.problems[where] = f"YAML reads this key as {kind}, not as text; quote it"
+            else:
+                result[where[-1]] = self._value(value_node, where)
+                if where in self.places:
+                    self.problems[where] = f"it is written twice, first on line {self.places[where][1]}; remove one"
+            self.places[where] = (self.rank, line, f"{self.prefix}line {line}")
+        return result
+
+    def _expanded(self, match: re.Match, path: tuple) -> str:
         if match[1] is None:
             return "${"
         if (variable := _VARIABLE_NAME.fullmatch(match[1])) is None:
-            what, remedy = (
-                f"{match[0]} is not a variable",
-                "write ${NAME} or ${NAME:-default}, or $${ for a literal ${",
-            )
+            why = f"{match[0]} is not a variable; write ${{NAME}} or ${{NAME:-default}}, or $${{ for a literal ${{"
         elif _SECRET_VARIABLE.search(variable[1]):
-            what = f"{variable[1]} looks like a secret, and recipes are published"
-            remedy = "remove it and run `hf auth login`"
+            why = f"{variable[1]} looks like a secret, and recipes are published; remove it and run `hf auth login`"
         elif variable[2] is None and variable[1] not in os.environ:
-            what = f"the environment variable {variable[1]} is not set"
-            remedy = f"set it, or write ${{{variable[1]}:-default}}; a literal ${{ is written $${{"
+            why = f"the environment variable {variable[1]} is not set; set it, or write ${{{variable[1]}:-default}}"
         else:
             return os.environ.get(variable[1]) or variable[2] or ""  # as in a shell, `:-` also replaces an empty one
-        self.errors.add(path, text, what, remedy, settle=True)
+        self.problems[path] = why
         return ""
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Mappings key by key; anything else from above."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    rest = {key: value for key, value in below.items() if key not in above}
+    return {key: _merged(below.get(key), value) for key, value in above.items()} | rest

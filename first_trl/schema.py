@@ -89,7 +89,7 @@ def recipe_schema() -> dict[str, Any]:
     extends = {"type": "string", "description": "Another recipe, relative to this one, whose settings these change."}
     schema["properties"] = {"extends": extends, **schema["properties"]}
     del schema["required"]  # the recipe that is extended may have it
-    for section in ("SftSettings", "Arm"):  # each setting of TRL is written out once
+    for section in ("SftSettings", "ArmsSettings"):  # each setting of TRL is written out once
         own = schema["$defs"][section]["properties"]
         for key in own.keys() & schema["$defs"]["DistillSettings"]["properties"].keys():
             own[key] = {"$ref": f"#/$defs/DistillSettings/properties/{key}"}

@@ -1,44 +1,51 @@
-"""The sections of a recipe as pydantic models, with the help and the limits of every setting.
+"""The sections of a recipe as pydantic models, with the help, the limits and the conflicts of every setting.
 
-Nothing heavy is imported here, so that a wrong recipe is refused in a fraction of a second. `sft`, `distill` and the
-arms hold settings of TRL's SFTConfig and ModelConfig and of FIRSTConfig: [`training_model`] makes a model of these.
-Reading a recipe file, and the rules between sections, are `first_trl.recipe`.
+`sft`, `distill` and the arms hold settings of TRL's SFTConfig and ModelConfig and of FIRSTConfig, of which
+`training_model` makes models. Nothing heavy is imported, so that a wrong recipe is refused within a second.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, WrapValidator, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, create_model, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from .constants import CRITERIA, DIVERGENCES, FOLDER_NAME, HUB_ID, POSITIONS, RECALIBRATION_METHODS, TAILS
+from .constants import CRITERIA, POSITIONS, RECALIBRATION_METHODS
+from .loss_rules import LOSS_CHOICES, LOSS_LIMITS
 from .templates import Piece, parse_template
 from .trl_fields import known_fields
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_SERVER_URL = re.compile(r"https?://[^\s@?#]+")
 # How fast a cache is made, and where its server is. Other batches round differently, as far as the teacher's dtype
 # rounds, and a server batches as it likes: none tells two caches apart, in the manifest or in the run's record.
 SPEED_SETTINGS = ("tokens_per_batch", "server_requests", "server_url")
-CONFLICTS_LATER = {"conflicts": "later"}  # validation context: types and keys alone
-NAME_REMEDY = "use letters, digits, '-' and '_', starting with a letter or digit"
-MISSING = object()  # the value of a problem about something that is not there
+Conflict = tuple[tuple, str]  # (where, "what is wrong; what to do")
 
 
-class Problem(NamedTuple):
-    """One thing wrong with one setting: where, what was written, what is wrong, what to do."""
+class Section(BaseModel):
+    """Base of the sections: types are strict, unknown keys are errors, and so are the `conflicts`."""
 
-    path: tuple
-    value: Any
-    what: str
-    remedy: str
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """What is wrong between settings that are each right by themselves; paths start in this section."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _refuse_conflicts(self):
+        errors = [(path, PydanticCustomError("conflict", "{why}", {"why": why})) for path, why in self.conflicts()]
+        if errors:
+            details = [InitErrorDetails(type=error, loc=path, input=None) for path, error in errors]
+            raise ValidationError.from_exception_data(type(self).__name__, details)
+        return self
 
 
 def _number(value: Any, check: Callable[[Any], float]) -> float:
-    """`1e-4` as text is a number, and 20 stays 20."""
-    value = float(value) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else value
+    """`1e-4`, which YAML reads as text, is a number, and 20 stays 20."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", value):
+        value = float(value)
     checked = check(value)
     return value if type(value) is int else checked
 
@@ -47,34 +54,15 @@ def _texts(value: Any, check: Callable[[Any], list[str]]) -> list[str]:
     return check([value] if isinstance(value, str) else value)
 
 
-class Section(BaseModel):
-    """Base of the sections: types are strict, unknown keys are errors, and `conflicts` are rules between settings."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    def conflicts(self) -> Iterator[Problem]:
-        """What is wrong between settings that each have the right type; paths start in this section."""
-        yield from ()
-
-    def wrong(self, key: str, what: str, remedy: str) -> Problem:
-        """A problem of one setting of this section."""
-        return Problem((key,), getattr(self, key), what, remedy)
-
-    @model_validator(mode="after")
-    def _refuse_conflicts(self, info: ValidationInfo):
-        problems = [] if info.context == CONFLICTS_LATER else list(self.conflicts())
-        if problems:
-            raise ValueError("; ".join(f"{p.path[-1]} = {p.value!r}: {p.what}; {p.remedy}" for p in problems))
-        return self
-
-
-# Two conversions that people rely on every day: `1e-4`, which YAML reads as text, and a lone text for a list of texts.
 Number = Annotated[float, WrapValidator(_number)]
 Texts = Annotated[list[str], WrapValidator(_texts, json_schema_input_type=list[str] | str)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes, which training seeds as well
 Bins = Annotated[int, Field(ge=1, le=1000)]
 Resamples = Annotated[int, Field(ge=0, le=100_000)]
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")]  # of an arm or a test set
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([.]?[A-Za-z0-9_-]){0,99}$")]
+HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 class TaskConfig(Section):
@@ -92,37 +80,35 @@ class TaskConfig(Section):
     too_long: Literal["refuse", "drop", "cut"] = Field(
         "refuse", description="Rows that do not fit: refuse them, drop them, or cut their prompt's longest text."
     )
-    supervise: Literal["last", "all"] = Field(
-        "last", description="Turns of a conversation that are learned: the assistant's last, or all."
-    )
+    supervise: Literal["last", "all"] = Field("last", description="Turns of the assistant that are learned.")
     chat_template_kwargs: dict | None = Field(None, description="Of the chat template, e.g. {enable_thinking: false}.")
 
-    def conflicts(self) -> Iterator[Problem]:
-        for key, other in (("prompt", "completion"), ("completion", "prompt")):
-            if getattr(self, key) is not None and getattr(self, other) is None:
-                yield self.wrong(key, f"it comes without {other}", f"write {other} too, or neither")
-        if self.prompt is not None and self.chat_template_kwargs is not None:
-            what = "a prompt template does not go through the chat template"
-            yield self.wrong("chat_template_kwargs", what, "remove it, or remove prompt and completion")
-        if self.supervise == "all" and (self.prompt is not None or self.choices is not None):
-            what = "it is for the turns of conversations with free answers"
-            yield self.wrong("supervise", what, "remove it, or remove prompt, completion and choices")
+    def conflicts(self) -> Iterator[Conflict]:
+        prompt, completion, choices = self.prompt, self.completion, self.choices
         pieces: tuple[Piece, ...] = ()
-        for key in ("prompt", "completion"):
+        for key, template in (("prompt", prompt), ("completion", completion)):
             try:
-                pieces = parse_template(template := getattr(self, key) or "")
+                pieces = parse_template(template or "")
             except ValueError as error:
-                what = str(error).removeprefix(f"template {template!r}").lstrip(": ")
-                yield self.wrong(key, what, "correct the template")
-        if self.completion is not None and not self.completion.strip():
-            yield self.wrong("completion", "it is empty", "write what the model must answer")
-        choices, columns = self.choices, [piece for piece in pieces if piece.column is not None]
+                why = str(error).removeprefix(f"template {template!r}").lstrip(": ")
+                yield (key,), f"{why}; correct the template"
+        if (prompt is None) != (completion is None):
+            given, missing = ("prompt", "completion") if completion is None else ("completion", "prompt")
+            yield (given,), f"it comes without {missing}; write both, or neither"
+        if prompt is not None and self.chat_template_kwargs is not None:
+            why = "a prompt template does not go through the chat template; remove it, or remove prompt and completion"
+            yield ("chat_template_kwargs",), why
+        if self.supervise == "all" and (prompt is not None or choices is not None):
+            why = "it is for conversations with free answers; remove it, or remove prompt, completion and choices"
+            yield ("supervise",), why
+        if completion is not None and not completion.strip():
+            yield ("completion",), "it is empty; write what the model must answer"
         if choices is not None and (len(choices) < 2 or len(set(choices)) < len(choices) or not all(choices)):
-            remedy = "list at least two different answers, none of them empty"
-            yield self.wrong("choices", "these are not choices between answers", remedy)
-        if choices is not None and self.completion is not None and len(columns) != 1:
-            what = f"with choices the completion needs exactly one column, not {len(columns)}"
-            yield self.wrong("completion", what, "write e.g. ' {label}', or remove choices")
+            yield ("choices",), "these are not choices; list at least two different answers, none of them empty"
+        columns = [piece for piece in pieces if piece.column is not None]
+        if choices is not None and completion is not None and len(columns) != 1:
+            why = f"with choices it needs exactly one column, not {len(columns)}; write e.g. ' {{label}}'"
+            yield ("completion",), why
 
 
 class DatasetConfig(Section):
@@ -141,10 +127,10 @@ class DatasetConfig(Section):
     out_of_domain: bool = Field(False, description="Test sets: reported as out of domain.")
     task: dict | None = Field(None, description="Test sets: settings of `task` that this set needs otherwise.")
 
-    def conflicts(self) -> Iterator[Problem]:
-        columns = list((self.columns or {}).values())
+    def conflicts(self) -> Iterator[Conflict]:
+        columns = (self.columns or {}).values()
         if len(set(columns)) < len(columns):
-            yield self.wrong("columns", "two names read one column", "keep one of them")
+            yield ("columns",), "two names read one column; keep one of them"
 
 
 class Datasets(Section):
@@ -156,24 +142,17 @@ class Datasets(Section):
 
     train: DatasetConfig | None = Field(None, description="Rows that the teacher, and students on labels, learn.")
     validation: DatasetConfig = Field(description="Rows that recalibration and thresholds are fitted on.")
-    test: dict[str, DatasetConfig] = Field(description="Rows that are only reported: a name for each set.")
+    test: dict[FolderName, DatasetConfig] = Field(min_length=1, description="Rows that are only reported, by name.")
     transfer: DatasetConfig | None = Field(None, description="Rows that students are distilled on, instead of train.")
 
-    def conflicts(self) -> Iterator[Problem]:
+    def conflicts(self) -> Iterator[Conflict]:
         for role in ("train", "transfer", "validation"):
             split = getattr(self, role) or DatasetConfig(path="")
             for key in ("task", "out_of_domain", "overlap"):
                 if getattr(split, key) != DatasetConfig.model_fields[key].default:
-                    yield Problem((role, key), getattr(split, key), "it is for test sets only", "remove it")
-        if not self.test:
-            remedy = "name at least one, e.g. `test: {in_domain: {path: json, data_files: test.jsonl}}`"
-            yield Problem(("test",), MISSING, "there is no test set", remedy)
-        for name in self.test:
-            if not FOLDER_NAME.fullmatch(name):
-                yield Problem(("test", name), MISSING, "a test set's name is the name of a file", NAME_REMEDY)
-            if name in ("train", "transfer", "validation"):
-                what = "a split of the recipe has this name in records and reports"
-                yield Problem(("test", name), MISSING, what, "choose another name")
+                    yield (role, key), "it is for test sets only; remove it"
+            if role in self.test:
+                yield ("test", role), "a split of the recipe has this name in reports; choose another name"
 
 
 class WriteAnswers(Section):
@@ -184,9 +163,9 @@ class WriteAnswers(Section):
     top_p: Number = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that have this mass.")
     seed: Seed = Field(0, description="Seed of the samples.")
 
-    def conflicts(self) -> Iterator[Problem]:
+    def conflicts(self) -> Iterator[Conflict]:
         if self.top_p < 1 and self.temperature == 0:
-            yield self.wrong("top_p", "nothing is sampled at temperature 0", "remove it, or write a temperature")
+            yield ("top_p",), "nothing is sampled at temperature 0; remove it, or write a temperature"
 
 
 class CacheConfig(Section):
@@ -214,18 +193,17 @@ class CacheConfig(Section):
     server_url: str | None = Field(None, description="Its address; any server that gives prompt_logprobs.")
     server_requests: int = Field(16, ge=1, le=1024, description="Requests to it at one time. Free to change.")
 
-    def conflicts(self) -> Iterator[Problem]:
+    def conflicts(self) -> Iterator[Conflict]:
         if self.teacher_revision is not None and self.teacher is None:
-            yield self.wrong("teacher_revision", "there is no cache.teacher", "write cache.teacher too, or remove it")
-        if self.backend == "server" and not _SERVER_URL.fullmatch(self.server_url or ""):
-            remedy = "write the address that the server was started at, e.g. http://127.0.0.1:8000"
-            yield self.wrong("server_url", "it is not the address of a server", remedy)
+            yield ("teacher_revision",), "there is no cache.teacher; write cache.teacher too, or remove it"
+        if self.backend == "server" and not re.fullmatch(r"https?://[^\s@?#]+", self.server_url or ""):
+            yield ("server_url",), "it is not the address of a server; write e.g. http://127.0.0.1:8000"
         # A server chooses type, quantisation and attention itself, and shows no tokens of one's choice.
         local = ("teacher_dtype", "load_in_4bit", "attn_implementation", "support")
         for key in ("server_url", "server_requests") if self.backend == "hf" else local:
             if getattr(self, key) != type(self).model_fields[key].default:
-                remedy = f"remove it, or write backend: {'server' if self.backend == 'hf' else 'hf'}"
-                yield self.wrong(key, f"backend: {self.backend} has no use for it", remedy)
+                other = "server" if self.backend == "hf" else "hf"
+                yield (key,), f"backend: {self.backend} has no use for it; remove it, or write backend: {other}"
 
 
 class CalibrateConfig(Section):
@@ -258,7 +236,7 @@ class EvaluateConfig(Section):
 class PushConfig(Section):
     """Where an adapter goes on the Hub."""
 
-    hub_model_id: str | None = Field(None, description="Repository, e.g. my-name/my-student.")
+    hub_model_id: HubId | None = Field(None, description="Repository, e.g. my-name/my-student.")
     arm: str = Field("first", description="Whose student is pushed; best: of the lowest NLL on validation.")
     license: str | None = Field(None, description="Licence, e.g. apache-2.0. Default: that of the base model.")
     private: bool = Field(False, description="Create the repository as private.")
@@ -266,93 +244,58 @@ class PushConfig(Section):
     create_pr: bool = Field(False, description="Open a pull request instead of pushing.")
     commit_message: str | None = Field(None, description="Message of the commit.")
 
-    def conflicts(self) -> Iterator[Problem]:
-        if self.hub_model_id is not None and not (HUB_ID.fullmatch(self.hub_model_id) and "/" in self.hub_model_id):
-            remedy = "write owner/name, letters, digits, '-', '_' and '.' only"
-            yield self.wrong("hub_model_id", "it is not the id of a repository", remedy)
+
+def _each(table: dict[str, Any]) -> dict[str, Any]:
+    """`{"a b": x}` -> `{"a": x, "b": x}`."""
+    return {key: value for keys, value in table.items() for key in keys.split()}
 
 
-# Settings of TRL that the stages set themselves, or that TRL is about to remove, and settings of earlier versions of
-# first-trl: key -> (what is wrong, the remedy).
-_SERVE = "start `vllm serve`, and write backend: server and server_url"
-RESERVED_KEYS = {
-    key: (what, remedy)
-    for keys, what, remedy in (
-        ("trust_remote_code", "code that comes with a model is never run", "remove it"),
-        ("hub_token", "recipes are published", "run `hf auth login` instead"),
-        ("output_dir", "the stages choose their own folders", "write output_dir and name at the top of the recipe"),
-        (
-            "model_init_kwargs",
-            "only training would read it",
-            "write dtype, attn_implementation or model_revision itself",
-        ),
-        (
-            "calibration",
-            "the calibrate stage writes and reads it",
-            "write recalibration_method and recalibration_value",
-        ),
-        ("dataset_kwargs dataset_text_field", "the task section decides what is trained on", "remove it"),
-        ("completion_only_loss assistant_only_loss", "the task section decides what is trained on", "remove it"),
-        ("truncation_mode", "task.max_length decides where a row ends", "remove it"),
-        (
-            "chat_template_path eos_token pad_token",
-            "the tokenizer's own is used",
-            "save it with the model",
-        ),
-        ("remove_unused_columns label_names do_train do_eval do_predict", "the stage decides this", "remove it"),
-        ("local_rank", "accelerate sets it", "remove it and use `accelerate launch`"),
-        ("resume_from_checkpoint", "stages continue by themselves", "to start again, delete the stage's folder"),
-        (
-            "push_to_hub hub_model_id hub_revision hub_private_repo",
-            "training does not upload",
-            "fill the push section",
-        ),
-        ("hub_strategy hub_always_push", "training uploads nothing", "fill the push section"),
-        (
-            "include_for_metrics batch_eval_metrics",
-            "training builds no logits",
-            "remove it: `first-trl evaluate` measures",
-        ),
-        ("prediction_loss_only", "training builds no logits", "remove it: run `first-trl evaluate`"),
-        ("label_smoothing_factor", "TRL removes it", "smooth the teacher: recalibration_method: label_smoothing"),
-        ("use_liger_kernel", "the loss here builds no logits for it to save", "remove it"),
-        ("cross_fit", "it was removed: rows of their own measured better", "remove it and write datasets.transfer"),
-        ("include_eos", "tokens that are forced are never counted", "remove it"),
-        ("tail_knots", "it was removed with vocabulary_temperature, which measured worse", "remove it"),
-        ("vllm_options", "vLLM no longer runs in this process", _SERVE),
-    )
-    for key in keys.split()
-}
-REMOVED_VALUES = {
-    "vllm": ("vLLM no longer runs in this process", _SERVE),
-    "vocabulary_temperature": ("it was removed, because it measured worse", "write temperature"),
-}
+# Settings that the stages set themselves, or that TRL is about to remove, and keys and values of earlier versions of
+# first-trl: what is wrong; what to do.
+RESERVED: dict[str, str] = _each({
+    "trust_remote_code": "code that comes with a model is never run; remove it",
+    "hub_token": "recipes are published; run `hf auth login` instead",
+    "output_dir": "the stages choose their own folders; write output_dir and name at the top of the recipe",
+    "model_init_kwargs": "only training would read it; write dtype, attn_implementation or model_revision itself",
+    "calibration": "the calibrate stage writes it; write recalibration_method and recalibration_value",
+    "dataset_kwargs dataset_text_field completion_only_loss assistant_only_loss truncation_mode":
+        "the task section decides what is trained on; remove it",
+    "chat_template_path eos_token pad_token": "the tokenizer's own is used; save it with the model",
+    "remove_unused_columns label_names do_train do_eval do_predict local_rank": "the stage decides this; remove it",
+    "resume_from_checkpoint": "stages continue by themselves; to start again, delete the stage's folder",
+    "push_to_hub hub_model_id hub_revision hub_private_repo hub_strategy hub_always_push":
+        "training uploads nothing; fill the push section",
+    "include_for_metrics batch_eval_metrics prediction_loss_only":
+        "training builds no logits; remove it: `first-trl evaluate` measures",
+    "label_smoothing_factor": "TRL removes it; smooth the teacher: recalibration_method: label_smoothing",
+    "use_liger_kernel": "the loss here builds no logits for it to save; remove it",
+    "cross_fit": "it was removed: rows of their own measured better; remove it and write datasets.transfer",
+    "include_eos": "tokens that are forced are never counted; remove it",
+    "tail_knots": "it was removed with vocabulary_temperature; remove it",
+    "vocabulary_temperature": "it was removed, because it measured worse; write temperature",
+    "vllm vllm_options": "vLLM runs as a server only; start `vllm serve`, write backend: server and server_url",
+})  # fmt: skip
 # Bounds of the settings that people most often get wrong; the rest is left to TRL.
-LIMITS: dict[str, dict[str, Any]] = {
-    key: limits
-    for keys, limits in (
-        ("learning_rate warmup_steps weight_decay max_grad_norm", {"ge": 0}),
-        ("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps", {"ge": 1}),
-        ("lora_r lora_alpha", {"ge": 1}),
-        ("seed data_seed", {"ge": 0, "lt": 2**32}),
-        ("num_train_epochs", {"gt": 0}),
-        ("max_length", {"ge": 2}),
-        ("lora_dropout", {"ge": 0, "lt": 1}),
-        ("ce_weight", {"ge": 0, "le": 1}),
-        ("mass_fraction", {"gt": 0, "le": 1}),
-    )
-    for key in keys.split()
-}
-_CHOICES = {"divergence": DIVERGENCES, "tail": TAILS, "recalibration_method": RECALIBRATION_METHODS}
-TRAINING = {"sft": "SFTConfig", "distill": "FIRSTConfig"}
-# The names that annotations of TRL use; those of its own classes stand for anything.
-_NAMES = {"float": Number, "Texts": Texts, "Literal": Literal} | {t.__name__: t for t in (int, str, bool, dict, list)}
-# Settings of `distill` that no dataclass of TRL or ours has, and no arm: the stages read them from the recipe.
-DISTILL_ONLY: dict[str, Any] = {
-    "closing": (bool, Field(True, description="Fit one closing temperature per student on validation.")),
-}
+LIMITS: dict[str, dict[str, Any]] = LOSS_LIMITS | _each({
+    "learning_rate warmup_steps weight_decay max_grad_norm": {"ge": 0},
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha": {"ge": 1},
+    "seed data_seed": {"ge": 0, "lt": 2**32},
+    "num_train_epochs": {"gt": 0},
+    "max_length": {"ge": 2},
+    "lora_dropout": {"ge": 0, "lt": 1},
+})  # fmt: skip
 # What the stages choose where the recipe is silent and TRL would choose otherwise.
 STAGE_DEFAULTS = {"report_to": "none", "save_strategy": "epoch", "save_total_limit": 2}
+CONFIGS = {"sft": "SFTConfig", "distill": "FIRSTConfig", "arms": "FIRSTConfig"}
+# Settings that no dataclass of TRL or ours has: the stages read them from the recipe.
+_CLOSING = Field(True, description="Fit one closing temperature per student on validation.")
+_TRAINER = Field("first", description="`first`: knowledge matching; `sft`: trained on labels.")
+OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "distill": {"closing": (bool, _CLOSING)},
+    "arms": {"trainer": (Literal["first", "sft"], _TRAINER)},
+}
+# The names that annotations of TRL use; those of its own classes stand for anything.
+_NAMES = {"float": Number, "Texts": Texts, "Literal": Literal} | {t.__name__: t for t in (int, str, bool, dict, list)}
 
 
 def first_only_keys() -> set[str]:
@@ -362,18 +305,18 @@ def first_only_keys() -> set[str]:
 
 @cache
 def training_model(section: str) -> type[Section]:
-    """The settings of `sft` or `distill` as a model in which none is required."""
+    """The settings of `sft`, of `distill` or of one of the `arms` as a model in which none is required."""
     fields: dict[str, Any] = {}
-    specs = known_fields(TRAINING[section]) | known_fields("ModelConfig")
-    for name, spec in specs.items():
-        if name in RESERVED_KEYS:
+    for name, spec in (known_fields(CONFIGS[section]) | known_fields("ModelConfig")).items():
+        if name in RESERVED:
             continue
-        choices = _CHOICES.get(name, spec.choices)
-        # None in the Literal: typing gives `Literal[...] | None` in the order in which it first met these values.
-        allowed = (*choices, None) if "None" in spec.annotation else choices
-        names = defaultdict(lambda: Any, _NAMES)
-        written = eval(spec.annotation.replace("list[str]", "Texts"), {"__builtins__": {}}, names)
-        hint = Literal[*allowed] if choices else written
-        default = STAGE_DEFAULTS.get(name, spec.default)
+        if choices := LOSS_CHOICES.get(name, spec.choices):
+            # None in the Literal: typing gives `Literal[...] | None` in the order in which it first met these values.
+            hint = Literal[*choices, None] if "None" in spec.annotation else Literal[*choices]
+        else:
+            names = defaultdict(lambda: Any, _NAMES)
+            hint = eval(spec.annotation.replace("list[str]", "Texts"), {"__builtins__": {}}, names)
+        default: Any = STAGE_DEFAULTS.get(name, spec.default)
         fields[name] = (hint, Field(default, description=spec.help, **LIMITS.get(name, {})))
+    fields |= OWN_SETTINGS.get(section, {})
     return create_model(f"{section.capitalize()}Settings", __base__=Section, **fields)

@@ -15,7 +15,7 @@ from first_trl.constants import DEFAULT_ARMS
 from first_trl.recipe import Recipe, RecipeError, load_recipe
 from first_trl.settings import (
     LIMITS,
-    RESERVED_KEYS,
+    RESERVED,
     CacheConfig,
     CalibrateConfig,
     DatasetConfig,
@@ -219,16 +219,19 @@ def test_an_override_goes_where_it_belongs(words, stage, read, value):
 @pytest.mark.parametrize(
     ("words", "phrases"),
     [
-        (["--learning_rate", "1e-3"], ["--learning_rate is a setting of several", "--sft.learning_rate or --distill"]),
-        (["--learning_rat", "1"], ["--learning_rat is unknown", "did you mean learning_rate?"]),
-        (["--lr", "1"], ["--lr is unknown", "sft.learning_rate"]),
+        (
+            ["--learning_rate", "1e-3"],
+            ["--learning_rate: it is a setting of several", "--sft.learning_rate or --distill"],
+        ),
+        (["--learning_rat", "1"], ["--learning_rat: it is unknown", "did you mean learning_rate?"]),
+        (["--lr", "1"], ["--lr: it is unknown", "sft.learning_rate"]),
         (["--cache.top_kk", "1"], ["command line: cache.top_kk = 1: unknown key; did you mean top_k?"]),
         (["--cahce.top_k", "1"], ["command line: cahce: unknown key; did you mean cache?"]),
         (["--cache.top_k", "many"], ["command line: cache.top_k = 'many': it does not fit"]),
         (["--name.x", "1"], ["--name.x needs a mapping here"]),
-        (["5"], ["'5' belongs to no setting"]),
+        (["5"], ["command line: 5: it belongs to no setting"]),
         (["--name", "../up"], ["command line: name = '../up'"]),
-        (["--cache.support", "choices", "--task.choices", "null"], ["cache.support = 'choices'", "task.choices"]),
+        (["--cache.support", "choices", "--task.choices", "null"], ["task.choices = None", "cache.support: choices"]),
     ],
 )
 def test_a_wrong_override_is_named(words, phrases):
@@ -263,7 +266,7 @@ BROKEN = [
     ("nothing for a number", "top_k: 5", "top_k:", ["cache.top_k = None", "integer"]),
     ("yes and no as choices", "[good, bad]", "[yes, no]", ["task.choices = [True, False]", "put it in quotes"]),
     ("no as a strategy", "learning_rate: 1e-4", "eval_strategy: no", ["eval_strategy = False", "put it in quotes"]),
-    ("no as a key", "cache:", "no: 1\ncache:", ["YAML reads the key no as bool", "quote it"]),
+    ("no as a key", "cache:", "no: 1\ncache:", ["line 18: no: YAML reads this key as bool", "quote it"]),
     ("out of range", "top_k: 5", "top_k: 0", ["cache.top_k = 0: it does not fit; write a value greater"]),
     ("negative rate", "learning_rate: 1e-4", "learning_rate: -1",
      ["sft.learning_rate = -1: it does not fit; write a value greater"]),
@@ -316,12 +319,12 @@ BROKEN = [
      ["datasets.test.reviews.task.promt", "did you mean prompt?"]),
     ("broken template in a test's task", "      path: json", "      path: json\n      task: {prompt: '{text'}",
      ["datasets.test.reviews.task.prompt", "cannot be read"]),
-    ("test set's name is a path", "    reviews:", "    a/b:", ["datasets.test.a/b", "name of a file"]),
+    ("test set's name is a path", "    reviews:", "    a/b:", ["datasets.test.a/b", "use letters"]),
     ("attribute in a template", "{text}", "{text.__class__}", ["task.prompt", "attributes"]),
     ("broken template", "{text}", "{text", ["line 4: task.prompt", "cannot be read"]),
     ("two columns and choices", "{label}", "{label}{text}", ["task.completion", "exactly one column, not 2"]),
     ("completion is missing", '  completion: " {label}"\n', "", ["task.prompt", "without completion"]),
-    ("arm's name is a path", "push:", "arms: {first: {}, a/b: {}}\npush:", ["arms.a/b", "name of a folder"]),
+    ("arm's name is a path", "push:", "arms: {first: {}, a/b: {}}\npush:", ["arms.a/b", "use letters"]),
     ("arm's name is taken", "push:", "arms: {first: {}, teacher: {}}\npush:", ["arms.teacher", "choose another name"]),
     ("arm's name means another thing", "push:", "arms: {first: {}, best: {}}\npush:", ["arms.best", "another name"]),
     ("unknown key in an arm", "push:", "arms: {first: {tial: bucket}}\npush:",
@@ -352,11 +355,11 @@ BROKEN = [
      ["HF_TOKEN looks like a secret", "hf auth login"]),
     ("unset variable", "data/train.jsonl}", "'${NOWHERE_X}/a'}", ["NOWHERE_X is not set", "${NOWHERE_X:-default}"]),
     ("not a variable", "data/train.jsonl}", "'${a b}'}", ["${a b} is not a variable"]),
-    ("key twice", "  top_k: 5", "  top_k: 5\n  top_k: 9", ["line 20: cache.top_k is written twice, first on line 19"]),
-    ("section twice", "push:", "cache: {}\npush:", ["cache is written twice, first on line 18"]),
+    ("key twice", "  top_k: 5", "  top_k: 5\n  top_k: 9", ["line 20: cache.top_k = 9: it is written twice, first on"]),
+    ("section twice", "push:", "cache: {}\npush:", ["cache: it is written twice, first on line 18"]),
     ("section is a list", "cache:\n  top_k: 5", "cache: [5]", ["cache = [5]: it needs a mapping"]),
     ("a date", "top_k: 5", "top_k: 2024-01-01", ["cache.top_k", "as date", "put it in quotes"]),
-    ("an object", "top_k: 5", "top_k: !!python/object:os.system {}", ["cache.top_k", "holds no objects"]),
+    ("an object", "top_k: 5", "top_k: !!python/object:os.system {}", ["cache.top_k", "YAML cannot read it"]),
     ("a called object", "top_k: 5", "top_k: !!python/name:os.system x", ["cache.top_k", "YAML cannot read it"]),
     ("not YAML", "cache:\n", "cache\n", ["line 19: this is not YAML"]),
     ("a tab", "  top_k: 5", "\ttop_k: 5", ["line 19: this is not YAML"]),
@@ -382,7 +385,7 @@ BROKEN = [
     ("no rows", "data/train.jsonl}", "data/train.jsonl, max_rows: 0}", ["max_rows = 0", "write a value"]),
     ("a Hub id that leaves the Hub", "me/student", "../../x", ["push.hub_model_id = '../../x'", "owner/name"]),
     ("a revision without its teacher", "top_k: 5", "teacher_revision: v1", ["there is no cache.teacher"]),
-    ("a server without an address", "top_k: 5", "backend: server", ["cache.server_url = None", "http://127.0.0.1"]),
+    ("a server without an address", "top_k: 5", "backend: server", ["cache.server_url: it is not", "http://127.0.0.1"]),
     ("an address without a server", "top_k: 5", "server_url: http://h:1", ["cache.server_url", "backend: server"]),
     ("a local setting for a server", "top_k: 5", "backend: server\n  server_url: http://h:1\n  teacher_dtype: auto",
      ["cache.teacher_dtype = 'auto'", "backend: hf"]),
@@ -444,13 +447,13 @@ BROKEN = [
       for pattern in ("/**/*.jsonl", "/*/*/*/*.jsonl")),
     # names that are folders
     *((f"the name {name!r}", "name: tiny", f"name: {json.dumps(name)}", ["name = ", "use letters"]) for name in (
-        "..", "a/../b", "/etc", "a\\b", "a\0b", "a" * 300, "\U0001f600", "\u202ename", "a\nb", "-rf", "a b", "",
+        "..", "a/../b", "/etc", "a\\b", "a\0b", "a" * 300, "\u202ename", "a\nb", "-rf", "a b", "",
         "nam\u00e9")),
     *((f"the arm {name!r}", "push:", f"arms: {{first: {{}}, {json.dumps(name)}: {{}}}}\npush:",
        ["arms.", "use letters"])
-      for name in ("..", "a.b", "a b", "\U0001f600", "x" * 101)),
+      for name in ("..", "a.b", "a b", "\u202e", "x" * 101)),
     *((f"the test set {name!r}", "    reviews:", f"    {json.dumps(name)}:", ["datasets.test.", "use letters"])
-      for name in ("..", "a.b", "a b", "\U0001f600", "x" * 101)),
+      for name in ("..", "a.b", "a b", "\u202e", "x" * 101)),
 ]  # fmt: skip
 
 
@@ -637,16 +640,21 @@ def test_choices_are_those_of_the_enums_and_of_the_metadata():
 
 def test_a_class_that_moved_is_an_error(monkeypatch):
     monkeypatch.setitem(CLASSES, "Moved", (("trl", "trainer/sft_config.py", "NoSuchConfig"),))
-    monkeypatch.setitem(CLASSES, "Orphan", (CLASSES["ModelConfig"][0], CLASSES["SFTConfig"][2]))
-    for name, words in (("Moved", "no longer defines NoSuchConfig"), ("Orphan", "no longer derives from ModelConfig")):
-        with pytest.raises(RuntimeError, match=words):
-            known_fields(name)
+    with pytest.raises(RuntimeError, match="no longer defines NoSuchConfig"):
+        known_fields("Moved")
 
 
 def test_every_rule_and_every_setting_is_about_something():
     known = set(known_fields("FIRSTConfig")) | set(known_fields("ModelConfig"))
     assert set(LIMITS) <= known
-    assert set(RESERVED_KEYS) - known == {"cross_fit", "include_eos", "tail_knots", "vllm_options"}
+    assert set(RESERVED) - known == {
+        "cross_fit",
+        "include_eos",
+        "tail_knots",
+        "vllm_options",
+        "vllm",
+        "vocabulary_temperature",
+    }
     for model in (TaskConfig, DatasetConfig, CacheConfig, CalibrateConfig, EvaluateConfig, PushConfig):
         for name, field in model.model_fields.items():
             assert (field.description or "").endswith("."), name

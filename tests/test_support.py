@@ -108,7 +108,7 @@ def test_a_token_outside_the_choices_that_is_likelier_than_all_of_them_is_a_wron
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"choices": None}, "cache.support = 'choices': the task has no choices"),
+        ({"choices": None}, "task.choices = None: cache.support: choices needs them"),
         ({"append_eos": True}, "task.append_eos = True: .*write append_eos: false, or cache.support: top_k"),
     ],
 )
