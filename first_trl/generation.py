@@ -1,7 +1,4 @@
-"""Answers that a model writes: a teacher to prompts without any (`cache.write_answers`), a student to whoever asks.
-
-Greedy or sampled, in batches that depend on the prompts alone, so that the same prompts give the same tokens.
-"""
+"""Answers that a model writes: a teacher to prompts without any (`cache.write_answers`), a student to whoever asks."""
 
 import hashlib
 import json
@@ -21,7 +18,7 @@ from .errors import FirstTrlError
 from .head import partition_log_probs
 from .modeling import innermost, language_model_head
 from .scoring import hidden_states_at, left_padded, length_batches
-from .settings import TaskConfig
+from .settings import TaskConfig, WriteAnswers
 
 
 def answer_ends(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -36,8 +33,8 @@ def answer_ends(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> tuple[li
     at = next((i for i, token in enumerate(closing) if token in tokenizer.added_tokens_decoder), None)
     if at is None:
         raise FirstTrlError(
-            f"the chat template ends an answer with {tokenizer.decode(closing)!r}, no token of its own, so that a "
-            "written answer would have no end; take a template that ends its turns with a special token"
+            f"the chat template ends an answer with {tokenizer.decode(closing)!r}, and no generation stops at text; "
+            "take a template that ends its turns with a special token"
         )
     return sorted({closing[at], tokenizer.eos_token_id} - {None}), closing[at:]
 
@@ -47,44 +44,35 @@ def written_answers(
     model: torch.nn.Module,
     prompts: list[list[int]],
     ends: list[int],
+    how: WriteAnswers,
     *,
-    max_new_tokens: int,
     tokens_per_batch: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    vocab_limit: int | None = None,
+    vocab_limit: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """The tokens written after each prompt, in order: up to one of `ends`, or `max_new_tokens` of them.
+    """The tokens written after each prompt, in order, up to one of `ends`; what may follow that is padding.
 
-    Args:
-        ends: from `answer_ends`.
-        temperature: 0 takes the most probable token each time.
-        vocab_limit: size of the tokenizer; rows of the head beyond it are padding and never written.
-        progress: called with the number of prompt tokens of each finished batch.
+    Batches and samples follow from the prompts alone. Rows of the head from `vocab_limit` on, the size of the
+    tokenizer, are never written. `progress` is called with the prompt tokens of each finished batch.
     """
     inner = innermost(model)
-    embeddings = inner.get_input_embeddings().weight
-    beyond = list(range(vocab_limit or len(embeddings), inner.config.get_text_config().vocab_size))
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     # In the place of the checkpoint's own, whose penalties and sampling would fill in what is not said here
     inner.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
+        max_new_tokens=how.max_new_tokens,
+        do_sample=how.temperature > 0,
         eos_token_id=ends,
         pad_token_id=ends[0],
-        suppress_tokens=beyond or None,
-        **sampling,
+        suppress_tokens=list(range(vocab_limit, inner.config.get_text_config().vocab_size)) or None,
+        **({"temperature": how.temperature, "top_p": how.top_p, "top_k": 0} if how.temperature else {}),
     )
     answers: list[list[int]] = [[]] * len(prompts)
-    for indices in length_batches([len(prompt) + max_new_tokens for prompt in prompts], tokens_per_batch):
+    for indices in length_batches([len(prompt) + how.max_new_tokens for prompt in prompts], tokens_per_batch):
         batch = [list(prompts[i]) for i in indices]
-        torch.manual_seed(int.from_bytes(hashlib.sha256(json.dumps([seed, batch]).encode()).digest()[:6]))
-        tokens_BT, mask_BT = left_padded(batch, embeddings.device)
+        torch.manual_seed(int.from_bytes(hashlib.sha256(json.dumps([how.seed, batch]).encode()).digest()[:6]))
+        tokens_BT, mask_BT = left_padded(batch, inner.get_input_embeddings().weight.device)
         written_BT = model.generate(input_ids=tokens_BT, attention_mask=mask_BT)[:, tokens_BT.shape[1] :]
         for i, written in zip(indices, written_BT.tolist(), strict=True):
-            answers[i] = written  # what follows an end is padding
+            answers[i] = written
         if progress is not None:
             progress(sum(map(len, batch)))
     return answers
@@ -98,11 +86,9 @@ def until_end(written: list[int], ends: list[int]) -> tuple[list[int], bool]:
 
 def answered_examples(examples: list[dict], write: Callable, ends: list[int], closing: list[int]) -> list[dict]:
     """Examples with what `write` makes of their prompts as answers; where one was cut, no end is learned."""
-    prompts = [
-        example["input_ids"][: next(i for i, label in enumerate(example["labels"]) if label != IGNORED)]
-        for example in examples
-    ]
-    answers = [tokens + closing * ended for tokens, ended in (until_end(written, ends) for written in write(prompts))]
+    starts = [next(i for i, label in enumerate(example["labels"]) if label != IGNORED) for example in examples]
+    prompts = [example["input_ids"][:start] for example, start in zip(examples, starts, strict=True)]
+    answers = [text + closing * ended for text, ended in (until_end(written, ends) for written in write(prompts))]
     return [
         {"input_ids": [*prompt, *answer], "labels": [IGNORED] * len(prompt) + answer}
         for prompt, answer in zip(prompts, answers, strict=True)
@@ -118,28 +104,21 @@ def count_answers(labels: list[list[int]], closing: list[int]) -> Counter:
 
 @torch.inference_mode()
 def token_probabilities(
-    model: torch.nn.Module,
-    prompts: list[list[int]],
-    answers: list[list[int]],
-    *,
-    temperature: float,
-    tokens_per_batch: int,
+    model, prompts: list[list[int]], answers: list[list[int]], temperature: float, tokens_per_batch: int
 ) -> list[np.ndarray]:
     """The probability of each token of each answer under a temperature, given its prompt and all tokens before it."""
     head = language_model_head(innermost(model))
-    # softcap * tanh(scale * x / softcap) / T is the same form with both divided by T
+    # softcap * tanh(scale * x / softcap) / T has the same form, with both divided by T
     scale, softcap = head.logit_scale / temperature, head.softcap and head.softcap / temperature
-    found: list[np.ndarray] = [np.empty(0)] * len(prompts)
-    written = [i for i, answer in enumerate(answers) if answer]
-    rows = [[*prompts[i], *answers[i]] for i in written]
-    places = [range(len(prompts[i]) - 1, len(prompts[i]) + len(answers[i]) - 1) for i in written]
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    places = [range(len(prompt) - 1, len(row) - 1) for prompt, row in zip(prompts, rows, strict=True)]
+    found: list[np.ndarray] = [np.empty(0)] * len(rows)
     for indices, hidden_ND in hidden_states_at(model, rows, places, tokens_per_batch):
-        ids = [token for i in indices for token in answers[written[i]]]
-        ids_N1 = torch.tensor(ids, device=head.weight.device)[:, None]
+        ids = [token for i in indices for token in answers[i]]
+        ids_N1 = torch.tensor(ids, dtype=torch.long, device=head.weight.device)[:, None]
         hidden_ND = hidden_ND.to(head.weight.device)
         log_probs_N2 = partition_log_probs(hidden_ND, head.weight, ids_N1, head.bias, scale, softcap)
-        probabilities = log_probs_N2[:, 0].exp().float().cpu().numpy()
-        ends = np.cumsum([len(places[i]) for i in indices])[:-1]
-        for i, part in zip(indices, np.split(probabilities, ends), strict=True):
-            found[written[i]] = part
+        parts = log_probs_N2[:, 0].exp().cpu().split([len(answers[i]) for i in indices])
+        for i, part in zip(indices, parts, strict=True):
+            found[i] = part.numpy()
     return found

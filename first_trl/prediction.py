@@ -6,18 +6,24 @@ ADAPTER is a student's folder or its id on the Hub. Each line is a row as the ta
 {"text": "..."}; for each comes a line with "answer", "confidence" and "abstain", which is true where the confidence is
 below the one that reached the target accuracy on validation. The confidence is that under the student's closing
 temperature. A line that cannot be answered comes back as {"error": ...}. Nothing is fitted and nothing measured here.
+
+With --generate, for tasks without choices, each line is {"answer", "mean_token_probability",
+"lowest_token_probability", "ended"}: the text that the student writes, and how probable its tokens were to it, each
+given all before it. That is no probability of being right. "ended" is false where --max_new_tokens cut it.
 """
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .constants import HUB_ID
 from .errors import FirstTrlError
+from .settings import WriteAnswers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,12 +49,20 @@ class Predictor:
         adapter: its folder, or its id on the Hub; code that comes with a model is never run.
         revision: branch, tag or commit on the Hub.
         device: where it runs; default: an accelerator if there is one.
+        generate: it is to write free text, by [`Predictor.generate`], and not to choose.
 
     Raises:
         FirstTrlError: the folder lacks what prediction needs, or its base model is not here.
     """
 
-    def __init__(self, adapter: str | Path, *, revision: str | None = None, device: str | None = None):
+    def __init__(
+        self,
+        adapter: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | None = None,
+        generate: bool = False,
+    ):
         import torch
 
         from .modeling import load_model, load_tokenizer
@@ -56,7 +70,7 @@ class Predictor:
         from .training import load_arguments
 
         folder = _folder(str(adapter), revision)
-        self.task, self.student = read_student(folder)
+        self.task, self.student = read_student(folder, closed=not generate)
         _check_base(folder, self.student.base_is_local)
         if device is None and torch.accelerator.is_available():
             device = str(torch.accelerator.current_accelerator())
@@ -82,23 +96,40 @@ class Predictor:
                 raise RowError(number, answer["error"])
         return answers
 
+    def generate(self, rows: list, max_new_tokens: int = 512, tokens_per_batch: int = 8192) -> list[dict]:
+        """[{"answer", "mean_token_probability", "lowest_token_probability", "ended"}] of rows, written greedily.
+
+        The probabilities are of the tokens, each given all before it, under the closing temperature (None for an
+        empty answer), and not of being right. A row that is no prompt, or a text saying why, gives {"error": why}.
+        """
+        from .generation import answer_ends, token_probabilities, until_end, written_answers
+
+        answers, prompts = self._prompts(rows)
+        if not prompts:
+            return answers
+        ids, size, how = list(prompts.values()), len(self.tokenizer), WriteAnswers(max_new_tokens=max_new_tokens)
+        ends, _ = answer_ends(self.task, self.tokenizer, rows[next(iter(prompts))])
+        batches = {"tokens_per_batch": tokens_per_batch}
+        written = written_answers(self.model, ids, ends, how, vocab_limit=size, **batches)
+        texts, all_ended = zip(*(until_end(tokens, ends) for tokens in written), strict=True)
+        probabilities = token_probabilities(self.model, ids, list(texts), self.student.temperature, **batches)
+        for number, text, ended, found in zip(prompts, texts, all_ended, probabilities, strict=True):
+            answers[number] = {
+                "answer": self.tokenizer.decode(text, skip_special_tokens=True),
+                "mean_token_probability": float(found.mean()) if len(found) else None,
+                "lowest_token_probability": float(found.min()) if len(found) else None,
+                "ended": ended,
+            }
+        return answers
+
     def _answers(self, rows: list, accuracy: float, tokens_per_batch: int) -> list[dict]:
         """As `predict`, but {"error": why} for a row that cannot be answered, or that is a text saying so already."""
         from .data.choices import choice_token_ids
-        from .data.encoding import encode_prompt
         from .scoring import sequence_log_probs
         from .student import threshold_for
 
         threshold = threshold_for(self.student, accuracy)
-        answers: list[dict] = [{"error": row} for row in rows]
-        prompts = {}
-        for number, row in enumerate(rows):
-            if isinstance(row, str):
-                continue
-            try:
-                prompts[number] = encode_prompt(self.task, self.tokenizer, row)
-            except (ValueError, TypeError, RecursionError) as error:  # a tokenizer refuses some texts with the latter
-                answers[number] = {"error": " ".join(str(error).split())[:300]}
+        answers, prompts = self._prompts(rows)
         if prompts:
             ids = choice_token_ids(self.task, self.tokenizer, rows[next(iter(prompts))])
             log_probs_NC = sequence_log_probs(
@@ -108,6 +139,21 @@ class Predictor:
             for number, answer in zip(prompts, decided, strict=True):
                 answers[number] = answer
         return answers
+
+    def _prompts(self, rows: list) -> tuple[list[dict], dict[int, list[int]]]:
+        """({"error": why} for each row, the tokens of those that are prompts, by number)."""
+        from .data.encoding import encode_prompt
+
+        answers: list[dict] = [{"error": row} for row in rows]
+        prompts = {}
+        for number, row in enumerate(rows):
+            if isinstance(row, str):
+                continue
+            try:
+                prompts[number] = encode_prompt(self.task, self.tokenizer, row)
+            except (ValueError, TypeError, RecursionError) as error:  # a tokenizer refuses some texts with the latter
+                answers[number] = {"error": " ".join(str(error).split())[:300]}
+        return answers, prompts
 
 
 def _decide(log_probs_NC: "np.ndarray", choices: list[str], temperature: float, threshold: float | None) -> list[dict]:
@@ -199,6 +245,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", type=Path, help="JSON lines to answer (default: standard input)")
     parser.add_argument("--output", type=Path, help="file for the answers, whole or absent (default: standard output)")
     parser.add_argument("--accuracy", type=float, default=0.9, help="abstain below its threshold (default: 0.9)")
+    parser.add_argument("--generate", action="store_true", help="write free text, for tasks without choices")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="most tokens of a text (default: 512)")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--tokens_per_batch", type=int, default=8192, help="tokens of one batch (default: 8192)")
     return parser
@@ -212,9 +260,13 @@ def _answer_lines(options: argparse.Namespace) -> None:
         raise FirstTrlError("standard output is closed; give --output")
     output = _checked_output(options.output, options.input)
     with options.input.open("rb") if options.input else sys.stdin.buffer as source:
-        student = Predictor(options.adapter, revision=options.revision)
-        threshold_for(student.student, options.accuracy)
-        lines = answered_lines(student, source, options.accuracy, options.tokens_per_batch)
+        student = Predictor(options.adapter, revision=options.revision, generate=options.generate)
+        if options.generate:
+            answer = partial(student.generate, max_new_tokens=options.max_new_tokens)
+        else:
+            threshold_for(student.student, options.accuracy)
+            answer = partial(student._answers, accuracy=options.accuracy)
+        lines = answered_lines(partial(answer, tokens_per_batch=options.tokens_per_batch), source)
         if output is None:
             _write(lines, sys.stdout)
         elif output.exists() and not output.is_file():  # a device or a pipe is written to, not replaced
@@ -246,9 +298,7 @@ def _write(lines: Iterator[str], file) -> None:
         print(said, file=sys.stderr)
 
 
-def answered_lines(
-    student: Predictor, source: Iterable[bytes], accuracy: float, tokens_per_batch: int
-) -> Iterator[str]:
+def answered_lines(answer: Callable[[list], list[dict]], source: Iterable[bytes]) -> Iterator[str]:
     """A line of JSON for each line of JSON, some at a time; blank lines are passed over."""
     numbers: list[int] = []
     rows: list[dict | str] = []
@@ -257,9 +307,9 @@ def answered_lines(
             numbers.append(number)
             rows.append(_read_line(line, number))
         if len(rows) == ROWS_AT_A_TIME:
-            yield from _answer_some(student, numbers, rows, accuracy, tokens_per_batch)
+            yield from _answer_some(answer, numbers, rows)
             numbers, rows = [], []
-    yield from _answer_some(student, numbers, rows, accuracy, tokens_per_batch)
+    yield from _answer_some(answer, numbers, rows)
 
 
 def _read_line(line: bytes, number: int) -> dict | str:
@@ -271,9 +321,8 @@ def _read_line(line: bytes, number: int) -> dict | str:
     return row if isinstance(row, dict) else f"it holds a {type(row).__name__}; {_REMEDY}"
 
 
-def _answer_some(student: Predictor, numbers, rows, accuracy: float, tokens_per_batch: int) -> Iterator[str]:
-    for number, answer in zip(numbers, student._answers(rows, accuracy, tokens_per_batch), strict=True):
-        if "error" in answer:
-            yield json.dumps({"error": f"line {number}: {answer['error']}"}) + "\n"
-        else:
-            yield json.dumps(answer, ensure_ascii=False) + "\n"
+def _answer_some(answer: Callable[[list], list[dict]], numbers: list[int], rows: list) -> Iterator[str]:
+    for number, found in zip(numbers, answer(rows), strict=True):
+        if "error" in found:
+            found = {"error": f"line {number}: {found['error']}"}
+        yield json.dumps(found, ensure_ascii="error" in found) + "\n"

@@ -232,11 +232,12 @@ def describe_student(arm: str, task: TaskConfig, section: dict, validation: dict
     }
 
 
-def read_student(folder: str | Path) -> tuple[TaskConfig, Student]:
+def read_student(folder: str | Path, closed: bool = True) -> tuple[TaskConfig, Student]:
     """(task, the whole content) of a student's `predict.json`.
 
     Raises:
-        FirstTrlError: it is not there, not as this version writes it, or its task lists no closed answers.
+        FirstTrlError: it is not there, not as this version writes it, or its task has closed answers and is to have
+            none, or the other way round.
     """
     file = Path(folder) / PREDICT_FILE
     if not file.is_file():
@@ -262,11 +263,13 @@ def read_student(folder: str | Path) -> tuple[TaskConfig, Student]:
             f"{file} is not a student's description as this version of first-trl writes it "
             f"({' '.join(wrong.split())}); run `first-trl distill RECIPE` again, or fetch the folder again"
         )
-    if not task.choices:
-        raise FirstTrlError(
-            f"the task in {file} lists no choices: `predict` answers closed questions, of which the confidence was "
-            "measured; for free text, generate with transformers, as the model card shows"
+    if closed != bool(task.choices):
+        what = (
+            "lists no choices, of which a confidence was measured; write free text with --generate"
+            if closed
+            else f"lists the choices {task.choices}, whose confidence was measured; predict without --generate"
         )
+        raise FirstTrlError(f"the task in {file} {what}")
     return task, student
 
 

@@ -21,12 +21,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from .constants import IGNORED
 from .errors import FirstTrlError, shorten
+
+if TYPE_CHECKING:
+    from .settings import WriteAnswers
 
 MINUS_INFINITY = -9999.0  # what vLLM writes for -inf, which JSON does not have
 SMALLEST_TAIL = 2.0**-24  # half the step of float32 below 1: what log-probabilities near 0 cannot tell from nothing
@@ -140,19 +144,6 @@ class PromptServer:
         answer = self.ask("/v1/completions", content, give_up)
         entry = _choice(answer, self.url, "logprobs")["top_logprobs"][0]
         return {int(token.removeprefix("token_id:")): _number(value) for token, value in entry.items()}
-
-    def answer(
-        self, tokens: list[int], ends: list[int], max_new_tokens: int, sampling: dict, give_up: threading.Event
-    ) -> list[int]:
-        """The tokens written after a prompt, up to one of `ends`."""
-        content = {"model": self.model, "prompt": tokens, "max_tokens": max_new_tokens, "stop_token_ids": ends}
-        # All that a server would take from the model's generation_config.json otherwise
-        content |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, **sampling}
-        content |= {"logprobs": 1, "return_tokens_as_token_ids": True}
-        answer = self.ask("/v1/completions", content, give_up, 2**20 + 4 * ENTRY_BYTES * max_new_tokens)
-        written = [int(token.removeprefix("token_id:")) for token in _choice(answer, self.url, "logprobs")["tokens"]]
-        ended = answer["choices"][0]["finish_reason"] == "stop" and not {*written} & {*ends}  # some leave it out
-        return [*written, ends[0]] if ended else written
 
     def _one_token(self) -> dict:
         return {"model": self.model, "max_tokens": 1, "temperature": 1.0}  # the fewest that a server takes
@@ -286,25 +277,28 @@ def server_answers(
     server: PromptServer,
     prompts: list[list[int]],
     ends: list[int],
+    how: "WriteAnswers",
     *,
-    max_new_tokens: int,
     requests: int = 16,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """As `first_trl.generation.written_answers`, by a server, at most `requests` under way at once."""
     give_up = threading.Event()
-    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    request = {"model": server.model, "logprobs": 1, "return_tokens_as_token_ids": True, "stop_token_ids": ends}
+    request |= {"max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p, "seed": how.seed}
+    # What a server would take from the model's generation_config.json otherwise
+    request |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
     def written(prompt: list[int]) -> list[int]:
+        content = {"prompt": [int(token) for token in prompt], **request}
+        answer = server.ask("/v1/completions", content, give_up, 2**20 + 4 * ENTRY_BYTES * how.max_new_tokens)
         try:
-            return server.answer([int(token) for token in prompt], ends, max_new_tokens, sampling, give_up)
+            tokens = _choice(answer, server.url, "logprobs")["tokens"]
+            ids = [int(token.removeprefix("token_id:")) for token in tokens]
+            ended = answer["choices"][0]["finish_reason"] == "stop" and ids[-1:] != [ends[0]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, ServerError):
-                raise
             raise ServerError(f"The answer of {server.url} has no readable token ids ({error!r}).") from error
+        return [*ids, ends[0]] if ended else ids  # some servers leave the end out
 
     answers = []
     for prompt, answer in zip(prompts, _in_threads(written, prompts, requests, give_up), strict=True):

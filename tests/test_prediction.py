@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from first_trl.settings import TaskConfig
 from first_trl.student import Student, describe_student, fit_thresholds, read_student, threshold_for
 from tests.finished_run import make_base, make_run
 from tests.test_push import run_elsewhere
-from tests.tiny import WORDS
+from tests.tiny import WORDS, build_tokenizer
 
 TASK = TaskConfig(prompt="Review: {text}", completion=" {label}", choices=["good", "bad"])
 
@@ -125,7 +126,10 @@ def test_a_row_that_does_not_fit_the_task_is_named(predictor):
 
 
 def lines(predictor, *source):
-    return [json.loads(line) for line in answered_lines(predictor, source, 0.9, 512)]
+    return [
+        json.loads(line)
+        for line in answered_lines(partial(predictor._answers, accuracy=0.9, tokens_per_batch=512), source)
+    ]
 
 
 def test_lines_are_answered_in_order_over_several_batches_and_blank_ones_are_passed_over(predictor):
@@ -221,6 +225,30 @@ def test_a_folder_that_cannot_predict_says_what_it_lacks(student, tmp_path, caps
     with pytest.raises(ValueError, match="lists no choices"):
         read_student(tmp_path)
     assert main([str(tmp_path)]) == 1 and "lists no choices" in capsys.readouterr().err
+
+
+def test_free_text_is_written_with_the_probabilities_of_its_tokens(student, tmp_path, capsys, monkeypatch):
+    import torch
+    from peft import AutoPeftModelForCausalLM
+
+    with pytest.raises(ValueError, match=r"choices \['good', 'bad'\], .* predict without --generate"):
+        Predictor(student, generate=True)
+    shutil.copytree(student, tmp_path / "student")
+    edited_task(tmp_path / "student", choices=None)
+    asked = b'{"text": "a film"}\n{"txt": 1}\n{"text": "a long and dull book"}\n'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(asked)))
+    assert main([str(tmp_path / "student"), "--generate", "--max_new_tokens", "6"]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert list(printed[1]) == ["error"] and "line 2" in printed[1]["error"]
+    model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(student), build_tokenizer()
+    for found, text in ((printed[0], "a film"), (printed[2], "a long and dull book")):
+        ids, words, shares = tokenizer(f"Review: {text} Sentiment :")["input_ids"], [], []
+        while len(words) < 6 and (logits := model(torch.tensor([ids + words])).logits[0, -1]).argmax():
+            words.append(int(logits.argmax()))
+            shares.append(float((logits / 1.3).softmax(-1).max()))  # its closing temperature
+        assert found["answer"] == tokenizer.decode(words) and found["ended"] == (len(words) < 6)
+        assert found["mean_token_probability"] == pytest.approx(np.mean(shares), abs=1e-5)
+        assert found["lowest_token_probability"] == pytest.approx(min(shares), abs=1e-5)
 
 
 def edited(path, **changes):

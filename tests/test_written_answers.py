@@ -15,7 +15,7 @@ from first_trl.checks import check_recipe
 from first_trl.constants import IGNORED
 from first_trl.generation import answer_ends, token_probabilities, written_answers
 from first_trl.recipe import RecipeError, load_recipe
-from first_trl.settings import TaskConfig
+from first_trl.settings import TaskConfig, WriteAnswers
 from first_trl.stages import cache, calibrate, distill, evaluate
 from tests.cache_samples import contents
 from tests.test_cache_stage import caches, finish, launch, num_shards, wait_until
@@ -119,17 +119,19 @@ def test_rows_leave_room_for_their_answer_and_their_own_is_not_read(tmp_path):
 
 def test_samples_follow_their_seed_and_probabilities_their_temperature():
     model, prompts = build_model(27).eval(), [[3, 4, 5], [6, 7]]
-    how = {"max_new_tokens": 12, "tokens_per_batch": 64}
-    sampled = written_answers(model, prompts, [0], temperature=1.0, seed=1, **how)
-    assert sampled == written_answers(model, prompts, [0], temperature=1.0, seed=1, **how)
-    assert sampled != written_answers(model, prompts, [0], temperature=1.0, seed=2, **how)
-    likeliest = written_answers(model, prompts, [0], temperature=1.0, top_p=1e-6, **how)
-    assert likeliest == written_answers(model, prompts, [0], **how)
+
+    def written(**how):
+        settings = WriteAnswers(max_new_tokens=12, **how)
+        return written_answers(model, prompts, [0], settings, tokens_per_batch=64, vocab_limit=27)
+
+    sampled = written(temperature=1.0, seed=1)
+    assert sampled == written(temperature=1.0, seed=1) != written(temperature=1.0, seed=2)
+    assert written(temperature=1.0, top_p=1e-6) == written()
     answer = greedy(model, prompts[0], 12)
     with torch.no_grad():
         logits = model(torch.tensor([prompts[0] + answer])).logits[0, 2:-1] / 1.7
     expected = logits.softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-    found = token_probabilities(model, prompts, [answer, []], temperature=1.7, tokens_per_batch=64)
+    found = token_probabilities(model, prompts, [answer, []], 1.7, tokens_per_batch=64)
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
     assert found[1].size == 0
 
@@ -141,7 +143,7 @@ def test_an_answer_ends_as_a_learned_one_does():
     task = TaskConfig(prompt="{text}", completion=" {label}.")
     assert answer_ends(task, tokenizer, {"text": "a"}) == ([tokenizer.eos_token_id], [tokenizer.eos_token_id])
     plain = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-    with pytest.raises(ValueError, match="no token of its own"):
+    with pytest.raises(ValueError, match="no generation stops at text"):
         answer_ends(TaskConfig(), chat_tokenizer(plain), {"messages": ONE[:1]})
 
 

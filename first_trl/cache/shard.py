@@ -6,6 +6,7 @@ Shapes: E examples of one shard, N their supervised positions, K kept tokens.
 """
 
 import io
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def encode_shard(rows: Sequence[dict], *, first_row: int, schema: pa.Schema, met
 class Statistics:
     """What the manifest says about the shards, gathered one shard at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, count_labels: Callable[[list], dict[str, int]] | None = None) -> None:
+        self.count_labels, self.counts = count_labels, Counter[str]()
         self.shards: list[dict] = []
         self.mass_sum = 0.0
         self.mass_counts = np.zeros(MASS_BINS, dtype=np.int64)
@@ -71,6 +73,8 @@ class Statistics:
         tail = table.column("teacher_tail_log_prob").combine_chunks().flatten().to_numpy().astype(np.float64)
         mass = np.clip(-np.expm1(tail), 0, 1)  # a = 1 - tau, and a rounded log tau can be a little above 0
         self.mass_sum += float(mass.sum())
+        if self.count_labels:
+            self.counts.update(self.count_labels(table.column("labels").to_pylist()))
         self.mass_counts += np.histogram(mass, bins=MASS_BINS, range=(0, 1))[0]
         self.shards.append(
             {
@@ -90,6 +94,7 @@ class Statistics:
             "supervised_positions": count,
             "teacher_mass_mean": self.mass_sum / max(count, 1),
             "teacher_mass_p10": (tenth + 0.5) / MASS_BINS,
+            **self.counts,
         }
 
 

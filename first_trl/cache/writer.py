@@ -10,7 +10,6 @@ Shapes: E examples of one shard, N their supervised positions, K kept tokens.
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -211,7 +210,7 @@ class CacheWriter:
         with _os_errors_as_cache_errors(f"to write {self.path / shard_name(index)}"):
             write_atomically(self.path / shard_name(index), content)
 
-    def finish(self, num_rows: int, count_labels: Callable[[list[list[int]]], Counter] | None = None) -> dict:
+    def finish(self, num_rows: int, count_labels: Callable[[list], dict[str, int]] | None = None) -> dict:
         """Check every shard, seal them in `manifest.json`, and return its content. For the main process, in `hold`.
 
         What `count_labels` counts in the labels of each shard is added to the totals.
@@ -220,18 +219,15 @@ class CacheWriter:
         """
         if num_rows < 1:
             raise CacheError(f"The dataset has {num_rows} rows: nothing to cache. Check the recipe's datasets.")
-        statistics, counts = Statistics(), Counter[str]()
+        statistics = Statistics(count_labels)
         with _os_errors_as_cache_errors(f"to finish {self.path}"):
-            digest = dataset_fingerprint(self._finished_keys(num_rows, statistics, counts, count_labels))
-            totals = {**statistics.totals(), **counts}
-            results = {"dataset_fingerprint": digest, "shards": statistics.shards, "totals": totals}
+            digest = dataset_fingerprint(self._finished_keys(num_rows, statistics))
+            results = {"dataset_fingerprint": digest, "shards": statistics.shards, "totals": statistics.totals()}
             write_atomically(self.path / MANIFEST, render_manifest({**self.job, **results}))
         return read_manifest(self.path)
 
-    def _finished_keys(
-        self, num_rows: int, statistics: Statistics, counts: Counter, count_labels: Callable | None
-    ) -> Iterator[str]:
-        """Read the shards in order, adding each to statistics and counts; yields the row keys."""
+    def _finished_keys(self, num_rows: int, statistics: Statistics) -> Iterator[str]:
+        """Read the shards in order, adding each to the statistics; yields the row keys."""
         names = [shard_name(index) for index in range(-(-num_rows // self.rows_per_shard))]
         if extra := sorted(set(parquet_files(self.path)) - set(names)):
             raise CacheError(
@@ -247,8 +243,6 @@ class CacheWriter:
                     "finished shards are kept."
                 )
             statistics.add(self.path / name, table)
-            if count_labels:
-                counts.update(count_labels(table.column("labels").to_pylist()))
             yield from table.column("row_key").to_pylist()
 
 

@@ -110,7 +110,7 @@ def cache_split(recipe, role: str, run_teacher: Callable, write: Callable, token
 
     def columns(examples: list[dict], progress: Callable[[int], None] | None) -> list[dict]:
         if written:  # what takes long is writing; reading it again is one pass
-            answer = partial(write, ends=ends, progress=progress, **dict(written))
+            answer = partial(write, ends=ends, how=written, progress=progress)
             examples, progress = answered_examples(examples, answer, ends, closing), None
         return run_teacher(examples, progress=progress, **asked)
 
