@@ -25,7 +25,7 @@ from first_trl.log import recording
 from first_trl.recipe import RecipeError, load_recipe
 from first_trl.redaction import redacted
 from first_trl.report.verdict import verdict
-from first_trl.report.writing import measure, page
+from first_trl.report.writing import measure, pages
 from first_trl.settings import TaskConfig
 from first_trl.templates import render_template
 from tests.cache_samples import make_rows, write_cache
@@ -266,12 +266,11 @@ def test_no_name_or_answer_becomes_markup_of_the_report(cases):
     metrics = measure(predictions, CALIBRATION, set(), 10, 0, 0)
     metrics["summary"], metrics["selection"] = verdict(metrics), {"best": "first"}
     content = json.dumps(metrics)
-    files = defaultdict(lambda: PNG)
 
     def render(name):
         inside = json.dumps(name)[1:-1]
         named = json.loads(content.replace("setname", inside).replace("armname", "x" + inside))
-        return page(named, {"files": files, "panels": defaultdict(dict)}, {"name": name, "recipe": {"prompt": name}})
+        return pages(named, defaultdict(lambda: PNG), {"name": name, "recipe": {"prompt": name}})["index.html"]
 
     plain = Tags(render("plain")).found
     assert len(plain) > 40

@@ -20,9 +20,8 @@ VIEWS = {
 
 def order_arms(arms) -> list[str]:
     """The known arms in the order of the report, then the others as they come; each with its shipped form after it."""
-    names = list(dict.fromkeys(arm.removesuffix(POST_HOC) for arm in arms))
-    known = [arm for arm in ARMS if arm in names] + [arm for arm in names if arm not in ARMS]
-    return [arm for name in known for arm in (name, name + POST_HOC) if arm in arms]
+    names = dict.fromkeys([*ARMS, *(arm.removesuffix(POST_HOC) for arm in arms)])
+    return [arm for name in names for arm in (name, name + POST_HOC) if arm in arms]
 
 
 def trained_arms(arms) -> list[str]:
@@ -40,14 +39,10 @@ def shipped(arm: str, arms, controls=()) -> str:
     return arm + POST_HOC if carried and arm + POST_HOC in arms else arm
 
 
-def _shipped(metrics: dict, arm: str) -> str:
-    return shipped(arm, metrics["arms"], metrics.get("controls", ()))
-
-
-def measured(metrics: dict, arm: str, name: str) -> dict | None:
-    """An arm's figures on a set, in the view that the report is about."""
-    values = metrics["arms"].get(arm, {}).get(name)
-    return values.get("choices", values) if values and metrics["view"] == "choices" else values
+def measured(metrics: dict, arm: str, name: str) -> dict:
+    """An arm's figures on a set, in the view that the report is about; empty if it was not measured."""
+    values = metrics["arms"].get(arm, {}).get(name, {})
+    return values.get("choices", values) if metrics["view"] == "choices" else values
 
 
 def outcome(difference: dict | None, lower_is_better: bool) -> str:
@@ -79,10 +74,9 @@ def verdict(metrics: dict, focus: str = FOCUS) -> list[dict]:
         [{"kind", "set", "text"}]: kind is "headline", "win", "noise", "loss", "warning" or "note"; "set" is the data
         set that the sentence is about, or None. Names stand between backticks.
     """
-    arms = metrics["arms"]
-    if focus in arms:
+    if focus in metrics["arms"]:
         sentences = _answers(metrics, focus)
-        for name in arms[focus]:
+        for name in metrics["arms"][focus]:
             sentences += _one_set(metrics, focus, name)
     else:
         sentences = [_say("headline", f"This run has no `{focus}` arm: the table compares the others only.")]
@@ -93,17 +87,25 @@ def _say(kind: str, text: str, name: str | None = None) -> dict:
     return {"kind": kind, "set": name, "text": text}
 
 
+def _shipped(metrics: dict, arm: str) -> str:
+    return shipped(arm, metrics["arms"], metrics.get("controls", ()))
+
+
+def _against(metrics: dict, focus: str, name: str) -> dict[str, dict]:
+    """{trained control as shipped: the paired difference of a student as shipped to it}."""
+    pairs = metrics["differences"][name].get(_shipped(metrics, focus), {})
+    controls = [_shipped(metrics, arm) for arm in trained_arms(metrics["arms"]) if arm != focus]
+    return {control: pairs[control] for control in controls if control in pairs}
+
+
 def _answers(metrics: dict, focus: str) -> list[dict]:
     """The three answers of the first screen, on the first set: is it calibrated, is it better, what to ship."""
     name = next(iter(metrics["arms"][focus]))
-    sentences = [_say("headline", f"Is it calibrated? {_calibration(metrics, focus, name)}")]
-    own, pairs = _shipped(metrics, focus), metrics["differences"][name]
-    controls = [_shipped(metrics, arm) for arm in trained_arms(metrics["arms"]) if arm != focus]
-    results = {arm: knows_more(pairs[own][arm]) for arm in controls if arm in pairs.get(own, {})}
+    results = {control: knows_more(pair) for control, pair in _against(metrics, focus, name).items()}
     if not results:
-        text = f"No trained control was measured, so nothing can be said for `{focus}`."
+        better = f"No trained control was measured, so nothing can be said for `{focus}`."
     elif set(results.values()) == {"unknown"}:
-        text = "Measured without bootstrap intervals, so no difference can be told from noise."
+        better = "Measured without bootstrap intervals, so no difference can be told from noise."
     else:
         words = {"win": "more than", "loss": "less than", "noise": "as much as", "mixed": "neither more nor less than"}
         parts = [
@@ -111,24 +113,23 @@ def _answers(metrics: dict, focus: str) -> list[dict]:
             for kind in words
             if kind in results.values()
         ]
-        text = f"On `{name}`, by NLL and accuracy as shipped, `{focus}` knows {_join(parts)}."
-    sentences.append(_say("headline", f"Is it better? {text}"))
+        better = f"On `{name}`, by NLL and accuracy as shipped, `{focus}` knows {_join(parts)}."
+    texts = [f"Is it calibrated? {_calibration(metrics, focus, name)}", f"Is it better? {better}"]
     if best := metrics.get("selection", {}).get("best"):
         figures, nll = measured(metrics, _shipped(metrics, best), name), metrics["selection"]["nll"][best]
         text = f"What should I ship? `{best}` has the lowest NLL on validation ({nll:.3f}, as shipped)"
         if figures:
             nll = "infinite" if figures["nll"] is None else f"{figures['nll']:.3f}"
             text += f"; on `{name}` it is {percent(figures['accuracy'])} right at an NLL of {nll}"
-        sentences.append(_say("headline", text + "."))
-    return sentences
+        texts.append(f"{text}.")
+    return [_say("headline", text) for text in texts]
 
 
 def _calibration(metrics: dict, focus: str, name: str) -> str:
     """A student's ECE on a set as trained and as shipped, and whether it can be told from perfect calibration."""
-    raw, own = (measured(metrics, arm, name) for arm in (focus, _shipped(metrics, focus)))
-    assert raw and own
-    text = f"On `{name}` `{focus}` has an ECE of {percent(raw['ece'])} as trained"
-    if own is not raw:
+    own = measured(metrics, _shipped(metrics, focus), name)
+    text = f"On `{name}`, `{focus}` has an ECE of {percent(measured(metrics, focus, name)['ece'])} as trained"
+    if _shipped(metrics, focus) != focus:
         text += f" and {percent(own['ece'])} as shipped"
     if "ece" in own["ci"]:
         low, high = own["ci"]["ece"]
@@ -141,36 +142,26 @@ def _calibration(metrics: dict, focus: str, name: str) -> str:
 
 def _one_set(metrics: dict, focus: str, name: str) -> list[dict]:
     """A student on one set: its figures, each control, its calibration, and what explains it."""
-    arms, pairs, own = metrics["arms"], metrics["differences"][name], _shipped(metrics, focus)
-    figures = measured(metrics, own, name)
-    assert figures
-    where = "out of domain" if name in metrics["out_of_domain"] else "in domain"
+    figures = measured(metrics, _shipped(metrics, focus), name)
     nll = "" if figures["nll"] is None else f", with an NLL of {figures['nll']:.3f}"
-    where += f", {figures['num_examples']:,} examples"
-    text = f"On `{name}` ({where}) `{focus}` is {percent(figures['accuracy'])} right{nll}."
+    where = f"{'out of' if name in metrics['out_of_domain'] else 'in'} domain, {figures['num_examples']:,} examples"
+    text = f"On `{name}` ({where}), `{focus}` is {percent(figures['accuracy'])} right{nll}."
     sentences = [_say("note", text, name)]
-    for arm in trained_arms(arms):
-        control = _shipped(metrics, arm)
-        if arm != focus and control in pairs.get(own, {}):
-            sentences.append(_against(pairs[own][control], focus, control, name))
+    for control, pair in _against(metrics, focus, name).items():
+        text = f"Against `{control}`: accuracy {_compared(pair.get('accuracy'), False, 100, ' points')}"
+        text += f"; NLL {_compared(pair.get('nll'), True, 1, '')}"
+        text += f"; ECE without its bias {_compared(pair.get('ece_debiased'), True, 100, ' points')}."
+        result = knows_more(pair)
+        if result != "win" and control == f"fine_tuned{POST_HOC}":
+            text += f" `{focus}` does not beat the fine-tuned model under one temperature here."
+        sentences.append(_say({"mixed": "noise", "unknown": "note"}.get(result, result), text, name))
     sentences.append(_say("note", _calibration(metrics, focus, name), name))
-    students = {arm: found["ece"] for arm in trained_arms(arms) if (found := measured(metrics, arm, name))}
-    lowest = min(students, key=lambda arm: students[arm])
+    errors = {arm: found["ece"] for arm in trained_arms(metrics["arms"]) if (found := measured(metrics, arm, name))}
+    lowest = min(errors, key=lambda arm: errors[arm])
     if lowest != focus:
-        text = f"As trained, the lowest ECE is that of `{lowest}`, {percent(students[lowest])}."
+        text = f"As trained, the lowest ECE is that of `{lowest}`, {percent(errors[lowest])}."
         sentences.append(_say("note", text, name))
     return sentences + _diagnosis(metrics, focus, name)
-
-
-def _against(difference: dict, focus: str, control: str, name: str) -> dict:
-    """One sentence on a student against one control, both as shipped."""
-    result = knows_more(difference)
-    text = f"Against `{control}`: accuracy {_compared(difference.get('accuracy'), False, 100, ' points')}"
-    text += f"; NLL {_compared(difference.get('nll'), True, 1, '')}"
-    text += f"; ECE without its bias {_compared(difference.get('ece_debiased'), True, 100, ' points')}."
-    if result != "win" and control == f"fine_tuned{POST_HOC}":
-        text += f" `{focus}` does not beat the fine-tuned model under one temperature here."
-    return _say({"mixed": "noise", "unknown": "note"}.get(result, result), text, name)
 
 
 def _compared(difference: dict | None, lower_is_better: bool, scale: float, unit: str) -> str:
@@ -187,32 +178,31 @@ def _compared(difference: dict | None, lower_is_better: bool, scale: float, unit
 
 def _diagnosis(metrics: dict, focus: str, name: str) -> list[dict]:
     """What teacher and student know explains which way the student's confidence errs as trained."""
-    pairs = metrics["differences"][name]
     teacher, raw = measured(metrics, "teacher", name), measured(metrics, focus, name)
-    if not teacher or not raw or name in metrics["out_of_domain"]:
+    if not teacher or name in metrics["out_of_domain"]:
         return []
-    text = f"The teacher is {percent(teacher['accuracy'])} right and `{focus}` {percent(raw['accuracy'])}"
-    result = outcome(pairs.get(_shipped(metrics, focus), {}).get("teacher", {}).get("accuracy"), False)
-    gap = raw["mean_confidence"] - raw["accuracy"]
+    pairs, control = metrics["differences"][name], _shipped(metrics, "fine_tuned")
+    own = pairs.get(_shipped(metrics, focus), {})
+    result = outcome(own.get("teacher", {}).get("accuracy"), False)
+    gap, temperature = raw["mean_confidence"] - raw["accuracy"], metrics.get("closing", {}).get(focus, 1.0)
     errs = f"{'over' if gap > 0 else 'under'}-confident by {100 * abs(gap):.1f} points as trained"
-    temperature = metrics.get("closing", {}).get(focus, 1.0)
-    if result == "win" and gap < 0 and temperature != 1:
-        text += f": a student that knows more than its teacher learns targets that are too soft for it, and is {errs}"
-    elif result == "loss" and gap > 0 and temperature != 1:
-        text += f": a student that knows less than its teacher learns targets that are too sharp for it, and is {errs}"
+    explained = {("win", False): ("more", "soft"), ("loss", True): ("less", "sharp")}.get((result, gap > 0))
+    text = f"The teacher is {percent(teacher['accuracy'])} right and `{focus}` {percent(raw['accuracy'])}"
+    if explained and temperature != 1:
+        knows, targets = explained
+        text += f": a student that knows {knows} than its teacher learns targets that are too {targets} for it"
+        text += f", and is {errs}"
     else:
         text += f". `{focus}` is {errs}"
     corrects = f"; its closing temperature {temperature:.3g} corrects that" if (temperature - 1) * gap > 0 else ""
     sentences = [_say("note", f"{text}{corrects}.", name)]
-    control = _shipped(metrics, "fine_tuned")
-    pair, found = pairs.get("teacher", {}).get(control), measured(metrics, control, name)
-    bought = pairs.get(_shipped(metrics, focus), {}).get(control, {})
+    bought, stronger = own.get(control, {}), outcome(pairs.get("teacher", {}).get(control, {}).get("accuracy"), False)
     won = "win" in (outcome(bought.get("accuracy"), False), outcome(bought.get("nll"), True))
-    stronger = not pair or outcome(pair.get("accuracy"), False) in ("win", "unknown")
-    if focus != "fine_tuned" and found and not stronger and not won:
+    if focus != "fine_tuned" and stronger in ("noise", "loss") and not won:
+        labelled = percent(measured(metrics, control, name)["accuracy"])
         text = (
             f"The teacher, {percent(teacher['accuracy'])} right, is not better beyond noise than the student "
-            f"fine-tuned on labels, {percent(found['accuracy'])} right: distilling from it buys nothing here."
+            f"fine-tuned on labels, {labelled} right: distilling from it buys nothing here."
         )
         sentences.append(_say("warning", text, name))
     return sentences
@@ -220,22 +210,21 @@ def _diagnosis(metrics: dict, focus: str, name: str) -> list[dict]:
 
 def _missing(metrics: dict) -> list[dict]:
     """What the table lacks, and why where an arm was meant to be there."""
-    arms, omitted = metrics["arms"], metrics.get("omitted", {})
-    sentences = [
-        _say("warning", f"`{arm}` is left out: {reason}. Another `calibrate.method` serves every row.")
-        for arm, reason in omitted.items()
+    texts = [
+        f"`{arm}` is left out: {reason}. Another `calibrate.method` serves every row."
+        for arm, reason in metrics.get("omitted", {}).items()
     ]
     for arm, sets in metrics.get("outside", {}).items():
         counts = _join([f"{count:,} rows of `{name}`" for name, count in sets.items()])
-        text = (
+        texts.append(
             f"`{arm}`: in {counts} a choice is outside the kept tokens, so the map was applied to the choices alone."
         )
-        sentences.append(_say("warning", text))
+    sentences = [_say("warning", text) for text in texts]
     for name, rows in metrics.get("lost", {}).items():
         if line := describe_lost(name, rows):
             sentences.append(_say("warning", f"{line}.", name if name in metrics["differences"] else None))
-    missing = [f"`{arm}`" for arm in ARMS if arm not in (*arms, *omitted, FOCUS)]
-    if missing:
+    known = (*metrics["arms"], *metrics.get("omitted", {}), FOCUS)
+    if missing := [f"`{arm}`" for arm in ARMS if arm not in known]:
         text = f"Not measured in this run: {_join(missing)}. A missing control leaves its question open."
         sentences.append(_say("warning", text))
     return sentences
@@ -271,18 +260,15 @@ def _limits(metrics: dict) -> list[dict]:
         for (arm, name), values in figures.items()
         if values["num_impossible_labels"]
     ]
-    sentences = []
-    if impossible:
-        text = f"Labels given probability 0, so that the NLL is infinite: {_join(impossible)}."
-        sentences.append(_say("warning", text))
+    warnings = [_say("warning", f"Labels given probability 0, so that the NLL is infinite: {_join(impossible)}.")]
     text = "Each arm was trained once: the intervals show the luck of the test examples, not that of the training."
     if seeds := [len(values["seeds"]["ece"]["values"]) for values in figures.values() if "seeds" in values]:
         text = (
             f"Each student was trained from {max(seeds)} seeds: its figures are their means, ± is their standard "
             "deviation, and the intervals show the luck of the test examples."
         )
-    return [*sentences, _say("note", text)]
+    return [*(warnings if impossible else []), _say("note", text)]
 
 
 def _join(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+    return " and ".join([", ".join(parts[:-1]), *parts[-1:]] if len(parts) > 1 else parts)
