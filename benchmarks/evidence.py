@@ -47,8 +47,8 @@ ARMS: dict[str, dict] = {
 EARLY = {  # the fine-tuned control as one would train it alone: the checkpoint of the lowest validation loss is kept
     "trainer": "sft",
     "eval_strategy": "steps",
-    "eval_steps": 20,
-    "save_steps": 20,
+    "eval_steps": 30,
+    "save_steps": 30,
     "per_device_eval_batch_size": 64,
     "load_best_model_at_end": True,
     "metric_for_best_model": "eval_loss",
@@ -84,6 +84,7 @@ class Sizes:
     teacher_epochs: int = 3
     teacher_rates: tuple[float, ...] = (2e-4, 5e-4)
     few_rows_epochs: int = 10  # of a teacher of few rows: fewer steps would leave it at chance
+    few_rows_rates: tuple[float, ...] = (2e-4,)  # what was best for the strong teacher: there was no time for two
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     steps: int = 300
     few_steps: int = 60
@@ -258,7 +259,7 @@ REGIMES = {
 # More students of `strong_teacher`, for three questions; `strong_teacher` itself is not changed by them
 FURTHER = "further"
 FURTHER_HYPOTHESIS = """Written before the first of these students was trained:
-`fine_tuned_early` is `fine_tuned` with the checkpoint of the lowest validation loss kept (looked at every 20 steps;
+`fine_tuned_early` is `fine_tuned` with the checkpoint of the lowest validation loss kept (looked at every 30 steps;
 its rate is chosen as the others' are). Expected: it loses less than `fine_tuned`, and `first_post_hoc` still beats
 `fine_tuned_early_post_hoc` in accuracy and in NLL on every seed.
 `first_again` is `first` trained anew at T times its own closing scalar, `first_continued` is `first` trained on for a
@@ -339,7 +340,44 @@ class Bench:
         for arm, several in rates.items():
             arms |= {named(arm, rate): {**ARMS[arm], "learning_rate": rate} for rate in several}
         recipe = self.student_recipe(task, REGIMES[regime], seed, arms)
-        self.command(("cache", "calibrate", "distill", "evaluate"), recipe, task, regime, f"seed-{seed}", seed)
+        self.command(("cache", "calibrate", "distill"), recipe, task, regime, f"seed-{seed}", seed)
+        own = [named(arm, rate) for arm, (rate,) in self.chosen(task, regime).items()]
+        recipe["arms"] = {name: arms[name] for name in own}  # the others are answered on validation alone
+        self.command(("evaluate",), recipe, task, regime, f"seed-{seed}", seed)
+
+    def run_further(self, task: str, seed: int) -> None:
+        """One seed of the further students; `strong_teacher` has chosen the rate of `first` before."""
+        (rate,) = self.chosen(task, "strong_teacher")["first"]
+        first, folder = named("first", rate), self.output_dir / task / FURTHER / f"seed-{seed}"
+        early = self.sizes.rates if seed == 0 else [self.early_rate(task)]
+        arms = {first: {"learning_rate": rate}}
+        arms |= {named("fine_tuned_early", one): {**EARLY, "learning_rate": one} for one in early}
+        recipe = self.student_recipe(task, REGIMES["strong_teacher"], seed, arms)
+        self.command(("cache", "calibrate", "distill"), recipe, task, FURTHER, f"seed-{seed}", seed)
+        curve = read_json(folder / "calibration.json")
+        value = curve["value"] * read_json(folder / "students" / first / "calibration.json")["temperature"]
+        arms[named("first_again", rate)] = {"learning_rate": rate, "recalibration_value": value}
+        arms[named("first_nll", rate)] = {
+            "learning_rate": rate,
+            "recalibration_value": lowest_nll(curve["families"][curve["method"]]["curve"]),
+        }
+        own = named("fine_tuned_early", self.early_rate(task))
+        recipe["arms"] = {name: arm for name, arm in arms.items() if name == own or "early" not in name}
+        self.command(("distill", "evaluate"), recipe, task, FURTHER, f"seed-{seed}", seed)
+        for one in (3e-4, 1e-3) if seed == 0 else [self.continued_rate(task)]:
+            continue_student(folder.with_suffix(".yaml"), first, named("first_continued", one), value, one)
+
+    def early_rate(self, task: str) -> float:
+        scores = self.scores_of(task, FURTHER, "fine_tuned_early")
+        return min(scores, key=lambda rate: scores[rate])
+
+    def continued_rate(self, task: str) -> float:
+        """Of the rates of `first_continued` on seed 0, the one of the lowest validation NLL as trained."""
+        scores = {}
+        for folder in (self.output_dir / task / FURTHER / "seed-0" / "report" / "answers").glob("first_continued-*"):
+            rate = float(folder.name.removeprefix("first_continued-"))
+            scores[rate] = figures(*read_answers(folder / "validation.parquet"))["nll"]
+        return min(scores, key=lambda rate: scores[rate])
 
     def command(self, stages: tuple[str, ...], recipe: dict, task: str, group: str, name: str, seed: int) -> None:
         """Write the recipe and run its stages, one process each: `run` would start one more for every arm."""
@@ -445,7 +483,8 @@ class Bench:
     def teacher(self, task: str, which: str) -> Path:
         """The folder of the trained teacher with the highest accuracy on validation; trains it if it is not there."""
         folder = self.output_dir / task / f"teacher-{which}"
-        for rate in self.sizes_of(task).teacher_rates:
+        sizes = self.sizes_of(task)
+        for rate in sizes.few_rows_rates if which == "few_rows" else sizes.teacher_rates:
             if not (folder / f"rate-{rate:g}" / "teacher" / "trainer_state.json").is_file():
                 recipe = self.teacher_recipe(task, which, rate)
                 self.command(("sft",), recipe, task, folder.name, f"rate-{rate:g}", 0)
@@ -467,12 +506,17 @@ class Bench:
         return {arm: [min(scores[arm], key=lambda rate: scores[arm][rate])] for arm in ARMS}
 
     def validation_scores(self, task: str, regime: str) -> dict[str, dict[float, float]]:
-        folder = self.output_dir / task / regime / "seed-0" / "report" / "answers"
-        scores: dict[str, dict[float, float]] = {arm: {} for arm in ARMS}
-        for arm in ARMS:
-            for rate in self.sizes.rates:
-                answers = read_answers(folder / named(arm, rate) / "validation.parquet")
-                scores[arm][rate] = figures(*answers, closing_temperature(*answers)[0])["nll"]
+        return {arm: self.scores_of(task, regime, arm) for arm in ARMS}
+
+    def scores_of(self, task: str, group: str, arm: str) -> dict[float, float]:
+        """{learning rate: validation NLL as shipped} of an arm's students of seed 0, as `distill` measured it."""
+        folder, scores = self.output_dir / task / group / "seed-0", {}
+        for student in sorted((folder / "students").glob(f"{arm}-[0-9]e-*")):
+            closing = read_json(student / "calibration.json")
+            if "nll_after" not in closing:  # of a run before `distill` fitted the closing temperature
+                answers = read_answers(folder / "report" / "answers" / student.name / "validation.parquet")
+                closing["nll_after"] = figures(*answers, closing_temperature(*answers)[0])["nll"]
+            scores[float(student.name.removeprefix(f"{arm}-"))] = closing["nll_after"]
         return scores
 
     # ---- what was measured ----
@@ -497,6 +541,50 @@ class Bench:
         folder = self.output_dir / task / regime / f"seed-{seed}" / "report" / "answers"
         students = {arm: named(arm, rate) for arm, (rate,) in self.chosen(task, regime).items()}
         return {arm: scalar_of(folder / students.get(arm, arm)) for arm in ("teacher", *ARMS)}
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def lowest_nll(curve: list[dict]) -> float:
+    """The value of the lowest NLL: of a parabola, in log value, through the lowest point of a curve and the next."""
+    value, nll = (np.array([point[name] for point in curve]) for name in ("value", "nll"))
+    best = slice(nll.argmin() - 1, nll.argmin() + 2)
+    bend, slope, _ = np.polyfit(np.log(value[best]), nll[best], 2)
+    return float(np.exp(-slope / (2 * bend)))
+
+
+def continue_student(recipe_file: Path, student: str, name: str, value: float, rate: float) -> None:
+    """Train a finished student on for a tenth of its steps, its teacher recalibrated by `value`; answer all sets."""
+    from peft import PeftModel
+
+    from first_trl.evaluation import answer_sets
+    from first_trl.first_config import FIRSTConfig
+    from first_trl.modeling import load_model, load_tokenizer
+    from first_trl.recipe import load_recipe
+    from first_trl.stages.distill import open_for_students
+    from first_trl.stages.evaluate import measured_sets
+    from first_trl.trainer import FIRSTTrainer
+    from first_trl.training import load_arguments, training_arguments
+
+    recipe = load_recipe(str(recipe_file))
+    section, seed = recipe.arm_section(student), recipe.seed_of(student)
+    before, after = (recipe.run_folder / "students" / one for one in (student, name))
+    if not (after / "adapter_model.safetensors").is_file():
+        settings = {"recalibration_method": "temperature", "recalibration_value": value, "learning_rate": rate}
+        settings |= {"max_steps": section["max_steps"] // 10, "save_strategy": "no"}
+        args, model_args = training_arguments({**section, **settings}, FIRSTConfig, after, seed)
+        base = load_model(model_args.model_name_or_path, **load_arguments(section))
+        trainer = FIRSTTrainer(
+            model=PeftModel.from_pretrained(base, str(before), is_trainable=True),
+            args=args,
+            train_dataset=open_for_students(recipe, "train"),
+            processing_class=load_tokenizer(str(before)),
+        )
+        trainer.train()
+        trainer.save_model(after)
+    answer_sets(after, section, measured_sets(recipe), recipe.run_folder / "report" / "answers" / name, recipe)
 
 
 def named(arm: str, rate: float) -> str:
