@@ -31,12 +31,12 @@ from .data.choices import choice_token_ids, forced_positions, forced_tokens
 from .data.encoding import encode_example
 from .errors import FirstTrlError
 from .files import replace_atomically
-from .head import selected_logits, top_k_log_probs
+from .head import partition_log_probs, selected_logits, top_k_log_probs
 from .modeling import innermost, language_model_head, load_model, load_tokenizer
 from .recipe import arm_of
 from .scoring import answer_scores, hidden_states_at, sequence_log_probs
 from .settings import TaskConfig
-from .student import choice_shares, closing_calibration
+from .student import VOCABULARY_TEMPERATURES, choice_shares, closing_calibration, fitted_temperature
 from .training import load_arguments
 
 VALIDATION = "validation"
@@ -98,14 +98,8 @@ def _token_answers(
     model, examples, forced: dict, tokens_per_batch: int, start: int, top_k: int, vocab_limit: int
 ) -> Dataset:
     """The columns of `answer_set` for free text: of every learned token, but those that the template forces."""
-    positions = []
-    for example in examples:
-        labels = np.asarray(example["labels"])
-        learned = (labels != IGNORED) & ~forced_positions(labels, np.zeros(1, dtype=np.int64), forced)
-        positions.append(np.flatnonzero(learned[1:]))
-    kept, head = [i for i, places in enumerate(positions) if len(places)], language_model_head(innermost(model))
-    rows, places = [examples[i]["input_ids"] for i in kept], [positions[i] for i in kept]
-    blocks = []
+    kept, rows, places = _learned_tokens(examples, forced)
+    head, blocks = language_model_head(innermost(model)), []
     for indices, hidden_ND in hidden_states_at(model, rows, places, tokens_per_batch):
         labels_N = np.concatenate([np.asarray(rows[i])[places[i] + 1] for i in indices])
         ids_NK, log_probs_NK1 = top_k_log_probs(hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit)
@@ -124,6 +118,42 @@ def _token_answers(
     columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     order = np.argsort(columns["example"], kind="stable")  # batches go by length, a report by rows
     return _as_rows({name: values[order] for name, values in columns.items()})
+
+
+def _learned_tokens(examples, forced: dict) -> tuple[list[int], list, list]:
+    """Examples with a learned token that no template forces: their numbers, tokens, and the positions before those."""
+    positions = []
+    for example in examples:
+        labels = np.asarray(example["labels"])
+        learned = (labels != IGNORED) & ~forced_positions(labels, np.zeros(1, dtype=np.int64), forced)
+        positions.append(np.flatnonzero(learned[1:]))
+    kept = [i for i, places in enumerate(positions) if len(places)]
+    return kept, [examples[i]["input_ids"] for i in kept], [positions[i] for i in kept]
+
+
+@torch.inference_mode()
+def vocabulary_closing(path: str | Path, section: dict, dataset: Dataset, recipe) -> dict | None:
+    """The one temperature of all logits that makes the labels of validation likeliest, every learned token counted.
+
+    For readers of the softmax over the vocabulary: among the choices another temperature may be best. None where the
+    head has a bias or caps its logits: then dividing what it reads does not divide them.
+    """
+    model, tokenizer = load_model(path, device=PartialState().device, **load_arguments(section)), load_tokenizer(path)
+    head = language_model_head(innermost(model))
+    if head.bias is not None or head.softcap is not None:
+        return None
+    examples = [encode_example(recipe.task, tokenizer, row) for row in dataset]
+    _, rows, places = _learned_tokens(examples, forced_tokens(recipe.task, tokenizer, dataset[0]))
+    nll_NG = np.zeros((len(rows), len(VOCABULARY_TEMPERATURES)))
+    for indices, hidden_ND in hidden_states_at(model, rows, places, recipe.evaluate.tokens_per_batch):
+        labels_N = np.concatenate([np.asarray(rows[i])[places[i] + 1] for i in indices])
+        labels_N1, owner_N = torch.as_tensor(labels_N)[:, None], np.repeat(indices, [len(places[i]) for i in indices])
+        for g, temperature in enumerate(VOCABULARY_TEMPERATURES):
+            log_probs_N2 = partition_log_probs(
+                hidden_ND / temperature, head.weight, labels_N1.to(hidden_ND.device), *head[1:]
+            )
+            np.add.at(nll_NG[:, g], owner_N, -log_probs_N2[:, 0].float().cpu().numpy())
+    return fitted_temperature(nll_NG, VOCABULARY_TEMPERATURES, seed=recipe.evaluate.seed)
 
 
 def _whole_answers(model, prompts: list, written: list, answers: list[list[int]], tokens_per_batch: int) -> Dataset:

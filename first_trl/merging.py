@@ -2,7 +2,7 @@
 
     first-trl merge RECIPE [--arm first]                  measured on the recipe's test sets
     first-trl merge ADAPTER --data questions.jsonl        measured on labelled rows of your own
-    first-trl merge ... --calibrated                      its logits divided by the student's closing temperature
+    first-trl merge ... --calibrated                      its logits divided by their closing temperature
 
 The 4-bit base is dequantised, not replaced by its full-precision original: the adapter was trained against the rounded
 weights. What is written is a whole model of the student's dtype that needs neither PEFT nor bitsandbytes. Confidences
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibrated",
         action="store_true",
-        help="divide every logit by the closing temperature, for vLLM and others that know nothing of it",
+        help="divide every logit by the closing temperature over the vocabulary, for vLLM and others that know none",
     )
     parser.add_argument("--output", help="folder to write; it must not be there yet (default: beside the student)")
     return parser
@@ -119,7 +119,7 @@ def merge(
         loading: the settings of `trl.ModelConfig` that its base is loaded with.
         tests: {name: (DatasetConfig, TaskConfig)} to measure on.
         output: folder to write, whole or not at all.
-        calibrated: divide the logits by the student's closing temperature, so that its softmax is what `predict` says.
+        calibrated: divide the logits by the closing temperature that was fitted over the vocabulary.
 
     Raises:
         ValueError: `output` is there already, `student` is no adapter, or its logits cannot be divided.
@@ -146,18 +146,12 @@ def merge(
             if (student / PREDICT_FILE).is_file()
             else {}
         )
-        temperature = content.get("temperature", 1.0) if calibrated else 1.0
-        if temperature != 1 and not _has_single_token_choices(student):
-            raise FirstTrlError(
-                f"--calibrated: the closing temperature {temperature:.3g} of {student} is that of whole answers of "
-                "several tokens, and dividing every logit is not the same; leave --calibrated out and use first-trl "
-                "predict"
-            )
+        temperature = vocabulary_temperature(student) if calibrated else 1.0
         merged_model(student, arguments, temperature).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if content:
             content["loading"] = {"dtype": arguments["dtype"]}
-            content["temperature"] = 1.0 if calibrated else content.get("temperature", 1.0)
+            content["temperature"] = content.get("temperature", 1.0) / temperature  # what `predict` still divides by
             (folder / PREDICT_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
         after = _answers(load_model(str(folder), dtype=arguments["dtype"]), tokenizer, sets, **sizes)
         result = {name: compared(before[name], after[name]) for name in sets}
@@ -170,11 +164,27 @@ def merge(
     return result
 
 
-def _has_single_token_choices(student: Path) -> bool:
+def vocabulary_temperature(student: Path) -> float:
+    """The closing temperature of a student's probabilities over the vocabulary.
+
+    Raises:
+        FirstTrlError: it has none, or its answers are choices of several tokens.
+    """
     from .student import CLOSING_FILE
 
     file = student / CLOSING_FILE
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("choice_token_ids"))
+    closing = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if closing.get("scope") == "choices" and not closing.get("choice_token_ids"):
+        raise FirstTrlError(
+            f"--calibrated: the answers of {student} are of several tokens, and dividing every logit does not divide "
+            "their logarithms; leave --calibrated out and use first-trl predict"
+        )
+    if not closing.get("vocabulary"):
+        raise FirstTrlError(
+            f"--calibrated: {file} has no temperature over the vocabulary; run `first-trl distill RECIPE` with "
+            "distill.closing: true (a head with a bias, or with capped logits, has none)"
+        )
+    return closing["vocabulary"]["temperature"]
 
 
 def merged_model(student: Path, arguments: dict, temperature: float = 1.0):

@@ -25,6 +25,7 @@ DEFAULT_TARGET = 0.9
 # How far below its target a threshold may lie, with 90 % certainty, on rows like those that it was fitted on.
 SLACK = 0.02
 TEMPERATURES = np.exp(np.arange(-100, 131) * 0.03)  # of the closing calibration: 0.05 to 49, 3 % apart
+VOCABULARY_TEMPERATURES = np.exp(np.arange(-10, 17) * 0.15)  # 0.22 to 11, 16 % apart: each costs a pass over the head
 FEWEST_EXAMPLES = 50  # fewer say nothing of a temperature
 LONGEST = 2**20  # tokens of a prompt that a predict.json may ask for
 
@@ -104,31 +105,15 @@ def closing_calibration(
         return np.logaddexp.reduce(scaled_NC, axis=1) - np.where(is_label_NC, scaled_NC, 0).sum(axis=1)
 
     nll_NG = np.stack([nll_at(temperature) for temperature in TEMPERATURES], axis=1)
-    nll_NG = nll_NG[np.isfinite(nll_NG).all(axis=1)]  # a label of probability 0 keeps it at every temperature
-    fitted = _lowest(nll_NG.mean(axis=0)) if len(nll_NG) else 1.0
-    generator, size, num_examples = np.random.default_rng(seed), len(nll_NG), len(log_probs_NC)
-    draws = [
-        np.bincount(generator.integers(size, size=size), minlength=size) @ nll_NG
-        for _ in range(bootstrap if size else 0)
-    ]
-    low, high = np.percentile([_lowest(draw / size) for draw in draws], [2.5, 97.5]) if draws else (fitted, fitted)
-    reasons = {
-        f"there are fewer than {FEWEST_EXAMPLES} validation examples": size < FEWEST_EXAMPLES,
-        "the NLL still falls at the smallest temperature tried": fitted <= TEMPERATURES[1],
-        "the interval contains 1": low <= 1 <= high,
-    }
-    why = next((reason for reason, holds in reasons.items() if holds), None)
-    temperature = fitted if why is None else 1.0
+    fitted = fitted_temperature(nll_NG, TEMPERATURES, bootstrap, seed)
+    temperature, num_examples = fitted["temperature"], len(log_probs_NC)
     right = is_label_NC[np.arange(num_examples), log_probs_NC.argmax(axis=1)]
     confidence = {t: choice_shares(log_probs_NC, t).max(axis=1) for t in (1.0, temperature)}
     ece = {t: expected_calibration_error(values, right) for t, values in confidence.items()}
     return {
         "schema_version": 1,
         "scope": "choices",
-        "temperature": temperature,
-        "fitted": fitted,
-        "interval": [float(low), float(high)],
-        "why": why or "the interval does not contain 1",
+        **fitted,
         "criterion": "nll",
         "num_examples": num_examples,
         "accuracy": float(right.mean()),
@@ -139,18 +124,40 @@ def closing_calibration(
     }
 
 
+def fitted_temperature(nll_NG: np.ndarray, temperatures_G: np.ndarray, bootstrap: int = 1000, seed: int = 0) -> dict:
+    """ "temperature", "fitted", "interval" and "why" of `closing_calibration`, from the NLL of each example (nats)."""
+    nll_NG = nll_NG[np.isfinite(nll_NG).all(axis=1)]  # a label of probability 0 keeps it at every temperature
+    fitted = _lowest(nll_NG.mean(axis=0), temperatures_G) if len(nll_NG) else 1.0
+    generator, size = np.random.default_rng(seed), len(nll_NG)
+    draws = [
+        np.bincount(generator.integers(size, size=size), minlength=size) @ nll_NG
+        for _ in range(bootstrap if size else 0)
+    ]
+    lowest = [_lowest(draw / size, temperatures_G) for draw in draws] or [fitted]
+    low, high = map(float, np.percentile(lowest, [2.5, 97.5]))
+    reasons = {
+        f"there are fewer than {FEWEST_EXAMPLES} validation examples": size < FEWEST_EXAMPLES,
+        "the NLL still falls at the smallest temperature tried": fitted <= temperatures_G[1],
+        "the interval contains 1": low <= 1 <= high,
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    temperature = fitted if why is None else 1.0
+    why = why or "the interval does not contain 1"
+    return {"temperature": temperature, "fitted": fitted, "interval": [low, high], "why": why}
+
+
 def _finite(number: float) -> float | None:
     return float(number) if np.isfinite(number) else None
 
 
-def _lowest(nll_G: np.ndarray) -> float:
-    """The temperature of the lowest NLL: of a parabola through the best of `TEMPERATURES` and its neighbours."""
-    best = int(nll_G.argmin())
+def _lowest(nll_G: np.ndarray, temperatures_G: np.ndarray) -> float:
+    """The temperature of the lowest NLL: of a parabola through the best one and its neighbours."""
+    best, step = int(nll_G.argmin()), np.log(temperatures_G[1] / temperatures_G[0])
     if best in (0, len(nll_G) - 1):
-        return float(TEMPERATURES[best])
+        return float(temperatures_G[best])
     left, middle, right = nll_G[best - 1 : best + 2]
     bend = left - 2 * middle + right
-    return float(TEMPERATURES[best] * np.exp(0.03 * (left - right) / (2 * bend) if bend > 0 else 0))
+    return float(temperatures_G[best] * np.exp(step * (left - right) / (2 * bend) if bend > 0 else 0))
 
 
 def _wilson_lower_bound(share: np.ndarray, size: np.ndarray, z: float = 1.2816) -> np.ndarray:

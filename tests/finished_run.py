@@ -32,6 +32,8 @@ CLOSING = {
     "why": "the interval does not contain 1",
     "num_examples": 200,
     "choice_token_ids": [11, 12],
+    "scope": "choices",
+    "vocabulary": {"temperature": 1.1},
 }
 SENTENCES = [
     {"kind": "headline", "set": None, "text": "Is it better? `first` knows more."},

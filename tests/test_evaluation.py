@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,11 @@ from first_trl.evaluation import (
     read_answers,
     recalibrated_answers,
     shipped_answers,
+    vocabulary_closing,
 )
 from first_trl.evaluation import test_task as task_of_a_set
 from first_trl.settings import TaskConfig
+from tests.tiny import WORDS, build_model, build_tokenizer
 
 # Two examples over tokens 3..7: K = 2 kept tokens and the tail. The first label is kept, the second is in the tail.
 ANSWERS = {
@@ -183,6 +187,24 @@ def test_the_closing_temperature_finds_what_was_planted_and_stays_1_where_it_can
     low, high = closing["interval"]
     assert low < planted < high and closing["nll_after"] <= closing["nll_before"] and closing["scope"] == "choices"
     assert size < 50 or closing["fitted"] == pytest.approx(planted, rel=0.12)
+
+
+def test_the_temperature_of_all_logits_is_that_which_the_labels_were_drawn_at(tmp_path):
+    model, tokenizer, planted, words = build_model(initializer_range=0.2), build_tokenizer(), 1.8, WORDS.split()[:18]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rows = [{"text": " ".join(words[(i * k) % 18] for k in (1, 5, 7, 11))} for i in range(400)]
+    torch.manual_seed(0)
+    for row in rows:
+        ids = tokenizer(f"Review : {row['text']} Sentiment :", return_tensors="pt").input_ids
+        with torch.no_grad():
+            shares = (model(ids).logits[0, -1, 3:] / planted).softmax(-1)
+        row["label"] = tokenizer.convert_ids_to_tokens(3 + int(shares.multinomial(1)))
+    task = TaskConfig(prompt="Review : {text} Sentiment :", completion=" {label}", append_eos=False)
+    recipe = SimpleNamespace(task=task, evaluate=SimpleNamespace(tokens_per_batch=512, seed=0))
+    closing = vocabulary_closing(tmp_path, {"model_name_or_path": str(tmp_path)}, Dataset.from_list(rows), recipe)
+    low, high = closing["interval"]
+    assert 1 < low < planted < high and closing["temperature"] == closing["fitted"]
 
 
 def test_shipped_answers_are_powers_of_the_shares_and_keep_the_mass_of_the_choices():

@@ -74,16 +74,28 @@ def test_a_calibrated_student_says_without_us_what_predict_says(tmp_path):
     data = str(tmp_path / "rows.jsonl")
     assert main([str(recipe), "--data", data, "--calibrated", "--output", str(output)]) == 0
     before, after = Predictor(run / "students" / "first"), Predictor(output)
-    assert (before.student.temperature, after.student.temperature) == (1.3, 1.0)
+    assert (before.student.temperature, after.student.temperature) == (1.3, pytest.approx(1.3 / 1.1))
     for ours, theirs in zip(before.predict(ROWS, 0.8), after.predict(ROWS, 0.8), strict=True):
         assert theirs == ours | {"confidence": pytest.approx(ours["confidence"], abs=1e-5)}
     model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
     choices = tokenizer.convert_tokens_to_ids(["good", "bad"])
     with torch.no_grad():
         logits = model(**tokenizer(f"Review: {ROWS[0]['text']} Sentiment :", return_tensors="pt")).logits[0, -1]
-    assert float(logits[choices].softmax(-1).max()) == pytest.approx(
+    assert float((logits[choices] / (1.3 / 1.1)).softmax(-1).max()) == pytest.approx(
         after.predict(ROWS[:1], 0.8)[0]["confidence"], abs=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [({"vocabulary": None}, "no temperature over the vocabulary"), ({"choice_token_ids": None}, "several tokens")],
+)
+def test_logits_are_divided_by_nothing_but_what_was_fitted_for_them(tmp_path, capsys, changed, told):
+    run, _, recipe = finished(tmp_path)
+    file = run / "students" / "first" / "calibration.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    assert main([str(recipe), "--data", str(tmp_path / "rows.jsonl"), "--calibrated"]) == 1
+    assert told in capsys.readouterr().err and not (run / "merged" / "first").exists()
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma", "GPT2", "Gemma2", "Phi"])

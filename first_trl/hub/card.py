@@ -105,7 +105,7 @@ def collect_facts(run_folder: Path, arm: str, recipe, plain: dict) -> CardFacts:
         recalibration_method=None if recipe.arm_trainer(arm) == "sft" else method,
         recalibration_value=value,
         license=recipe.push.license or _base_license(base),
-        closing=_read_json(closing, "distill") if closing.is_file() else None,
+        closing=_read_json(closing, "distill") if closing.is_file() and recipe.task.choices else None,
         calibration=calibration,
         cache=without_local_paths(json.loads(manifest.read_text("utf-8"))) if manifest.is_file() else None,
         hub_datasets=sorted({_source(one)["hub_id"] for one in splits if one} - {None}),

@@ -84,7 +84,15 @@ def close_student(recipe, student: str, folder: Path) -> None:
     from accelerate import PartialState
 
     from first_trl.data.rows import load_rows
-    from first_trl.evaluation import VALIDATION, answer_sets, closing_of, predictions, read_answers, shipped_answers
+    from first_trl.evaluation import (
+        VALIDATION,
+        answer_sets,
+        closing_of,
+        predictions,
+        read_answers,
+        shipped_answers,
+        vocabulary_closing,
+    )
     from first_trl.modeling import load_tokenizer
     from first_trl.student import CLOSING_FILE, describe_student
 
@@ -97,16 +105,19 @@ def close_student(recipe, student: str, folder: Path) -> None:
     file = folder / f"{VALIDATION}.parquet"
     answers, temperature = read_answers(file), 1.0
     file.unlink()
-    if "choice_log_probs" in answers and recipe.distill.get("closing", True):
-        closing = closing_of(answers, place, recipe.evaluate.seed)
+    if recipe.distill.get("closing", True):
+        closing: dict = {"schema_version": 1, "scope": "vocabulary"}
+        if "choice_log_probs" in answers:
+            closing = closing_of(answers, place, recipe.evaluate.seed)
+            temperature, (low, high) = closing["temperature"], closing["interval"]
+            answers = shipped_answers(answers, temperature)
+            status(
+                f"distill.{student}: closing temperature {temperature:.3g} (fitted {closing['fitted']:.3g}, 95 % "
+                f"interval {low:.3g} to {high:.3g}: {closing['why']}); ECE on validation "
+                f"{100 * closing['ece_before']:.1f} % as trained, {100 * closing['ece_after']:.1f} % as shipped"
+            )
+        closing["vocabulary"] = vocabulary_closing(folder, section, rows.rows, recipe)
         write_atomically(folder / CLOSING_FILE, json.dumps(closing, indent=1))
-        temperature, (low, high) = closing["temperature"], closing["interval"]
-        answers = shipped_answers(answers, temperature)
-        status(
-            f"distill.{student}: closing temperature {temperature:.3g} (fitted {closing['fitted']:.3g}, 95 % interval "
-            f"{low:.3g} to {high:.3g}: {closing['why']}); ECE on validation {100 * closing['ece_before']:.1f} % as "
-            f"trained, {100 * closing['ece_after']:.1f} % as shipped"
-        )
     content = describe_student(student, recipe.task, section, predictions(answers, place), temperature)
     write_atomically(folder / PREDICT_FILE, json.dumps(content, indent=1))
 
