@@ -15,9 +15,8 @@ from first_trl.data.encoding import check_first_row, encode_example, encode_prom
 from first_trl.errors import FirstTrlError
 from first_trl.settings import TaskConfig
 from tests.cache_recipe import write_recipe
-from tests.test_data import byte_level_tokenizer
 from tests.test_trainer import cache_of, trainer_for
-from tests.tiny import build_model
+from tests.tiny import build_model, byte_level_tokenizer
 
 TEMPLATES = {path.name.removesuffix(".jinja"): path.read_text() for path in files("trl.chat_templates").iterdir()}
 MARKED = sorted(name for name in TEMPLATES if name.endswith("_training"))
@@ -149,33 +148,19 @@ def test_a_template_that_writes_earlier_turns_otherwise_is_refused_with_trls_own
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("template", "remedy"),
     [
-        ({"messages": [ONE[0], {"role": "assistant", "content": [{"type": "image", "text": None}]}]}, "types image"),
-        ({"messages": [ONE[0], {"role": "assistant", "content": ""}]}, "last message is empty"),
-        ({"messages": ONE, "tools": "[{"}, "'tools' is not valid JSON"),
-        ({"messages": [{"role": "user"}, ONE[1]]}, "message 0: role and content must be text"),
+        ("llama3_2", r'chat_template_kwargs: \{date_string: "26 Jul 2024"\}'),
+        ("gptoss", "a template that writes a fixed date"),
     ],
 )
-def test_what_cannot_be_learned_is_refused_with_its_message(row, message):
-    with pytest.raises(FirstTrlError, match=message):
-        encode_example(TaskConfig(), chat_tokenizer("qwen2_5"), row)
-
-
-# Templates that write today's date
-
-
-@pytest.mark.parametrize("template", ["llama3_2", "gptoss"])
-def test_a_template_that_writes_todays_date_is_refused_with_the_argument_that_pins_it(template):
-    remedy = {"llama3_2": 'chat_template_kwargs: {date_string: "26 Jul 2024"}', "gptoss": "no argument that pins it"}
-    with pytest.raises(FirstTrlError, match="today's date") as refusal:
-        encode_example(TaskConfig(), chat_tokenizer(template), {"messages": ONE})
-    assert remedy[template] in str(refusal.value)
+def test_a_template_that_writes_todays_date_is_refused_with_what_pins_it(template, remedy):
+    tokenizer = chat_tokenizer(template)
+    with pytest.raises(FirstTrlError, match=f"today's date.*{remedy}"):
+        encode_example(TaskConfig(), tokenizer, {"messages": ONE})
     if template == "llama3_2":
         pinned = TaskConfig(chat_template_kwargs={"date_string": "26 Jul 2024"})
-        assert "26 Jul 2024" in chat_tokenizer(template).decode(
-            encode_example(pinned, chat_tokenizer(template), {"messages": ONE})["input_ids"]
-        )
+        assert "26 Jul 2024" in tokenizer.decode(encode_example(pinned, tokenizer, {"messages": ONE})["input_ids"])
 
 
 # Forced tokens
@@ -221,6 +206,21 @@ def test_forced_positions_are_found_in_labels_whatever_was_cut_or_thought():
     expected = np.concatenate([[i in at for i in range(len(labels))] for labels, at in examples.items()])
     assert forced_positions(flat, starts, forced).tolist() == expected.tolist()
     assert not forced_positions(flat, starts, {"opening": [], "closing": []}).any()
+
+
+@pytest.mark.parametrize("template", [name for name in MARKED if "<think>" in TEMPLATES[name]])
+@pytest.mark.parametrize("thinking", [None, False, True])
+def test_thoughts_that_a_template_forces_are_learned_as_trl_masks_them_and_never_measured(template, thinking):
+    tokenizer = chat_tokenizer(template)
+    arguments = {} if thinking is None else {"enable_thinking": thinking}
+    task = TaskConfig(supervise="all", max_length=4096, chat_template_kwargs=arguments or None)
+    example = encode_example(task, tokenizer, {"messages": TWO})
+    trl = tokenizer.apply_chat_template(TWO, return_dict=True, return_assistant_tokens_mask=True, **arguments)
+    labels = np.array(example["labels"])
+    assert (labels != IGNORED).tolist() == [bool(mark) for mark in trl["assistant_masks"]]
+    forced = forced_positions(labels, np.array([0]), forced_tokens(task, tokenizer, {"messages": TWO}))
+    measured = np.where(forced, IGNORED, labels).tolist()
+    assert learned(tokenizer, {"labels": measured}) == ["good", "bad film"]
 
 
 # The same prompts

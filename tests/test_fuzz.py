@@ -30,7 +30,6 @@ from first_trl.settings import TaskConfig
 from first_trl.templates import render_template
 from tests.cache_samples import make_rows, write_cache
 from tests.test_card import facts, measured
-from tests.test_data import Trap, Watched
 from tests.test_recipe import RECIPE
 from tests.test_report import CALIBRATION, answers
 
@@ -140,6 +139,30 @@ PIECES = (
 FIELD = st.lists(st.sampled_from([*PIECES.split(), "{dict[a]}", "\n"]), max_size=12).map("".join)
 
 
+class Watched(str):
+    """Text that remembers being asked for anything but its own characters."""
+
+    touched: list[str] = []
+
+    def __getattribute__(self, name):
+        Watched.touched.append(name)
+        return super().__getattribute__(name)
+
+    def __format__(self, spec):
+        Watched.touched.append("__format__")
+        return "formatted"
+
+
+class Trap:
+    """An object of a dataset row that must never be looked into."""
+
+    def __getattribute__(self, name):
+        if name == "__class__":  # type(x) does not come here; isinstance may
+            return object.__getattribute__(self, name)
+        Watched.touched.append(name)
+        return object.__getattribute__(self, name)
+
+
 def check_template(template):
     Watched.touched.clear()
     row = {"text": "plain", "list": [Trap(), "x"], "dict": {"0": Trap(), "a": "y"}, "trap": Trap(), "w": Watched("w")}
@@ -161,6 +184,13 @@ def test_no_template_reaches_an_object(cases):
     throw(
         cases, st.one_of(FIELD, st.text(max_size=30), st.text(alphabet="{}[]().!:_ab0", max_size=20)), check_template
     )
+
+
+def test_a_subclass_of_text_is_refused_before_its_own_formatting_runs():
+    Watched.touched.clear()
+    with pytest.raises(ValueError, match="Watched"):
+        render_template("{text}", {"text": Watched("x")})
+    assert "__format__" not in Watched.touched
 
 
 @pytest.fixture(scope="module")

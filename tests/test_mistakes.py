@@ -81,7 +81,6 @@ def refused_by_the_hub(error):
         def refuse(*args, **kwargs):
             raise error
 
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr(datasets, "load_dataset", refuse)
         load_split(DatasetConfig(path="owner/rows"), "train")
 
@@ -166,11 +165,11 @@ MISTAKES = [
     ("sft", "a line that is no row", data(ROW, "[1, 2]\n"),
      'data/rows.jsonl, line 2|[1, 2]|write one {...} per line'),
     ("sft", "a split that is not", data(ROW, source={"split": "trian"}),
-     "datasets.train|'trian'|split"),
+     "datasets.train|\"trian\"|correct `split`"),
     ("sft", "a column renamed that is not", data(ROW, source={"columns": {"text": "review"}}),
      "datasets.train.columns|'review'|choose among text, label"),
     ("sft", "a column that is not", data(ROW, prompt="Review : {review}"),
-     "datasets.train, row 0|'review'|its columns are text, label|`columns`"),
+     "datasets.train, row 0|'review'|only text, label|`columns`"),
     ("sft", "a label that is no choice", data(ROW, ROW | {"label": "Good"}, choices=["good", "bad"]),
      "row 1|'Good'|task.choices|drop the row"),
     ("sft", "a label with a space", data(ROW | {"label": "good "}, choices=["good", "bad"]),
@@ -188,9 +187,9 @@ MISTAKES = [
     ("sft", "a tokenizer without an end", data(ROW, tokenizer=no_end_token),
      'append_eos|eos_token'),
     ("sft", "a data set out of reach", refused_by_the_hub(ConnectionError("no route")),
-     'owner/rows|cannot be reached|HF_ENDPOINT'),
+     'owner/rows|no route|check the spelling|HF_ENDPOINT'),
     ("sft", "no space for a data set", refused_by_the_hub(OSError(errno.ENOSPC, "No space left on device")),
-     'owner/rows|no space left|HF_HOME'),
+     'owner/rows|No space left|HF_HOME'),
     ("cache", "a model that is not on the Hub", model_of_the_hub("nobody/none"),
      'nobody/none|hf auth login'),
     ("cache", "a gated model", model_of_the_hub("gated/model", status=403, code="GatedRepo", message="restricted"),

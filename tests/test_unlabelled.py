@@ -119,7 +119,7 @@ def test_open_answers_and_other_splits_need_labels(tmp_path):
         cache.main([str(unlabelled_recipe(tmp_path / "open", {"choices": None}))])
     path = write_recipe(tmp_path / "train", rows=4, task=TASK)
     (tmp_path / "train/train.jsonl").write_text('{"text": "a film"}\n')
-    with pytest.raises(SystemExit, match="datasets.train, row 0: .*'label', which the dataset does not have"):
+    with pytest.raises(SystemExit, match="datasets.train, row 0: .*there is no 'label'"):
         cache.main([str(path)])
 
 

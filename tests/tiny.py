@@ -14,6 +14,36 @@ def build_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
 
 
+def byte_level_tokenizer(bos=False, eos=False, chat_template=None):
+    """A byte-level BPE with merges such as ` good`, as GPT-2, Llama 3 and Qwen have; optionally with what it adds."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    corpus = [
+        "Review: a good film\nSentiment: good",
+        "a bad film bad",
+        "not a good film , not at all bad",
+        "good",
+        "bad",
+    ]
+    special = ["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "<|system|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        corpus * 4,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    if bos or eos:
+        single = ("<s> " if bos else "") + "$A" + (" </s>" if eos else "")
+        ids = [("<s>", 0), ("</s>", 1)]
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
 def build_model(vocab_size: int = 27, seed: int = 0, **config):
     """A two-layer Llama with random weights, large enough that its distributions are not flat."""
     import torch

@@ -42,8 +42,8 @@ def split_messages(row: Mapping[str, Any], labelled: bool = True) -> tuple[list[
     """
     if (column := message_column(row)) is not None:
         messages = clean_messages(row[column], column)
-        answered = messages[-1]["role"] == "assistant"
-        prompt, completion = (messages[:-1], messages[-1:]) if answered else (messages, [])
+        answers = messages[-1]["role"] == "assistant"
+        prompt, completion = messages[: len(messages) - answers], messages[len(messages) - answers :]
     else:
         prompt = clean_messages(row["prompt"], "prompt")
         completion = clean_messages(row["completion"], "completion") if labelled or row.get("completion") else []
@@ -57,7 +57,7 @@ def split_messages(row: Mapping[str, Any], labelled: bool = True) -> tuple[list[
 
 
 def clean_messages(messages: Any, column: str) -> list[dict]:
-    """Messages of `role` and text `content`, without the empty keys that a table adds to rows of different shapes.
+    """New messages of `role` and text `content`, without the empty keys that a table adds to rows of other shapes.
 
     Raises:
         FirstTrlError: there are no messages, or one has no role, no content, or a part that is not text.
@@ -71,21 +71,18 @@ def clean_messages(messages: Any, column: str) -> list[dict]:
         cleaned = maybe_convert_to_chatml({"messages": cleaned})["messages"]
         cleaned = [{**message, "role": _SHAREGPT_ROLES.get(message["role"], message["role"])} for message in cleaned]
     for number, message in enumerate(cleaned):
-        if isinstance(parts := message.get("content"), list):  # templates for text alone skip lists without an error
-            if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-                kinds = sorted({str(part.get("type") if isinstance(part, dict) else part) for part in parts})
-                raise FirstTrlError(
-                    f"the column {column!r}, message {number} has parts of the types {', '.join(kinds)}, and only "
-                    "text can be learned; drop the row, or keep its text"
-                )
-            message["content"] = "".join(part["text"] for part in parts)
-        if message.get("tool_calls"):
-            message.setdefault("content", "")
-        else:
+        parts = message.get("content")
+        if isinstance(parts, list) and all(isinstance(part, dict) and type(part.get("text")) is str for part in parts):
+            message["content"] = "".join(part["text"] for part in parts)  # templates for text skip lists in silence
+        if not message.get("tool_calls"):
             message.pop("tool_calls", None)
+        elif "content" not in message:
+            message["content"] = ""
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            shown = str(message)[:200]
-            raise FirstTrlError(f"the column {column!r}, message {number}: role and content must be text, got {shown}")
+            raise FirstTrlError(
+                f"the column {column!r}, message {number}: role and content must be text (parts of other types cannot "
+                f"be learned), got {str(message)[:200]}; drop the row, or keep its text"
+            )
     return cleaned
 
 
@@ -128,8 +125,16 @@ def chat_ids(tokenizer, messages: list[dict], arguments: dict[str, Any], **how: 
             "template; start from the chat version of the model, or write task.prompt and task.completion over columns"
         )
     template = tokenizer.get_chat_template(None, arguments.get("tools"))
-    if "strftime_now(" in template:
-        _refuse_todays_date(tokenizer, messages, template, {**arguments, **how})
+    if "strftime_now(" in template:  # another date makes other tokens: of a resumed cache, of a student that is tested
+        days = (template.replace("strftime_now(", f'"{day}".join(') for day in "12")
+        first, second = (
+            _apply(tokenizer, messages, tokenize=False, chat_template=d, **arguments, **how) for d in days
+        )
+        if first != second:
+            remedy = "save the tokenizer with a template that writes a fixed date in the place of strftime_now(...)"
+            if "date_string" in template:
+                remedy = 'set task.chat_template_kwargs: {date_string: "26 Jul 2024"}'
+            raise FirstTrlError(f"the chat template writes today's date, so that tomorrow's tokens differ; {remedy}")
     return list(_apply(tokenizer, messages, tokenize=True, return_dict=False, **how, **arguments))
 
 
@@ -145,11 +150,7 @@ def _apply(tokenizer, messages: list[dict], **how):
         messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
     try:
         return tokenizer.apply_chat_template(messages, **how)
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-    ) as error:  # of the template, which adds a text to nothing, or of tools
+    except (TemplateError, TypeError, ValueError) as error:  # TypeError: a template adds a text to nothing
         roles = [message["role"] for message in messages]
         raise FirstTrlError(
             f"the chat template refuses messages with the roles {roles}: {error}; change the rows or the template"
@@ -167,33 +168,6 @@ def _reads_parts_alone(tokenizer, template: str) -> bool:
         except Exception:  # whatever a template raises: it does not read this
             shown.append(False)
     return shown == [False, True]
-
-
-def _refuse_todays_date(tokenizer, messages: list[dict], template: str, arguments: dict[str, Any]) -> None:
-    """A date in the prompt makes other tokens tomorrow: of a cache that is resumed, of a student that is tested."""
-
-    def rendered_on(day: str, **more) -> str:
-        dated = template.replace("strftime_now(", f'"{day}".join(')  # text that is another one for another day
-        return _apply(tokenizer, messages, tokenize=False, chat_template=dated, **{**arguments, **more})
-
-    if rendered_on("1") == rendered_on("2"):
-        return
-    names = {first or second for first, second in re.findall(r"(\w+) is (?:not )?defined|set (\w+) =", template)}
-    for name in sorted(names - arguments.keys(), key=lambda name: ("date" not in name, name)):
-        pinned = {name: "26 Jul 2024"}
-        try:
-            found = rendered_on("1", **pinned) == rendered_on("2", **pinned)
-        except FirstTrlError:  # an argument that takes no date
-            continue
-        if found:
-            raise FirstTrlError(
-                "the chat template writes today's date into every prompt, so that tomorrow's tokens would be others; "
-                f'set task.chat_template_kwargs: {{{name}: "26 Jul 2024"}}'
-            )
-    raise FirstTrlError(
-        "the chat template writes today's date into every prompt and has no argument that pins it; save the tokenizer "
-        "with a template that writes a fixed date in the place of strftime_now(...)"
-    )
 
 
 def assistant_mask(tokenizer, messages: list[dict], arguments: dict[str, Any], input_ids: list[int]) -> list[bool]:
@@ -217,10 +191,9 @@ def assistant_mask(tokenizer, messages: list[dict], arguments: dict[str, Any], i
         until = chat_ids(tokenizer, messages[: number + 1], arguments)
         if input_ids[: len(until)] != until or until[: len(before)] != before:
             raise FirstTrlError(
-                f"task.supervise is 'all', and the chat template writes message {number} of this conversation "
-                "otherwise than at the time it was generated (templates of reasoning models drop thoughts of earlier "
-                "turns), so that the model would learn from tokens that it never sees. Give the tokenizer a template "
-                "with {% generation %} marks, such as trl.chat_template_utils.get_training_chat_template, or set "
+                f"task.supervise: all, and the chat template writes message {number} otherwise than when it was "
+                "generated (reasoning templates drop the thoughts of earlier turns). Give the tokenizer a template "
+                "with {% generation %} marks, as of trl.chat_template_utils.get_training_chat_template, or set "
                 "task.supervise: last"
             )
         mask[len(before) : len(until)] = [True] * (len(until) - len(before))

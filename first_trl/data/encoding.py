@@ -2,12 +2,14 @@
 
 Training, caching and evaluation all encode here, so the prompt that a student is tested on is the prompt that it was
 trained on. The tokens of a prompt are always exactly those that inference would see: they must be a prefix of the
-tokens of prompt and completion together, and a template for which they are not is refused, never repaired. This is not
-a collator (batches are made by `first_trl.collator`) and not a store (`first_trl.cache.reader`).
+tokens of prompt and completion together, and a template for which they are not is refused, never repaired. Rows of
+messages go through `first_trl.data.conversations`, others through `first_trl.templates`.
 """
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from bisect import bisect_left
+from collections.abc import Mapping
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..constants import IGNORED
 from ..errors import FirstTrlError
@@ -46,14 +48,6 @@ class Example(TypedDict):
     cut: str
 
 
-class _Tokens(NamedTuple):
-    """A row before it is cut: the tokens of all of it, how many are the prompt's, and which are learned."""
-
-    input_ids: list[int]
-    num_prompt_tokens: int
-    learned: list[bool]
-
-
 def encode_example(task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) -> Example:
     """Encode one row, prompt masked and completion supervised, cut at `task.max_length` from the end.
 
@@ -67,163 +61,232 @@ def encode_example(task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", row: 
         FirstTrlError: the row does not fit the templates or the choices or has no completion, or the prompt's tokens
             are not a prefix of the whole example's.
     """
-    cut, limit = "", task.max_length
+    limit, cut = task.max_length, ""
     try:
-        tokens = _tokens(task, tokenizer, row)
-        if task.too_long == "cut" and len(tokens.input_ids) > limit:
-            raise TooLongError(_too_long(task, tokens))
+        input_ids, num_prompt_tokens, learned = _tokens(task, tokenizer, row)
+        if task.too_long == "cut" and len(input_ids) > limit:
+            raise TooLongError(_too_long(task, num_prompt_tokens, len(input_ids)))
     except TooLongError:
         if task.too_long != "cut":
             raise
-        tokens, cut = _tokens_of_cut_row(task, tokenizer, row), "prompt"
-    labels = [token if learned else IGNORED for token, learned in zip(tokens.input_ids, tokens.learned, strict=True)]
-    whole = len(tokens.input_ids) <= limit
-    if tokens.num_prompt_tokens >= limit or not any(tokens.learned[:limit]) or (task.choices and not whole):
-        raise TooLongError(_too_long(task, tokens))
+        cut = "prompt"
+        input_ids, num_prompt_tokens, learned = _tokens(task, tokenizer, _cut_row(task, tokenizer, row))
+    whole = len(input_ids) <= limit
+    if num_prompt_tokens >= limit or not any(learned[:limit]) or (not whole and (cut or task.choices)):
+        raise TooLongError(_too_long(task, num_prompt_tokens, len(input_ids)))
+    labels = [token if known else IGNORED for token, known in zip(input_ids, learned, strict=True)]
     return Example(
-        input_ids=tokens.input_ids[:limit],
+        input_ids=input_ids[:limit],
         labels=labels[:limit],
-        num_prompt_tokens=tokens.num_prompt_tokens,
+        num_prompt_tokens=num_prompt_tokens,
         cut=cut or ("" if whole else "completion"),
     )
 
 
-def _tokens(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> _Tokens:
-    tokens = _conversation(task, tokenizer, row) if is_conversational(task, row) else _text(task, tokenizer, row)
-    tokens.learned[0] = False  # nothing stands before the first token, so nothing predicts it
-    if not any(tokens.learned):
-        raise FirstTrlError("the completion adds no token to the prompt; fill the row's answer or drop it")
-    return tokens
-
-
-def _text(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> _Tokens:
-    prompt_ids = encode_prompt(task, tokenizer, row, check_length=False)
-    prompt, completion = _render_pair(task, row)
-    _check_characters(task, len(prompt) + len(completion))
-    input_ids = text_ids(tokenizer, prompt + completion)
-    check_prefix(tokenizer, prompt_ids, input_ids)
-    input_ids = with_end(task, tokenizer, input_ids)
-    return _Tokens(input_ids, len(prompt_ids), [position >= len(prompt_ids) for position in range(len(input_ids))])
-
-
-def _conversation(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> _Tokens:
-    messages, answer = split_messages(row)
-    _check_answer(task, answer[-1]["content"], "the assistant's message")
-    _check_characters(task, sum(len(message["content"]) for message in messages + answer))
-    arguments, whole = chat_arguments(task, row), message_column(row) is not None
-    input_ids = chat_ids(tokenizer, messages + answer, arguments)
-    all_turns = assistant_mask(tokenizer, messages + answer, arguments, input_ids) if task.supervise == "all" else []
-    if all_turns and whole and has_generation_marks(tokenizer, arguments):
-        # The marks decide alone, as in TRL: some templates begin an answer otherwise when they are asked for one
-        return _Tokens(input_ids, (all_turns + [True]).index(True), all_turns)
-    prompt_ids = encode_prompt(task, tokenizer, row, check_length=False)
-    check_prefix(tokenizer, prompt_ids, input_ids)
-    learned = [position >= len(prompt_ids) for position in range(len(input_ids))]
-    if all_turns and whole:
-        learned = all_turns
-    elif all_turns:  # a prompt in a column of its own is not learned, whoever wrote it
-        learned = [turn and completion for turn, completion in zip(all_turns, learned, strict=True)]
-    return _Tokens(input_ids, len(prompt_ids), learned)
-
-
-def _tokens_of_cut_row(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> _Tokens:
-    """The tokens of a row whose longest text of the prompt is shortened from its end until all the rest fits."""
-    text, with_text = _longest_text(task, row)
-    best, low, high = None, 0, min(len(text), CHARACTERS_PER_TOKEN * task.max_length)
-    while low <= high:
-        kept = (low + high) // 2
-        try:
-            tokens = _tokens(task, tokenizer, with_text(text[:kept]))
-            fits = len(tokens.input_ids) <= task.max_length
-        except TooLongError:
-            fits = False
-        if fits:
-            best, low = tokens, kept + 1
-        else:
-            high = kept - 1
-    if best is None:
-        tokens = _tokens(task, tokenizer, with_text(""))
-        raise TooLongError(f"{_too_long(task, tokens)} (its longest text is cut already: template and answer stay)")
-    return best
-
-
-def _longest_text(task: TaskConfig, row: Mapping[str, Any]) -> tuple[str, Callable[[str], dict[str, Any]]]:
-    """The longest text that a prompt is made of, and the row with another in its place."""
-    if is_conversational(task, row):
-        prompt, completion = split_messages(row)
-        at = max(range(len(prompt)), key=lambda number: len(prompt[number]["content"]))
-
-        def with_content(text: str) -> dict[str, Any]:
-            messages = [*prompt[:at], {**prompt[at], "content": text}, *prompt[at + 1 :]]
-            column = message_column(row)
-            return {**row, column: messages + completion} if column else {**row, "prompt": messages}
-
-        return prompt[at]["content"], with_content
-    prompt_template, completion_template = templates_of(task, row)
-    pieces = [piece for piece in parse_template(prompt_template) if piece.column is not None and not piece.indices]
-    columns = {str(piece.column) for piece in pieces} - set(template_fields(completion_template))
-    texts = {column: row[column] for column in columns if isinstance(row.get(column), str)}
-    if not texts:
-        raise TooLongError(
-            "the row does not fit in task.max_length, and its prompt has no column of text that can be cut; raise "
-            "task.max_length, or set task.too_long: drop"
-        )
-    longest = max(texts, key=lambda column: len(texts[column]))
-    return texts[longest], lambda text: {**row, longest: text}
-
-
-def encode_prompt(
-    task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any], *, check_length: bool = True
-) -> list[int]:
+def encode_prompt(task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) -> list[int]:
     """The tokens of the prompt alone, as `encode_example` begins; the row needs no answer.
 
     Raises:
-        FirstTrlError: as `encode_example`; the prompt is empty, or leaves no room for an answer (unless `check_length`
-            is False).
+        FirstTrlError: as `encode_example`; the prompt is empty, or leaves no room for an answer.
     """
-    if is_conversational(task, row):
-        prompt, _ = split_messages(row, labelled=False)
-        _check_characters(task, sum(len(message["content"]) for message in prompt))
-        ids = chat_ids(tokenizer, prompt, chat_arguments(task, row), add_generation_prompt=True)
-    else:
-        text = render_template(templates_of(task, row)[0], row)
-        _check_characters(task, len(text))
-        ids = text_ids(tokenizer, text)
-    if not ids:
-        raise FirstTrlError(
-            "the prompt is empty and this tokenizer puts nothing in front of it, so that nothing predicts the answer; "
-            "fill the prompt or drop the row"
-        )
-    if check_length and len(ids) >= task.max_length:
-        raise TooLongError(_too_long(task, _Tokens(ids, len(ids), [])))
+    ids = prompt_ids(task, tokenizer, row)
+    if len(ids) >= task.max_length:
+        raise TooLongError(_too_long(task, len(ids), len(ids)))
     return ids
 
 
-def _check_characters(task: TaskConfig, count: int) -> None:
-    if count > CHARACTERS_PER_TOKEN * task.max_length:
+def last_answer(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> list[int]:
+    """The tokens of the last run of a row that is learned: its completion, or the assistant's last turn; never cut."""
+    input_ids, _, learned = _tokens(task, tokenizer, row)
+    end = len(learned) - learned[::-1].index(True)
+    return input_ids[end - sum(takewhile(bool, reversed(learned[:end]))) : end]
+
+
+def _tokens(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> tuple[list[int], int, list[bool]]:
+    """(the tokens of the whole row, how many are the prompt's, which of them are learned)."""
+    prompt, completion = _prompt_and_completion(task, row)
+    input_ids, turns = _ids(task, tokenizer, row, prompt, completion), None
+    if task.supervise == "all" and is_conversational(task, row):
+        arguments = chat_arguments(task, row)
+        turns = assistant_mask(tokenizer, prompt + completion, arguments, input_ids)
+    if turns and message_column(row) and has_generation_marks(tokenizer, arguments):
+        # The marks decide alone, as in TRL: some templates begin an answer otherwise when they are asked for one
+        num_prompt_tokens, learned = [*turns, True].index(True), turns
+    else:
+        before = prompt_ids(task, tokenizer, row)
+        check_prefix(tokenizer, before, input_ids)
+        num_prompt_tokens = len(before)
+        learned = [position >= num_prompt_tokens for position in range(len(input_ids))]
+        if turns and message_column(row):
+            learned = turns
+        elif turns:  # a prompt in a column of its own is not learned, whoever wrote it
+            learned = [turn and completed for turn, completed in zip(turns, learned, strict=True)]
+    learned[0] = False  # nothing stands before the first token, so nothing predicts it
+    if not any(learned):
+        raise FirstTrlError("the completion adds no token to the prompt; fill the row's answer or drop it")
+    return input_ids, num_prompt_tokens, learned
+
+
+def _ids(task: TaskConfig, tokenizer, row: Mapping[str, Any], prompt: Any, completion: Any) -> list[int]:
+    """The tokens of a prompt and its completion, two texts or two lists of messages; or of a prompt alone."""
+    chat = isinstance(prompt, list)
+    texts = [message["content"] for message in prompt + completion] if chat else [prompt, completion]
+    if (count := sum(map(len, texts))) > CHARACTERS_PER_TOKEN * task.max_length:
         raise TooLongError(
             f"the text is {count:,} characters, which task.max_length = {task.max_length} tokens cannot hold; raise "
             "task.max_length, shorten the text, or set task.too_long: drop or cut"
         )
+    if chat:
+        arguments = chat_arguments(task, row)
+        return chat_ids(tokenizer, prompt + completion, arguments, add_generation_prompt=not completion)
+    ids = text_ids(tokenizer, prompt + completion)
+    if completion and task.append_eos and ids[-1] != tokenizer.eos_token_id:
+        ids.append(eos_token_id(tokenizer))
+    return ids
 
 
-def _too_long(task: TaskConfig, tokens: _Tokens) -> str:
-    return (
-        f"the prompt is {tokens.num_prompt_tokens} tokens and the whole example {len(tokens.input_ids)}, so that "
-        f"{task.max_length} tokens (task.max_length, less what cache.write_answers may add) leave nothing to learn or "
-        "to answer; raise task.max_length, shorten the prompt, or set task.too_long: drop or cut"
+def prompt_ids(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> list[int]:
+    """As `encode_prompt`, of any length."""
+    prompt = prompt_of(task, row)
+    if ids := _ids(task, tokenizer, row, prompt, prompt[:0]):
+        return ids
+    raise FirstTrlError(
+        "the prompt is empty and this tokenizer puts nothing in front of it, so that nothing predicts the answer; "
+        "fill the prompt or drop the row"
     )
 
 
-def first_row(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What `check_first_row` needs of the first row of a cache: the columns that its tokens are made from, and these.
-
-    Returns:
-        {"row": ..., "input_ids": ...}, plain data for a manifest.
-    """
+def prompt_of(task: TaskConfig, row: Mapping[str, Any]) -> Any:
+    """The text of a row's prompt, or its messages."""
     if is_conversational(task, row):
-        names = {"messages", "conversations", "prompt", "completion", "tools", "chat_template_kwargs"}
+        return split_messages(row, labelled=False)[0]
+    return render_template(templates_of(task, row)[0], row)
+
+
+def _prompt_and_completion(task: TaskConfig, row: Mapping[str, Any]) -> tuple[Any, Any]:
+    prompt: Any
+    completion: Any
+    if is_conversational(task, row):
+        prompt, completion = split_messages(row)
+        answer, place = completion[-1]["content"], "the assistant's message"
     else:
+        template = templates_of(task, row)[1]
+        prompt, completion = prompt_of(task, row), render_template(template, row)
+        if not completion.strip():
+            raise FirstTrlError(f"the completion {template!r} is empty in this row; fill its answer or drop it")
+        before, after = text_around_field(template)
+        answer, place = completion[len(before) : len(completion) - len(after)], f"the completion {template!r}"
+    if task.choices and answer not in task.choices:
+        remedy = "add it to the choices or drop the row"
+        remedy = "remove the spaces around it" if answer.strip() in task.choices else remedy
+        raise FirstTrlError(f"{place} holds {answer!r}, which is not one of task.choices {task.choices}; {remedy}")
+    return prompt, completion
+
+
+def templates_of(task: TaskConfig, row: Mapping[str, Any]) -> tuple[str, str]:
+    """(template of the prompt, of the completion): those of the task, or the columns of these names."""
+    if task.prompt is not None and task.completion is not None:
+        return task.prompt, task.completion
+    if "prompt" not in row:
+        raise FirstTrlError(
+            "task.prompt and task.completion are not set, and the dataset has neither `messages` nor `prompt`: its "
+            f"columns are {', '.join(map(str, row.keys()))}. Write both templates, or map the columns with `columns`"
+        )
+    return "{prompt}", "{completion}"
+
+
+def _cut_row(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with the longest text of its prompt shortened from its end until all the rest fits, if it can."""
+    cut: dict[str, Any] = dict(row)
+    if is_conversational(task, row):
+        (prompt, completion), column = split_messages(row), message_column(row)
+        cut[column or "prompt"] = prompt + completion if column else prompt
+        holder, key = max(prompt, key=lambda message: len(message["content"])), "content"
+    else:
+        template, answer = templates_of(task, row)
+        columns = {piece.column for piece in parse_template(template) if not piece.indices} - {
+            *template_fields(answer)
+        }
+        texts = [column for column in columns if column and isinstance(row.get(column), str)]
+        if not texts:
+            raise TooLongError(
+                "the row does not fit in task.max_length, and its prompt has no column of text that can be cut; raise "
+                "task.max_length, or set task.too_long: drop"
+            )
+        holder, key = cut, max(texts, key=lambda column: len(row[column]))
+    text = holder[key]
+
+    def is_too_long(kept: int) -> bool:
+        holder[key] = text[:kept].rstrip()
+        try:
+            return len(_tokens(task, tokenizer, cut)[0]) > task.max_length
+        except TooLongError:
+            return True
+
+    longest = min(len(text), CHARACTERS_PER_TOKEN * task.max_length)
+    kept = bisect_left(range(longest + 1), True, key=is_too_long) - 1
+    holder[key] = text[: max(kept, 0)].rstrip()
+    return cut
+
+
+def _too_long(task: TaskConfig, prompt: int, whole: int) -> str:
+    return (
+        f"the prompt is {prompt} tokens, the whole example {whole}, and there is room for {task.max_length} "
+        "(task.max_length, less what cache.write_answers may add); raise task.max_length, shorten the prompt, or set "
+        "task.too_long: drop or cut (which keeps template and answer)"
+    )
+
+
+def encode_row(
+    row: Mapping[str, Any], index: int, task: TaskConfig, tokenizer, place: str = ""
+) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of row `index` of a dataset, as `encode_example` makes them; errors name the row."""
+    try:
+        example = encode_example(task, tokenizer, row)
+    except FirstTrlError as error:
+        raise FirstTrlError(f"{place}{', ' if place else ''}row {index}: {error}") from error
+    return {"input_ids": example["input_ids"], "labels": example["labels"]}
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Tokens that generation would start from: what the tokenizer puts in front, once, and nothing behind."""
+    encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    while ids and added[-1] and not (len(ids) == 1 and ids[0] == tokenizer.bos_token_id):
+        ids.pop(), added.pop()
+    if len(ids) > 1 and added[0] and ids[0] == ids[1]:  # the text itself begins with the token
+        del ids[0]
+    return ids
+
+
+def check_prefix(tokenizer, prompt: list[int], input_ids: list[int]) -> None:
+    """FirstTrlError, with the tokens at fault, unless `input_ids` begins with those of the prompt."""
+    if input_ids[: len(prompt)] == prompt:
+        return
+    at = next(i for i, token in enumerate(prompt) if input_ids[i : i + 1] != [token])
+    alone = tokenizer.convert_ids_to_tokens(prompt[at : at + 3])
+    joint = tokenizer.convert_ids_to_tokens(input_ids[at : at + 3])
+    raise FirstTrlError(
+        f"the prompt ends in the tokens {alone}, which become {joint} once the completion follows, so that the model "
+        "would be trained on tokens it never sees at inference; move the space from the end of the prompt to the "
+        "start of the completion (with a chat template, set what it adds to prompts in task.chat_template_kwargs)"
+    )
+
+
+def eos_token_id(tokenizer) -> int:
+    """The token that ends a completion; FirstTrlError if there is none."""
+    if tokenizer.eos_token_id is None:
+        raise FirstTrlError("the tokenizer has no eos_token; set it, or task.append_eos: false")
+    return tokenizer.eos_token_id
+
+
+# The same prompts for teacher and student
+
+
+def first_row(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> dict[str, Any]:
+    """{"row", "input_ids"}: the columns that a row's tokens are made from, and these, for a cache's manifest."""
+    names = {"messages", "conversations", "prompt", "completion", "tools", "chat_template_kwargs"}
+    if not is_conversational(task, row):
         names = {name for template in templates_of(task, row) for name in template_fields(template)}
     columns = {name: value for name, value in row.items() if name in names}
     return {"row": columns, "input_ids": encode_example(task, tokenizer, row)["input_ids"]}
@@ -244,101 +307,17 @@ def check_first_row(cached: Mapping[str, Any] | None, task: TaskConfig, tokenize
     """
     if not cached:
         raise FirstTrlError(
-            "the cache does not hold its first row, by which a student's prompts are compared with the teacher's; it "
-            "is from an older version: make it again with `first-trl cache`"
+            "the cache is from an older version and lacks its first row, by which a student's prompts are compared "
+            "with the teacher's; make it again with `first-trl cache`"
         )
     ours, theirs = encode_example(task, tokenizer, cached["row"])["input_ids"], cached["input_ids"]
     if ours == theirs:
         return
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    start = max(at - 8, 0)
+    at = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False)))
+    shown = slice(max(at - 8, 0), at + 12)
     raise FirstTrlError(
-        "the student's tokenizer or chat template makes another prompt than the teacher saw. From token "
-        f"{start} on, the first row of the cache is {tokenizer.decode(theirs[start : at + 12])!r}, and the student's "
-        f"is {tokenizer.decode(ours[start : at + 12])!r}. Give the student the teacher's chat template and special "
-        "tokens (tokenizer.json, tokenizer_config.json, chat_template.jinja), or the arguments of the template in "
+        "the student's tokenizer or chat template makes another prompt than the teacher saw: the first row of the "
+        f"cache has {tokenizer.decode(theirs[shown])!r}, the student's {tokenizer.decode(ours[shown])!r}. Give the "
+        "student the teacher's chat template and special tokens, or the template's arguments in "
         "task.chat_template_kwargs"
     )
-
-
-def with_end(task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", input_ids: list[int]) -> list[int]:
-    """The tokens of a completion, ended by the end of sequence where the task asks for it and it is not there."""
-    if task.append_eos and input_ids[-1] != eos_token_id(tokenizer):
-        return [*input_ids, eos_token_id(tokenizer)]
-    return input_ids
-
-
-def templates_of(task: TaskConfig, row: Mapping[str, Any] | None) -> tuple[str, str]:
-    if task.prompt is not None and task.completion is not None:
-        return task.prompt, task.completion
-    if row is not None and "prompt" not in row:
-        raise FirstTrlError(
-            "task.prompt and task.completion are not set, and the dataset has neither `messages` nor `prompt`: its "
-            f"columns are {', '.join(map(str, row.keys()))}. Write both templates, or map the columns with `columns`"
-        )
-    return "{prompt}", "{completion}"
-
-
-def _render_pair(task: TaskConfig, row: Mapping[str, Any]) -> tuple[str, str]:
-    prompt_template, completion_template = templates_of(task, row)
-    prompt, completion = render_template(prompt_template, row), render_template(completion_template, row)
-    if task.choices:
-        before, after = text_around_field(completion_template)
-        answer = completion[len(before) : len(completion) - len(after)]
-        _check_answer(task, answer, f"the column {template_fields(completion_template)[0]!r}")
-    if not completion.strip():
-        raise FirstTrlError(f"the completion {completion_template!r} is empty in this row; fill its answer or drop it")
-    return prompt, completion
-
-
-def _check_answer(task: TaskConfig, answer: str, place: str) -> None:
-    if not task.choices or answer in task.choices:
-        return
-    hint = "remove the spaces around it" if answer.strip() in task.choices else "add it to the choices or drop the row"
-    raise FirstTrlError(f"{place} holds {answer!r}, which is not one of task.choices {task.choices}; {hint}")
-
-
-def encode_row(
-    row: Mapping[str, Any], index: int, task: TaskConfig, tokenizer, place: str = ""
-) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of row `index` of a dataset, as `encode_example` makes them; errors name the row."""
-    try:
-        example = encode_example(task, tokenizer, row)
-    except ValueError as error:
-        raise FirstTrlError(f"{place}{', ' if place else ''}row {index}: {error}") from error
-    return {"input_ids": example["input_ids"], "labels": example["labels"]}
-
-
-def text_ids(tokenizer, text: str) -> list[int]:
-    """Tokens that generation would start from: what the tokenizer puts in front, once, and nothing behind."""
-    encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
-    ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
-    while ids and added[-1] and not (len(ids) == 1 and ids[0] == tokenizer.bos_token_id):
-        ids.pop(), added.pop()
-    if len(ids) > 1 and added[0] and ids[0] == ids[1]:  # the text itself begins with the token
-        del ids[0]
-    return ids
-
-
-def check_prefix(tokenizer, prompt_ids: list[int], input_ids: list[int]) -> None:
-    """ValueError, with the tokens at fault, unless `input_ids` begins with `prompt_ids`."""
-    if input_ids[: len(prompt_ids)] == prompt_ids:
-        return
-    at = next(i for i, token in enumerate(prompt_ids) if input_ids[i : i + 1] != [token])
-    alone = tokenizer.convert_ids_to_tokens(prompt_ids[at : at + 3])
-    joint = tokenizer.convert_ids_to_tokens(input_ids[at : at + 3])
-    raise FirstTrlError(
-        f"the prompt ends in the tokens {alone}, which become {joint} once the completion follows, so that the model "
-        "would be trained on tokens it never sees at inference; move the space from the end of the prompt to the "
-        "start of the completion (with a chat template, set what it adds to prompts in task.chat_template_kwargs)"
-    )
-
-
-def eos_token_id(tokenizer) -> int:
-    """The token that ends a completion; ValueError if there is none."""
-    if tokenizer.eos_token_id is None:
-        raise FirstTrlError(
-            "task.append_eos is true and the tokenizer has no end-of-sequence token; set its eos_token, or "
-            "task.append_eos: false"
-        )
-    return tokenizer.eos_token_id

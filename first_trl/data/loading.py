@@ -1,8 +1,6 @@
-"""Load a split of a dataset and tokenise it; why a source could not be loaded, in plain words, and the remedy.
+"""Where a split comes from, what identifies its content, and its rows as they are; what cannot be read is refused.
 
-`datasets` reports a broken file, a missing split and an unreachable Hub in its own terms, several exceptions deep.
-`explain_load_error` reads those exceptions and the local files, and finds the line at fault. How one row is encoded is
-`first_trl.data.encoding`.
+How one row is encoded is `first_trl.data.encoding`; which rows are used, `first_trl.data.rows`.
 """
 
 import csv
@@ -12,17 +10,21 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..constants import BUILDERS, HUB_ID
 from ..errors import FirstTrlError
-from ..files import file_digest
+from ..failures import causes
+from ..files import Digests
 from ..settings import DatasetConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_DIGESTS = Digests()
 
 
 def looks_local(path: str) -> bool:
@@ -30,40 +32,40 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or os.path.exists(path)
 
 
+def _named_files(config: DatasetConfig) -> list[str]:
+    return [config.data_files] if isinstance(config.data_files, str) else config.data_files or []
+
+
 def source_problem(config: DatasetConfig) -> tuple[str, str, str] | None:
     """(setting, what is wrong, the remedy) of where a split comes from, as far as this machine tells; else None."""
-    path, key = config.path, "path" if config.data_files is None else "data_files"
-    files = [config.data_files] if isinstance(config.data_files, str) else config.data_files or []
+    path, files = config.path, _named_files(config)
+    key = "data_files" if files else "path"
     if path in BUILDERS.values() and not files:
-        return "path", "it reads files, and none is given", "write data_files: path/to/the/file"
+        return key, "it reads files, and none is given", "write data_files: path/to/the/file"
     if any(re.match(r"/[^/]*[*?\[]", file) for file in files):
         return key, "it looks through the whole disk", "name the folder that holds the data"
     in_files = path in BUILDERS.values() or Path(path).suffix in BUILDERS
     if "://" in path or any("://" in file for file in files) or not (in_files or looks_local(path)):
         remedy = "write owner/name, a folder, a file, or json with data_files"
         on_hub = "://" in path or in_files or HUB_ID.fullmatch(path)
-        return None if on_hub else ("path", "it is neither a folder nor the id of a dataset on the Hub", remedy)
+        return None if on_hub else (key, "it is neither a folder nor the id of a dataset on the Hub", remedy)
     each: list[str | None] = [*files] or [None]
-    for file in each:
-        if not local_files(config.model_copy(update={"data_files": file})):
-            remedy = "give an existing one, from the current directory; ~ is written ${HOME}"
-            return key, f"there is no such {'file' if files or in_files else 'folder'}", remedy
+    if not all(local_files(config.model_copy(update={"data_files": file})) for file in each):
+        remedy = "give an existing one, from the current directory; ~ is written ${HOME}"
+        return key, f"there is no such {'file' if files or in_files else 'folder'}", remedy
     return None
 
 
 def local_files(config: DatasetConfig) -> list[Path]:
     """The files on this machine that a source reads, patterns and folders resolved; none for a source on the Hub."""
-    path, named = Path(config.path), config.data_files
-    if named is None and path.is_dir():
+    path, patterns = Path(config.path), _named_files(config)
+    if path.is_dir() and not patterns:
         inside = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
         return [path / file for file in inside if not any(part[0] in "._" for part in file.parts)]
-    if named is None:
-        return [path] if path.is_file() else []
     base = path if path.is_dir() else Path()
-    patterns = [named] if isinstance(named, str) else named
     # Each pattern in the order of the recipe, which is that of the rows
-    found = [Path(name) for pattern in patterns for name in sorted(glob.glob(str(base / pattern), recursive=True))]
-    return [file for file in dict.fromkeys(found) if file.is_file()]
+    found = [Path(name) for each in patterns for name in sorted(glob.glob(str(base / each), recursive=True))]
+    return [file for file in dict.fromkeys(found if patterns else [path]) if file.is_file()]
 
 
 def source_identity(config: DatasetConfig, role: str) -> dict[str, Any]:
@@ -72,11 +74,10 @@ def source_identity(config: DatasetConfig, role: str) -> dict[str, Any]:
     `files_sha256` is over the names and the contents of the local files, `commit` as `source_commit`.
     """
     files = local_files(config)
-    named = [config.data_files] if isinstance(config.data_files, str) else config.data_files or []
     return {
         "path": Path(config.path).name if Path(config.path).exists() else config.path,
         "name": config.name,
-        "files": [Path(name).name for name in named],
+        "files": [Path(name).name for name in _named_files(config)],
         "files_sha256": content_digest(files) if files else None,
         "split": config.split,
         "revision": config.revision,
@@ -90,18 +91,8 @@ def source_identity(config: DatasetConfig, role: str) -> dict[str, Any]:
 
 def content_digest(files: list[Path]) -> str:
     """SHA-256 over the names and contents of files, in hexadecimal."""
-    digests = [[file.name, _file_digest(str(file), *_size_and_time(file))] for file in files]
+    digests = [[file.name, _DIGESTS.of(file)] for file in files]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-
-
-def _size_and_time(file: Path) -> tuple[int, int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns  # a file's ctime cannot be set back
-
-
-@lru_cache(maxsize=4096)
-def _file_digest(path: str, *size_and_times: int) -> str:
-    return file_digest(path)
 
 
 @lru_cache(maxsize=64)
@@ -146,67 +137,63 @@ def load_split(config: DatasetConfig, role: str, *, streaming: bool = False) -> 
     """
     import datasets
 
+    place = f"datasets.{role}"
+    if problem := source_problem(config):
+        key, what, remedy = problem
+        raise FirstTrlError(f"{place}.{key} = {getattr(config, key)!r}: {what}; {remedy}")
     if streaming:
-        _refuse_other_rows(config, role)
-    files = local_files(config)
-    path, data_files = _source(config, role, files)
-    split = config.split or (role if data_files is None else "train")
-    options: dict[str, Any] = {"revision": config.revision}
+        _refuse_other_rows(config, place)
+    files, path = local_files(config), config.path
+    data_files: list[str] | None = _named_files(config) or None
+    options: dict[str, Any] = {}
     if files:
         # `datasets` knows a file by its path and time, which archives and images set to one value
-        folder = Path(datasets.config.HF_DATASETS_CACHE) / "first_trl" / content_digest(files)[:32]
-        options = {"cache_dir": str(folder)}
+        options = {
+            "cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / "first_trl" / content_digest(files)[:32])
+        }
+        if data_files or not Path(path).is_dir():
+            path, data_files = _builder(config, files, place), [str(file) for file in files]
+        if all(file.suffix == ".csv" for file in files):
+            options |= _csv_options(files, place)
     elif path not in BUILDERS.values():
         options = {"revision": source_commit(config) or config.revision}
+    split = config.split or (role if data_files is None else "train")
     try:
-        options |= _csv_options(files, f"datasets.{role}")
         dataset = datasets.load_dataset(
             path, name=config.name, data_files=data_files, split=split, streaming=streaming, **options
         )
-    except FirstTrlError:
-        raise
     except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        reason = explain_load_error(error, path, split, data_files, files)
-        raise FirstTrlError(f"datasets.{role}: {config.path!r} cannot be loaded: {reason}") from error
-    dataset = _name_class_labels(_rename_columns(dataset, config, role))
+        raise FirstTrlError(f"{place}: {config.path!r} cannot be loaded: {_load_problem(error, files)}") from error
+    dataset = _name_class_labels(_rename_columns(dataset, config, place))
     if config.shuffle_seed is not None:
         dataset = dataset.shuffle(seed=config.shuffle_seed)
     if streaming:
         return dataset if config.max_rows is None else dataset.take(config.max_rows)
     if len(dataset) == 0:
-        raise FirstTrlError(f"datasets.{role}: {config.path!r}, split {split!r} has no rows; choose another one")
+        raise FirstTrlError(f"{place}: {config.path!r}, split {split!r} has no rows; choose another one")
     return dataset if config.max_rows is None else dataset.select(range(min(config.max_rows, len(dataset))))
 
 
-def _refuse_other_rows(config: DatasetConfig, role: str) -> None:
+def _refuse_other_rows(config: DatasetConfig, place: str) -> None:
     """A stream is shuffled in a buffer and cannot be sliced: the cache would hold other rows than the other stages."""
-    for key, value in (("shuffle_seed", config.shuffle_seed), ("split", config.split)):
-        if value is not None and (key == "shuffle_seed" or "[" in str(value)):
+    for key, wrong in (("shuffle_seed", config.shuffle_seed is not None), ("split", "[" in (config.split or ""))):
+        if wrong:
             raise FirstTrlError(
-                f"datasets.{role}.{key} is {value!r}, with which cache.streaming reads other rows than the other "
-                f"stages; set cache.streaming: false, or remove {key} (max_rows alone gives the same rows either way)"
+                f"{place}.{key} = {getattr(config, key)!r}: with it cache.streaming reads other rows than the other "
+                f"stages; set cache.streaming: false, or remove {key}"
             )
 
 
-def _source(config: DatasetConfig, role: str, files: list[Path]) -> tuple[str, list[str] | None]:
-    """(path, data_files) for `datasets.load_dataset`; local files are named one by one, as they were resolved."""
-    named = [config.data_files] if isinstance(config.data_files, str) else config.data_files
-    if named is None and config.path in BUILDERS.values():
-        raise FirstTrlError(f"datasets.{role}: path {config.path!r} reads files, and none is named; set data_files")
-    if named is None and Path(config.path).is_dir():
-        return config.path, None
-    if named is None:
-        builder = BUILDERS.get(Path(config.path).suffix)
-        return (builder, [config.path]) if builder else (config.path, None)
-    if not files:
-        return config.path, named
-    kinds = {BUILDERS.get(file.suffix, "") for file in files} if Path(config.path).is_dir() else {config.path}
-    if len(kinds) > 1 or "" in kinds:
+def _builder(config: DatasetConfig, files: list[Path], place: str) -> str:
+    """The builder of `datasets` that reads these files."""
+    if config.path in BUILDERS.values():
+        return config.path
+    kinds = {file.suffix for file in files}
+    if len(kinds) > 1 or not kinds <= BUILDERS.keys():
         raise FirstTrlError(
-            f"datasets.{role}.data_files: {', '.join(named)} stands for files of several kinds "
-            f"({', '.join(sorted({file.suffix for file in files}))}); name files of one kind: {', '.join(BUILDERS)}"
+            f"{place}: {config.path!r} has files of {', '.join(sorted(kinds))}; name one kind: {', '.join(BUILDERS)}"
         )
-    return kinds.pop(), [str(file) for file in files]
+    return BUILDERS[kinds.pop()]
 
 
 def _csv_options(files: list[Path], place: str) -> dict[str, Any]:
@@ -218,39 +205,32 @@ def _csv_options(files: list[Path], place: str) -> dict[str, Any]:
     """
     import datasets
 
-    if not files or any(file.suffix != ".csv" for file in files):
-        return {}
     csv.field_size_limit(2**31 - 1)
-    columns: list[str] | None = None
+    columns: list[str] = []
     for file in files:
         with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
             reader = csv.reader(lines)
             header = next(reader, [])
-            if doubled := [name for number, name in enumerate(header) if name in header[:number]]:
-                raise FirstTrlError(f"{place}: {file} names the column {doubled[0]!r} twice; rename one of them")
-            if columns is not None and header != columns:
+            columns = columns or header
+            if len(set(header)) < len(header) or header != columns:
                 raise FirstTrlError(
-                    f"{place}: {file} has the columns {header}, {files[0]} has {columns}; make them equal"
+                    f"{place}: {file} has the columns {header}; name each once, and alike in all files"
                 )
-            columns = header
             for row in reader:
                 if row and len(row) != len(header):
                     raise FirstTrlError(
                         f"{place}: {file}, line {reader.line_num}: {len(row)} cells where the header has "
                         f"{len(header)}; quote the cells that hold a comma, or delete that line"
                     )
-    features = datasets.Features({name: datasets.Value("string") for name in columns or []})
+    features = datasets.Features({name: datasets.Value("string") for name in columns})
     return {"features": features, "keep_default_na": False, "na_values": [""]} if columns else {}
 
 
-def _rename_columns(dataset: "Dataset", config: DatasetConfig, role: str) -> "Dataset":
+def _rename_columns(dataset: "Dataset", config: DatasetConfig, place: str) -> "Dataset":
     renames = {column: name for name, column in (config.columns or {}).items()}
     present = dataset.column_names or []
-    missing = [column for column in renames if column not in present]
-    if missing:
-        raise FirstTrlError(
-            f"datasets.{role}.columns: {config.path!r} has no column {missing[0]!r}; choose among {', '.join(present)}"
-        )
+    if missing := [column for column in renames if column not in present]:
+        raise FirstTrlError(f"{place}.columns: there is no column {missing[0]!r}; choose among {', '.join(present)}")
     replaced = [name for name in renames.values() if name in present and name not in renames]
     return dataset.remove_columns(replaced).rename_columns(renames) if renames else dataset
 
@@ -274,117 +254,49 @@ def _class_names(batch: dict[str, list], names: dict[str, list[str]]) -> dict[st
     }
 
 
-# Why a source could not be loaded
-
-
-def explain_load_error(
-    error: Exception, path: str, split: str, data_files: list[str] | None, files: list[Path]
-) -> str:
-    """What is wrong with this source, and the remedy. `path` and `data_files` as `datasets.load_dataset` got them."""
-    chain = _causes(error)
-    full = [e for e in chain if isinstance(e, OSError) and e.errno == errno.ENOSPC]
-    if full:
-        return f"no space left on the disk while preparing it ({full[0]}); free some, or point HF_HOME at another disk"
-    if path not in BUILDERS.values() and not Path(path).exists():
-        return _explain_hub_error(error, chain, path)
-    if not files:
-        asked = ", ".join(data_files) if data_files else f"data files in the folder {path}"
-        return f"there is no {asked} (looked from {Path.cwd().name}/); correct data_files, relative to where you run"
+def _load_problem(error: Exception, files: list[Path]) -> str:
+    """What is wrong with a source that `datasets` cannot load, and the remedy."""
     for file in files:
-        problem = file_problem(file)
-        if problem:
+        if problem := _file_problem(file):
             return problem
-    names = ", ".join(map(str, files[:3]))
+    chain = causes(error)
+    text = " ".join(f"{error}{f' ({chain[-1]})' * (len(chain) > 1)}".split())
+    if any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain):
+        return f"{text}; free some space, or point HF_HOME at another disk"
+    if files:
+        return f"{text}; correct `split`, `name` or the data in {files[0]}"
     return (
-        _explain_text(str(error), split) or f"{' '.join(str(chain[-1]).split())} (read from {names}); correct the data"
+        f"{text}; check the spelling, `name` and `split`, and the network (HF_HUB_OFFLINE, HF_ENDPOINT); of a gated "
+        "dataset accept the terms on its page, and run `hf auth login`"
     )
 
 
-def file_problem(file: Path) -> str | None:
+def _file_problem(file: Path) -> str | None:
     """What is wrong with one file: nothing in it, or the first line of JSON that does not parse; None if it reads."""
     if file.stat().st_size == 0:
-        return f"the file {file} is empty; write the data again"
-    if file.suffix == ".jsonl" or (file.suffix == ".json" and not _is_one_document(file)):
-        return _json_lines_problem(file)
-    return None
-
-
-def _is_one_document(file: Path) -> bool:
-    try:
-        json.loads(file.read_bytes())
-    except ValueError:
-        return False
-    return True
-
-
-def _json_lines_problem(file: Path) -> str | None:
+        return f"{file} is empty; write the data again"
+    if file.suffix not in (".jsonl", ".json") or (file.suffix == ".json" and _json_problem(file.read_bytes()) is None):
+        return None
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place, start = f"{file}, line {number}", line[:60].decode("utf-8", "replace").rstrip()
-            try:
-                row = json.loads(line, object_pairs_hook=_once_each)
-                json.dumps(row, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:  # half of a \\ud83d\\ude00 pair
-                return (
-                    f"{place} holds {error.object[error.start]!r}, half of a character: {start!r}; correct that text"
-                )
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
-                return f"{place} is not valid JSON ({error}): {start!r}; correct or delete that line"
-            if not isinstance(row, dict):
-                return f"{place} is not a JSON object: {start!r}; write one {{...}} per line"
+            if line.strip() and (problem := _json_problem(line, dict)):
+                start = line[:60].decode("utf-8", "replace").rstrip()
+                return f"{file}, line {number} {problem}: {start!r}; write one {{...}} per line"
     return None
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if doubled := [name for number, name in enumerate(names) if name in names[:number]]:
-        raise FirstTrlError(f"the key {doubled[0]!r} stands twice")
-    return dict(pairs)
+def _json_problem(text: bytes, kind: type = object) -> str | None:
+    def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for name, count in Counter(name for name, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"the key {name!r} stands twice")
+        return dict(pairs)
 
-
-def _explain_hub_error(error: Exception, chain: list[BaseException], path: str) -> str:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
-
-    local = f"If {path!r} is meant as a local folder or file, it does not exist (paths start where you run this)"
-    if any(isinstance(e, GatedRepoError) for e in chain) or "gated dataset" in str(error):
-        page = f"{constants.ENDPOINT}/datasets/{path}"
-        return f"it is gated; accept its terms at {page}, then run `hf auth login` with an account that may read it"
-    if any(isinstance(e, OfflineModeIsEnabled) for e in chain) or constants.HF_HUB_OFFLINE:
-        return (
-            "it is not among the downloaded datasets and HF_HUB_OFFLINE is set; unset HF_HUB_OFFLINE, or download it "
-            f"first where there is a network. {local}"
-        )
-    codes = [e.response.status_code for e in chain if isinstance(e, HfHubHTTPError) and e.response is not None]
-    if 401 in codes or 403 in codes or isinstance(error, FileNotFoundError):
-        return (
-            f"{str(error).rstrip('.')}; check the spelling and the revision, and run `hf auth login` if the dataset "
-            f"is private. {local}"
-        )
-    if isinstance(error, ConnectionError) or codes:
-        return f"the Hub cannot be reached ({error}); check the network, or HF_ENDPOINT if it is set. {local}"
-    return _explain_text(str(error), "") or f"{chain[-1]}. {local}"
-
-
-def _explain_text(text: str, split: str) -> str | None:
-    """Errors that `datasets` tells apart by their text alone; the text names what is available."""
-    if text.startswith("Unknown split"):
-        return f"it has no split {split!r}. {text.partition('. ')[2]} Set `split`"
-    if text.startswith("Unrecognized instruction format"):
-        return f"the split {split!r} cannot be read; write a name or a slice such as train[:90%]"
-    if text.endswith("corresponds to no data!"):
-        return f"the split {split!r} has no rows; choose another one"
-    if text.startswith("BuilderConfig") or "Config name is missing" in text:
-        return f"{' '.join(text.split())} Set `name` to one of them"
-    if "Dataset scripts are no longer supported" in text:
-        return "it needs code of its own to be run, which is refused; use a copy of it stored as parquet, json or csv"
-    return None
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    return chain
+    try:
+        row = json.loads(text, object_pairs_hook=once_each)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # half of a \\ud83d\\ude00 pair
+        return f"holds {error.object[error.start]!r}, half of a character"
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
+        return f"is not valid JSON ({error})"
+    return None if isinstance(row, kind) else "is not a JSON object"

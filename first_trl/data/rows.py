@@ -21,7 +21,7 @@ from ..constants import IGNORED
 from ..errors import FirstTrlError
 from ..files import file_digest
 from ..settings import DatasetConfig, TaskConfig, WriteAnswers
-from .choices import room_to_write, with_placeholder_answers, with_stand_in
+from .choices import choices_of, has_answer, room_to_write, with_answer, with_stand_in
 from .encoding import TooLongError, encode_example
 from .loading import load_split
 
@@ -64,19 +64,16 @@ def load_rows(
         FirstTrlError: as `load_split` and `usable_rows`; or rows of a stream are to be dropped.
     """
     place = place or f"datasets.{role}"
+    policies = {f"{place}.bad_rows": config.bad_rows, "task.too_long": task.too_long}
+    if streaming and (key := next((key for key, policy in policies.items() if policy == "drop"), None)):
+        raise FirstTrlError(f"{key}: drop counts the rows before they are read; set cache.streaming: false, or refuse")
     rows = load_split(config, role, streaming=streaming)
     if write and place == "datasets.transfer":
         rows, task = rows.map(partial(with_stand_in, task=task)), room_to_write(task, write)
-    if not streaming:
-        labelled = place != "datasets.transfer"
-        return usable_rows(rows, task, tokenizer, place=place, bad_rows=config.bad_rows, labelled=labelled)
-    if "drop" in (config.bad_rows, task.too_long):
-        key = f"{place}.bad_rows" if config.bad_rows == "drop" else "task.too_long"
-        raise FirstTrlError(
-            f"{key} is 'drop', and rows of a stream are not counted before they are read; set cache.streaming: false, "
-            f"or {key}: refuse"
-        )
-    return UsableRows(rows, None, {})
+    if streaming:
+        return UsableRows(rows, None, {})
+    labelled = place != "datasets.transfer"
+    return usable_rows(rows, task, tokenizer, place=place, bad_rows=config.bad_rows, labelled=labelled)
 
 
 def usable_rows(
@@ -103,13 +100,11 @@ def usable_rows(
         others = f" (and {len(refused) - 1:,} more of {len(encoded):,} rows cannot be used)" * (len(refused) > 1)
         name = f"{place}{', ' if place else ''}row {refused[0]}"
         raise FirstTrlError(f"{name}: {encoded[refused[0]]['problem']}{others}")
-    tokenized = encoded.select_columns(["input_ids", "labels"])
-    if not lost["dropped"]:
-        return UsableRows(dataset, tokenized, lost)
     kept = [number for number, reason in enumerate(encoded.data.column("reason").to_pylist()) if not reason]
     if not kept:
         raise FirstTrlError(f"{place}: every row is dropped, the first because {encoded[0]['problem']}")
-    return UsableRows(dataset.select(kept), tokenized.select(kept), lost)
+    used = UsableRows(dataset, encoded.select_columns(["input_ids", "labels"]), lost)
+    return used if len(kept) == len(dataset) else _selected(used, kept, lost["dropped"])
 
 
 def encode_rows(
@@ -131,30 +126,32 @@ def encode_rows(
     """
     import datasets
 
-    answered = dataset if labelled else with_placeholder_answers(dataset, task)
+    stand_in = None if labelled or has_answer(task, dataset[0]) else choices_of(task, place)[0]
     features = {name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "labels")}
     features |= {name: datasets.Value("string") for name in ("cut", "reason", "problem")}
     # Named here, because a tokenizer's own hash changes when it is used, and the cache would never be found again.
-    parts = [answered._fingerprint, dict(task), tokenizer_state(tokenizer), _code_of_tokens()]
-    return answered.map(
-        partial(_encode_batch, task=task, tokenizer=tokenizer),
+    parts = [dataset._fingerprint, dict(task), stand_in, tokenizer_state(tokenizer), _code_of_tokens()]
+    return dataset.map(
+        partial(_encode_batch, task=task, tokenizer=tokenizer, stand_in=stand_in),
         batched=True,
-        remove_columns=answered.column_names,
+        remove_columns=dataset.column_names,
         features=datasets.Features(features),
-        num_proc=min(os.cpu_count() or 1, 8) if len(answered) >= 20_000 else None,
+        num_proc=min(os.cpu_count() or 1, 8) if len(dataset) >= 20_000 else None,
         new_fingerprint=datasets.fingerprint.Hasher.hash(parts),
         desc=f"Encoding {place}".strip(),
     )
 
 
-def _encode_batch(batch: dict[str, list], task: TaskConfig, tokenizer) -> dict[str, list]:
+def _encode_batch(batch: dict[str, list], task: TaskConfig, tokenizer, stand_in: str | None) -> dict[str, list]:
     found: dict[str, list] = {name: [] for name in ("input_ids", "labels", "cut", "reason", "problem")}
     for values in zip(*batch.values(), strict=True):
+        row = dict(zip(batch, values, strict=True))
         try:
-            example: dict = {**encode_example(task, tokenizer, dict(zip(batch, values, strict=True)))}
+            answered = row if stand_in is None else with_answer(row, task, stand_in)
+            example: dict = {**encode_example(task, tokenizer, answered)}
         except FirstTrlError as error:
             reason = "too_long" if isinstance(error, TooLongError) else "bad"
-            example = {"input_ids": [], "labels": [], "cut": "", "reason": reason, "problem": str(error)}
+            example = {"input_ids": [], "labels": [], "reason": reason, "problem": str(error)}
         for name, column in found.items():
             column.append(example.get(name, ""))
     return found
@@ -162,12 +159,12 @@ def _encode_batch(batch: dict[str, list], task: TaskConfig, tokenizer) -> dict[s
 
 def lost_rows(encoded: "Dataset", task: TaskConfig, bad_rows: str) -> tuple[list[int], dict[str, Any]]:
     """Of what `encode_rows` returned: (numbers of the rows to refuse, `lost` as in [`UsableRows`])."""
-    reasons = encoded.data.column("reason").to_pylist()
+    reasons, cuts = (encoded.data.column(name).to_pylist() for name in ("reason", "cut"))
     dropped = {reason for reason, policy in (("too_long", task.too_long), ("bad", bad_rows)) if policy == "drop"}
     lost = {
         "rows": len(reasons),
         "dropped": dict(Counter(reason for reason in reasons if reason in dropped)),
-        "cut": dict(Counter(cut for cut in encoded.data.column("cut").to_pylist() if cut)),
+        "cut": dict(Counter(filter(None, cuts))),
     }
     return [number for number, reason in enumerate(reasons) if reason and reason not in dropped], lost
 
@@ -186,7 +183,10 @@ def learned_tokens(encoded: "Dataset") -> tuple[np.ndarray, np.ndarray, np.ndarr
 def without_shared(used: UsableRows, shared: Collection[int]) -> UsableRows:
     """A test set without the rows of these numbers, which models were fitted on; they are counted."""
     kept = [number for number in range(len(used.rows)) if number not in shared]
-    dropped = {**used.lost["dropped"], "overlap": len(used.rows) - len(kept)}
+    return _selected(used, kept, {**used.lost["dropped"], "overlap": len(used.rows) - len(kept)})
+
+
+def _selected(used: UsableRows, kept: list[int], dropped: dict[str, int]) -> UsableRows:
     assert used.tokenized is not None
     return UsableRows(used.rows.select(kept), used.tokenized.select(kept), {**used.lost, "dropped": dropped})
 
@@ -254,11 +254,11 @@ def _prompt_rows(dataset: "Dataset") -> dict[bytes, list[int]]:
     """Digest of a prompt's tokens -> the rows that have it, in order."""
     ids = dataset.with_format("arrow")[:].column("input_ids").combine_chunks()
     flat, lengths_N = ids.flatten().to_numpy(), ids.value_lengths().to_numpy()
-    starts_N = np.cumsum(lengths_N) - lengths_N
+    start_N = np.cumsum(lengths_N) - lengths_N
     row_M, position_M, _ = learned_tokens(dataset)
-    numbers, first = np.unique(row_M, return_index=True)
+    number_R, first_R = np.unique(row_M, return_index=True)
     rows: dict[bytes, list[int]] = {}
-    for number, length in zip(numbers.tolist(), position_M[first].tolist(), strict=True):
-        prompt = flat[starts_N[number] : starts_N[number] + length]
+    for number, start, length in zip(number_R.tolist(), start_N[number_R], position_M[first_R], strict=True):
+        prompt = flat[start : start + length]
         rows.setdefault(hashlib.blake2b(prompt.tobytes(), digest_size=16).digest(), []).append(number)
     return rows
