@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING, Any
 from ..constants import BUILDERS, HUB_ID
 from ..errors import FirstTrlError
 from ..failures import causes
-from ..files import Digests
+from ..files import file_digest
 from ..settings import DatasetConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_DIGESTS = Digests()
 
 
 def looks_local(path: str) -> bool:
@@ -91,8 +89,15 @@ def source_identity(config: DatasetConfig, role: str) -> dict[str, Any]:
 
 def content_digest(files: list[Path]) -> str:
     """SHA-256 over the names and contents of files, in hexadecimal."""
-    digests = [[file.name, _DIGESTS.of(file)] for file in files]
+    # A ctime cannot be set back, so that other content under the same size and time is noticed
+    found = ((file, file.stat()) for file in files)
+    digests = [[file.name, _digest(file, at.st_size, at.st_mtime_ns, at.st_ctime_ns)] for file, at in found]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _digest(file: Path, *state: int) -> str:
+    return file_digest(file)
 
 
 @lru_cache(maxsize=64)
