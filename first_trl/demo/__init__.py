@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 
 RECIPE = Path(__file__).parent / "demo.yaml"
@@ -29,18 +28,13 @@ def prepare_demo(output_dir: str | Path, seed: int = 0) -> Path:
     stamp = folder / "made_from.json"
     if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == made_from:
         return RECIPE
-    started = time.monotonic()
-    _say("writing the help-desk tickets and pre-training two tiny models on unlabelled ones")
-    if folder.exists():
-        shutil.rmtree(folder)
+    print(
+        f"[first-trl] demo: writing tickets and pre-training two tiny models in {folder}", file=sys.stderr, flush=True
+    )
+    shutil.rmtree(folder, ignore_errors=True)
     from .models import write_models
     from .task import write_task
 
     write_models(folder / "models", seed, seen=write_task(folder / "data", seed))
     stamp.write_text(json.dumps(made_from), encoding="utf-8")  # last: without it the folder is incomplete
-    _say(f"wrote {folder} in {time.monotonic() - started:.0f} s")
     return RECIPE
-
-
-def _say(line: str) -> None:
-    print(f"[first-trl] demo: {line}", file=sys.stderr, flush=True)

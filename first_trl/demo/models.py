@@ -3,12 +3,9 @@
 They stand where downloaded base models stand in a real recipe. Pre-training is plain next-token prediction on texts
 that are in no other split, each followed by the form of an answer with a team drawn at random: the models learn the
 language of tickets and that one of four words ends them, and nothing about which team a ticket belongs to.
-
-Nothing here is meant for other use: for a real model, start from the Hub.
 """
 
 import random
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,27 +16,13 @@ from .task import STYLES, TEAMS, tickets
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 PROMPT = "Ticket: {text}\nTeam:"  # the recipe's `task.prompt`
-BATCH_SIZE = 32
+LAYERS = {"teacher": 3, "student": 2}
+HIDDEN_SIZE = 128  # a multiple of 64, the block of NF4
+STEPS, BATCH_SIZE, LEARNING_RATE = 300, 32, 3e-3
 
 
-@dataclass(frozen=True)
-class BaseModel:
-    """Size and training budget of one base model. `hidden_size` is a multiple of 64, the block of NF4."""
-
-    hidden_size: int
-    num_layers: int
-    steps: int
-    learning_rate: float = 3e-3
-
-
-BASES = {
-    "teacher": BaseModel(hidden_size=128, num_layers=3, steps=300),
-    "student": BaseModel(hidden_size=128, num_layers=2, steps=300),
-}
-
-
-def write_models(folder: Path, seed: int, seen: set[str], bases: dict[str, BaseModel] = BASES) -> None:
-    """Pre-trains each of `bases` and saves it with the shared tokenizer to `folder`/name.
+def write_models(folder: Path, seed: int, seen: set[str], steps: int = STEPS) -> None:
+    """Pre-trains the models of `LAYERS` and saves each with the shared tokenizer to `folder`/name.
 
     `seen`: texts of the other splits, which pre-training leaves out. The same seed gives the same weights on the same
     machine and number of threads.
@@ -47,9 +30,9 @@ def write_models(folder: Path, seed: int, seen: set[str], bases: dict[str, BaseM
     texts = unlabelled_texts(12_000, seed, seen)
     tokenizer = build_tokenizer(texts)
     documents = tokenizer(texts)["input_ids"]
-    for name, base in bases.items():
-        model = build_model(base, tokenizer, seed)
-        pretrain(model, base, documents, seed)
+    for name, layers in LAYERS.items():
+        model = build_model(layers, tokenizer, seed)
+        pretrain(model, documents, seed, steps)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
@@ -67,11 +50,9 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        special_tokens=[EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=1024, special_tokens=[EOS, PAD], initial_alphabet=letters, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -79,19 +60,18 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(base: BaseModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """An untrained model; its weights depend on `base`, the vocabulary and `seed` alone."""
+def build_model(layers: int, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """An untrained model."""
     set_seed(seed)
-    heads = base.hidden_size // 32
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=base.hidden_size,
-        intermediate_size=2 * base.hidden_size,
-        num_hidden_layers=base.num_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=2 * HIDDEN_SIZE,
+        num_hidden_layers=layers,
+        num_attention_heads=HIDDEN_SIZE // 32,
+        num_key_value_heads=HIDDEN_SIZE // 32,
         max_position_embeddings=256,
-        initializer_range=base.hidden_size**-0.5,  # so narrow a model learns slowly from the usual 0.02
+        initializer_range=HIDDEN_SIZE**-0.5,  # so narrow a model learns slowly from the usual 0.02
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -100,14 +80,14 @@ def build_model(base: BaseModel, tokenizer: PreTrainedTokenizerFast, seed: int) 
     return LlamaForCausalLM(config)
 
 
-def pretrain(model: LlamaForCausalLM, base: BaseModel, documents: list[list[int]], seed: int) -> float:
-    """Next-token training for `base.steps` batches, in place; returns the loss of the last batch in nats per token."""
+def pretrain(model: LlamaForCausalLM, documents: list[list[int]], seed: int, steps: int = STEPS) -> float:
+    """Next-token training, in place; returns the loss of the last batch in nats per token."""
     order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=base.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, base.learning_rate, base.steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
     pad = model.config.pad_token_id
     model.train()
-    for _ in range(base.steps):
+    for _ in range(steps):
         rows = torch.randint(len(documents), (BATCH_SIZE,), generator=order).tolist()
         batch = [torch.tensor(documents[row]) for row in rows]
         input_ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=pad)

@@ -19,8 +19,6 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import FirstTrlError
-
 TEAMS = ("billing", "network", "hardware", "account")
 STRONG_VOTE, WEAK_VOTE = 2.5, 1.0
 
@@ -61,8 +59,8 @@ def team_probabilities(complaints: list[tuple[str, bool]]) -> list[float]:
     votes = dict.fromkeys(TEAMS, 0.0)
     for team, strong in complaints:
         votes[team] += STRONG_VOTE if strong else WEAK_VOTE
-    total = sum(math.exp(vote) for vote in votes.values())
-    return [math.exp(votes[team]) / total for team in TEAMS]
+    total = sum(map(math.exp, votes.values()))
+    return [math.exp(vote) / total for vote in votes.values()]
 
 
 def _complaints(rng: random.Random, count: int, strong_share: float) -> tuple[list[str], list[float]]:
@@ -95,39 +93,27 @@ STYLES = {"written": _written, "phoned": _phoned}
 def tickets(rng: random.Random, count: int, style: str, seen: set[str]) -> Iterator[dict]:
     """Yields `count` labelled tickets whose texts are not in `seen`, and adds their texts to it.
 
-    A ticket has the columns `text`; `label`, the recorded team, drawn from the true probabilities;
-    `true_probabilities`, in the order of `TEAMS`; and `true_probability`, the largest of them: how often
-    the best possible answer is right, which is the confidence that a perfect model would state.
+    `label` is drawn from `true_probabilities`, in the order of `TEAMS`; `true_probability`, the largest of them, is
+    how often the best possible answer is right: the confidence that a perfect model would state.
     """
     while count > 0:
         text, probabilities = STYLES[style](rng)
         label = rng.choices(TEAMS, probabilities)[0]
-        if text in seen:
-            continue
-        seen.add(text)
-        count -= 1
-        yield {
-            "text": text,
-            "label": label,
-            "true_probability": max(probabilities),
-            "true_probabilities": probabilities,
-        }
+        if text not in seen:
+            seen.add(text)
+            count -= 1
+            truth = {"true_probability": max(probabilities), "true_probabilities": probabilities}
+            yield {"text": text, "label": label, **truth}
 
 
-def write_task(folder: str | Path, seed: int = 0, rows: dict[str, int] | None = None) -> set[str]:
+def write_task(folder: str | Path, seed: int = 0, most: int | None = None) -> set[str]:
     """Writes `SPLITS` as one JSONL file each into `folder`; returns the texts, each of which is in one file only.
 
-    `rows` changes the number of rows of the splits that it names. The same seed and rows write the same bytes.
-    Raises `ValueError` for a split that does not exist.
+    `most`: rows of a split at most. The same arguments write the same bytes.
     """
-    unknown = sorted(set(rows or {}) - set(SPLITS))
-    if unknown:
-        raise FirstTrlError(f"rows: there is no split {unknown[0]!r}; choose from {', '.join(SPLITS)}")
-    folder = Path(folder)
+    folder, rng, seen = Path(folder), random.Random(seed), set[str]()
     folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(seed)
-    seen: set = set()
     for split, (count, style) in SPLITS.items():
-        lines = [json.dumps(ticket) + "\n" for ticket in tickets(rng, (rows or {}).get(split, count), style, seen)]
+        lines = [json.dumps(ticket) + "\n" for ticket in tickets(rng, min(count, most or count), style, seen)]
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     return seen
