@@ -1,29 +1,23 @@
-"""The teacher's rows from a server that speaks OpenAI's protocol and gives log-probabilities of prompts, as vLLM does.
+"""The teacher's rows and answers, from a server with OpenAI's protocol and log-probabilities of prompts, as vLLM has.
 
     vllm serve TEACHER --max-logprobs 20 --logprobs-mode raw_logprobs --max-model-len LENGTH
         --max-num-batched-tokens 2048 --gpu-memory-utilization 0.8 --hf-overrides '{"head_dtype": "float32"}'
 
-LENGTH is at least task.max_length + 1. An adapter is served with its base: `vllm serve BASE --enable-lora
---max-lora-rank R --lora-modules teacher=FOLDER ...`. The head runs in float32, for logits of 16 bits come in steps of
-0.06 to 0.125 nats; few tokens are batched, for the logits of all prompt tokens are held at once. The columns are those
-of `first_trl.scoring.teacher_rows`, but the tail is what the K tokens leave of 1, not a sum over the others.
+What each option is for, and how an adapter is served, is in docs/cache.md. The columns are those of
+`first_trl.scoring.teacher_rows`, but the tail is what the K tokens leave of 1, not a sum over the others.
 
 Shapes: N supervised positions, K kept tokens.
 """
 
-import http.client
+import asyncio
 import json
 import os
-import queue
-import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
+import httpx2
 import numpy as np
 
 from .constants import IGNORED
@@ -38,8 +32,16 @@ SUM_TOLERANCE = 1e-3  # rounding moves a sum of float32 probabilities by much le
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds between attempts
 LONGEST_WAIT = 600.0  # seconds, where a server asks for more by Retry-After
 ENTRY_BYTES = 512  # of one token's log-probability in an answer, its text included
-_RETRIED = (OSError, http.client.HTTPException)  # no connection, a broken one, a timeout, a response cut short
 _KEEPS = "Finished shards are kept"
+_REMEDIES = {  # status, or words of the answer -> what to do
+    "max allowed": "start the server with --max-logprobs of at least cache.top_k, or lower cache.top_k",
+    "context length": "start the server with --max-model-len above task.max_length, or lower task.max_length",
+    "status 401": "put the server's key into the environment variable FIRST_TRL_SERVER_KEY",
+    "status 403": "put the server's key into the environment variable FIRST_TRL_SERVER_KEY",
+    "status 404": "check cache.server_url",
+    "status 3": "write the address itself, {location}, as cache.server_url",
+    "": "start the server in another way, or change the recipe",
+}
 
 
 class ServerError(FirstTrlError):
@@ -66,131 +68,106 @@ class PromptServer:
     timeout: float = 600.0
     waits: Sequence[float] = WAITS
 
-    def ask(
-        self, place: str, content: dict | None = None, give_up: threading.Event | None = None, limit: int = 2**20
-    ) -> dict:
+    async def ask(self, client: httpx2.AsyncClient, place: str, content: dict | None = None, limit=2**20) -> dict:
         """The JSON at `place`, or its answer to `content`, of at most `limit` bytes.
 
-        No connection, a broken one, a timeout, status 429 and 5xx are tried again after longer and longer waits,
-        unless `give_up` is set: another request has failed for good. The key in `FIRST_TRL_SERVER_KEY` is sent as the
-        bearer token, and no redirect is followed with it. Raises ServerError: refused, or the last attempt failed.
+        No connection, a broken one, a timeout, status 429 and 5xx are tried again after longer and longer waits.
+        Raises ServerError: the server refused, or the last attempt failed.
         """
+        address, method = self.url.rstrip("/").removesuffix("/v1") + place, "GET" if content is None else "POST"
         for wait in (*self.waits, None):
+            body = bytearray()
             try:
-                status, headers, body = self._exchange(place, content, limit)
-            except _RETRIED as error:
-                problem: object = repr(error)
+                # The client's own timeouts begin again with every byte
+                async with asyncio.timeout(self.timeout), client.stream(method, address, json=content) as response:
+                    async for part in response.aiter_bytes():
+                        body += part
+                        if len(body) > limit:
+                            raise ServerError(
+                                f"{self.url} answered with more than {limit:,} bytes; check its address."
+                            )
+            except TimeoutError:
+                problem = f"no whole answer in {self.timeout:g} s"
+            except httpx2.RequestError as error:
+                problem = repr(error)
             else:
-                if status == 200:
-                    return _json_object(body, self.url, limit)
-                problem = f"status {status}, {shorten(body[:500].decode(errors='replace'))!r}"
-                if status < 500 and status != 429:
-                    raise ServerError(_refusal(self.url, place, status, headers, problem))
-                asked = headers.get("Retry-After", "")
+                if response.status_code == 200:
+                    return _json_object(body, self.url)
+                problem = f"status {response.status_code}, {shorten(body[:500].decode(errors='replace'))!r}"
+                if response.status_code < 500 and response.status_code != 429:
+                    remedy = next(remedy for words, remedy in _REMEDIES.items() if words in problem)
+                    remedy = remedy.format(location=shorten(response.headers.get("Location", "")))
+                    raise ServerError(f"{self.url} refused {place}: {problem}. To fix it, {remedy}. {_KEEPS}.")
+                asked = response.headers.get("Retry-After", "")
                 if wait is not None and asked.isdecimal():
                     wait = min(max(wait, float(asked)), LONGEST_WAIT)
-            if wait is None or (give_up or threading.Event()).wait(wait):
-                break
+            if wait is not None:
+                await asyncio.sleep(wait)
         raise ServerError(
             f"The teacher's server {self.url} does not answer: {problem}, after {len(self.waits) + 1} attempts. "
             f"{_KEEPS}: start the server again, with the same model, and run the cache stage again."
         )
 
-    def _exchange(self, place: str, content: dict | None, limit: int) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """(status, headers, body) of one request; at most `limit` + 1 bytes, and `timeout` seconds for all of it."""
-        address = urlsplit(self.url.rstrip("/").removesuffix("/v1") + place)
-        kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
-        connection = kind(address.hostname or "", address.port, timeout=self.timeout)
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("FIRST_TRL_SERVER_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        late = threading.Event()
-
-        connection.connect()
-        channel = connection.sock
-
-        def hang_up() -> None:  # the socket's own timeout begins again with every byte
-            late.set()
-            with suppress(OSError):  # they hung up first
-                channel.shutdown(socket.SHUT_RDWR)
-
-        watch = threading.Timer(self.timeout, hang_up)
-        watch.daemon = True
-        watch.start()
+    async def complete(self, client: httpx2.AsyncClient, tokens: list[int], read: Callable, limit=2**20, **wanted):
+        """What `read` finds in the completion of a prompt, by default of one token, the fewest that a server takes."""
+        content = {"model": self.model, "prompt": tokens, "max_tokens": 1, "temperature": 1.0, **wanted}
+        answer = await self.ask(client, "/v1/completions", content, limit)
         try:
-            data = None if content is None else json.dumps(content)
-            connection.request("GET" if content is None else "POST", address.path, data, headers)
-            response = connection.getresponse()
-            body = response.read(limit + 1)
-            if late.is_set():
-                raise TimeoutError(f"no whole answer in {self.timeout:g} s")
-            return response.status, response.headers, body
-        finally:
-            watch.cancel()
-            connection.close()
+            return read(answer["choices"][0])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ServerError(
+                f"The answer of {self.url} has no readable log-probabilities: {shorten(json.dumps(answer))}. The "
+                "server must return prompt_logprobs from /v1/completions, as vLLM does."
+            ) from error
 
-    def prompt_entries(self, tokens: list[int], top_k: int, give_up: threading.Event | None = None) -> list:
+    async def prompt_entries(self, client: httpx2.AsyncClient, tokens: list[int], top_k: int) -> list:
         """For each token of a prompt but the first: log-probabilities by id, of the K most probable and of itself."""
-        content = {"prompt": tokens, "prompt_logprobs": top_k, **self._one_token()}
-        answer = self.ask("/v1/completions", content, give_up, 2**20 + ENTRY_BYTES * len(tokens) * (top_k + 1))
-        return [
-            None if entry is None else {int(token): _number(value["logprob"]) for token, value in entry.items()}
-            for entry in _choice(answer, self.url, "prompt_logprobs")
-        ]
 
-    def next_token_entry(self, tokens: list[int], top_k: int, give_up: threading.Event | None = None) -> dict:
+        def read(choice: dict) -> list[dict[int, float] | None]:
+            return [
+                None if entry is None else {int(token): _number(value["logprob"]) for token, value in entry.items()}
+                for entry in choice["prompt_logprobs"]
+            ]
+
+        limit = 2**20 + ENTRY_BYTES * len(tokens) * (top_k + 1)
+        return await self.complete(client, tokens, read, limit, prompt_logprobs=top_k)
+
+    async def next_token_entry(self, client: httpx2.AsyncClient, tokens: list[int], top_k: int) -> dict[int, float]:
         """Token id -> log-probability of the K most probable tokens after a prompt."""
-        content = {"prompt": tokens, "logprobs": top_k, "return_tokens_as_token_ids": True, **self._one_token()}
-        answer = self.ask("/v1/completions", content, give_up)
-        entry = _choice(answer, self.url, "logprobs")["top_logprobs"][0]
-        return {int(token.removeprefix("token_id:")): _number(value) for token, value in entry.items()}
 
-    def _one_token(self) -> dict:
-        return {"model": self.model, "max_tokens": 1, "temperature": 1.0}  # the fewest that a server takes
+        def read(choice: dict) -> dict[int, float]:
+            return {_token_id(token): _number(at) for token, at in choice["logprobs"]["top_logprobs"][0].items()}
+
+        return await self.complete(client, tokens, read, logprobs=top_k, return_tokens_as_token_ids=True)
 
 
-def _json_object(body: bytes, url: str, limit: int) -> dict:
-    if len(body) > limit:
-        raise ServerError(f"{url} answered with more than {limit:,} bytes. Check cache.server_url.")
+def _client() -> httpx2.AsyncClient:
+    """Follows no redirect, least of all with the key; proxies are those of the environment."""
+    key = os.environ.get("FIRST_TRL_SERVER_KEY")
+    headers, limits = {"Authorization": f"Bearer {key}"} if key else {}, httpx2.Limits(max_connections=None)
+    return httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=False)
+
+
+def _json_object(body: bytearray, url: str) -> dict:
     try:
         answer = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ServerError(f"{url} did not answer with JSON: {shorten(repr(body[:200]))}. Check it.") from error
+    except (ValueError, RecursionError):
+        answer = None
     if not isinstance(answer, dict):
-        raise ServerError(f"{url} answered with {shorten(repr(answer))}, not with an object. Check cache.server_url.")
+        raise ServerError(
+            f"{url} answered with {shorten(repr(bytes(body[:200])))}, not with a JSON object; check its address."
+        )
     return answer
 
 
-def _choice(answer: dict, url: str, name: str):
-    try:
-        found = answer["choices"][0][name]
-        if not found:
-            raise KeyError(name)
-        return found
-    except (KeyError, IndexError, TypeError) as error:
-        raise ServerError(
-            f"The answer of {url} has no readable {name}: {shorten(json.dumps(answer))}. The server must be one that "
-            "returns them from /v1/completions, as vLLM does."
-        ) from error
+def _token_id(name: str) -> int:
+    return int(name.removeprefix("token_id:"))
 
 
 def _number(log_prob) -> float:
     if isinstance(log_prob, bool) or not isinstance(log_prob, int | float):
-        raise FirstTrlError(f"log-probability {log_prob!r}")
+        raise TypeError(f"log-probability {log_prob!r}")
     return -np.inf if log_prob <= MINUS_INFINITY else float(log_prob)
-
-
-def _refusal(url: str, place: str, status: int, headers, said: object) -> str:
-    remedy = "check cache.server_url" if status == 404 else "start the server in another way, or change the recipe"
-    if 300 <= status < 400:
-        remedy = f"write the address itself, {shorten(headers.get('Location', ''))}, as cache.server_url"
-    elif status in (401, 403):
-        remedy = "put the server's key into the environment variable FIRST_TRL_SERVER_KEY"
-    elif "max allowed" in str(said):
-        remedy = "start the server with --max-logprobs of at least cache.top_k, or lower cache.top_k"
-    elif "context length" in str(said):
-        remedy = "start the server with --max-model-len above task.max_length, or lower task.max_length"
-    return f"The server {url} refused {place}: {said}. To fix it, {remedy}. {_KEEPS}."
 
 
 def connect(url: str, teacher: str, top_k: int = 1, max_length: int = 1, **options) -> PromptServer:
@@ -199,10 +176,37 @@ def connect(url: str, teacher: str, top_k: int = 1, max_length: int = 1, **optio
     `top_k` and `max_length` are the cache's: K, and the tokens of the longest example. Raises ServerError: there is no
     server, it serves something else, or it cannot give `prompt_logprobs` of that many.
     """
-    # At the start, a wrong address is likelier than a server that pauses
-    server = PromptServer(url, **{"waits": WAITS[:2]} | options)
-    listed = server.ask("/v1/models").get("data")
-    models = {str(model.get("id")): model for model in listed or [] if isinstance(model, dict)}
+
+    async def probe() -> PromptServer:
+        # At the start, a wrong address is likelier than a server that pauses
+        server = PromptServer(url, **{"waits": WAITS[:2]} | options)
+        async with _client() as client:
+            listed = (await server.ask(client, "/v1/models")).get("data")
+            models = {str(model.get("id")): model for model in listed or [] if isinstance(model, dict)}
+            server = replace(server, model=_name_of(teacher, url, models))
+            longest = models[server.model].get("max_model_len")
+            if isinstance(longest, int) and longest <= max_length:
+                raise ServerError(
+                    f"The server {url} takes {longest} tokens, and task.max_length is {max_length}: start it with "
+                    f"--max-model-len {max_length + 1}."
+                )
+            entries = await server.prompt_entries(client, [0, 0], top_k)
+            prompt_row({"input_ids": [0, 0], "labels": [IGNORED, 0]}, entries, top_k)
+            try:
+                next_tokens = len(await server.next_token_entry(client, [0], top_k)) >= top_k
+            except ServerError:  # older servers name tokens by their text
+                next_tokens = False
+            try:
+                about = await replace(server, timeout=min(server.timeout, 60), waits=()).ask(client, "/version")
+                version = shorten(str(about["version"]), 60)
+            except (ServerError, KeyError):  # not vLLM
+                version = None
+        return replace(server, version=version, next_tokens=next_tokens, waits=options.get("waits", WAITS))
+
+    return asyncio.run(probe())
+
+
+def _name_of(teacher: str, url: str, models: dict) -> str:
     last = Path(teacher).name
     ours = [name for name in models if name == teacher] or [name for name in models if Path(name).name == last]
     if len(ours) != 1:
@@ -211,23 +215,7 @@ def connect(url: str, teacher: str, top_k: int = 1, max_length: int = 1, **optio
             f"The server {url} serves {names}, and the recipe's teacher is {teacher}. Start it with that model, or "
             f"name the model that it serves: --served-model-name {last}."
         )
-    longest = models[ours[0]].get("max_model_len")
-    if isinstance(longest, int) and longest <= max_length:
-        raise ServerError(
-            f"The server {url} takes {longest} tokens, and task.max_length is {max_length}: start it with "
-            f"--max-model-len {max_length + 1}."
-        )
-    try:
-        version = replace(server, timeout=min(server.timeout, 60), waits=()).ask("/version").get("version")
-    except ServerError:  # not vLLM
-        version = None
-    server = replace(server, model=ours[0], version=None if version is None else shorten(str(version), 60))
-    prompt_row({"input_ids": [0, 0], "labels": [IGNORED, 0]}, server.prompt_entries([0, 0], top_k), top_k)
-    try:
-        next_tokens = len(server.next_token_entry([0], top_k)) >= top_k
-    except (ServerError, ValueError, KeyError, AttributeError):  # older servers name tokens by their text
-        next_tokens = False
-    return replace(server, next_tokens=next_tokens, waits=options.get("waits", WAITS))
+    return ours[0]
 
 
 def server_teacher_rows(
@@ -245,32 +233,23 @@ def server_teacher_rows(
     of logits and keeps the prompt's prefix. Other examples are asked for as whole prompts. Arguments as there; raises
     ServerError: no answer, or other ones than log-probabilities of these tokens at temperature 1.
     """
-    give_up = threading.Event()
 
-    def row(example: dict) -> dict:
+    async def row(client: httpx2.AsyncClient, example: dict) -> dict:
         tokens = [int(token) for token in example["input_ids"]]
         positions = [i for i in range(1, len(tokens)) if example["labels"][i] != IGNORED]
-        try:
-            if server.next_tokens and len(positions) <= 2:
-                entries: list = [None] * len(tokens)
-                for i in positions:
-                    found = server.next_token_entry(tokens[:i], top_k, give_up)
-                    # As in a prompt's entries, where the token itself is one more, whatever its rank
-                    entries[i] = {tokens[i]: -np.inf} | found if len(found) >= top_k else found
-            else:
-                entries = server.prompt_entries(tokens, top_k, give_up)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, ServerError):
-                raise
-            raise ServerError(f"The answer of {server.url} has no readable log-probabilities ({error!r}).") from error
+        if server.next_tokens and len(positions) <= 2:
+            entries: list = [None] * len(tokens)
+            for i in positions:
+                found = await server.next_token_entry(client, tokens[:i], top_k)
+                # As in a prompt's entries, where the token itself is one more, whatever its rank
+                entries[i] = {tokens[i]: -np.inf} | found if len(found) >= top_k else found
+        else:
+            entries = await server.prompt_entries(client, tokens, top_k)
+        if progress is not None:
+            progress(len(tokens))
         return prompt_row(example, entries, top_k, vocab_limit)
 
-    rows = []
-    for example, result in zip(examples, _in_threads(row, examples, requests, give_up), strict=True):
-        rows.append(result)
-        if progress is not None:
-            progress(len(example["input_ids"]))
-    return rows
+    return _under_way(row, examples, requests)
 
 
 def server_answers(
@@ -283,62 +262,39 @@ def server_answers(
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """As `first_trl.generation.written_answers`, by a server, at most `requests` under way at once."""
-    give_up = threading.Event()
-    request = {"model": server.model, "logprobs": 1, "return_tokens_as_token_ids": True, "stop_token_ids": ends}
-    request |= {"max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p, "seed": how.seed}
+    wanted = {"max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p, "seed": how.seed}
+    wanted |= {"logprobs": 1, "return_tokens_as_token_ids": True, "stop_token_ids": ends}
     # What a server would take from the model's generation_config.json otherwise
-    request |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    wanted |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
-    def written(prompt: list[int]) -> list[int]:
-        content = {"prompt": [int(token) for token in prompt], **request}
-        answer = server.ask("/v1/completions", content, give_up, 2**20 + 4 * ENTRY_BYTES * how.max_new_tokens)
-        try:
-            tokens = _choice(answer, server.url, "logprobs")["tokens"]
-            ids = [int(token.removeprefix("token_id:")) for token in tokens]
-            ended = answer["choices"][0]["finish_reason"] == "stop" and ids[-1:] != [ends[0]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ServerError(f"The answer of {server.url} has no readable token ids ({error!r}).") from error
-        return [*ids, ends[0]] if ended else ids  # some servers leave the end out
+    def read(choice: dict) -> list[int]:
+        tokens = [_token_id(token) for token in choice["logprobs"]["tokens"]]
+        left_out = choice["finish_reason"] == "stop" and tokens[-1:] != [ends[0]]  # as some servers do with the end
+        return [*tokens, ends[0]] if left_out else tokens
 
-    answers = []
-    for prompt, answer in zip(prompts, _in_threads(written, prompts, requests, give_up), strict=True):
-        answers.append(answer)
+    async def written(client: httpx2.AsyncClient, prompt: list[int]) -> list[int]:
+        limit = 2**20 + 4 * ENTRY_BYTES * how.max_new_tokens
+        answer = await server.complete(client, [int(token) for token in prompt], read, limit, **wanted)
         if progress is not None:
             progress(len(prompt))
-    return answers
+        return answer
+
+    return _under_way(written, prompts, requests)
 
 
-def _in_threads(function: Callable, items: list, count: int, give_up: threading.Event) -> Iterator:
-    """The results of `function`, in order. The threads never keep a process alive that was interrupted."""
-    todo: queue.SimpleQueue = queue.SimpleQueue()
-    done: queue.SimpleQueue = queue.SimpleQueue()
-    for number, item in enumerate(items):
-        todo.put((number, item))
+def _under_way(ask: Callable, items: list, requests: int) -> list:
+    """The results of `ask(client, item)`, in order. An interrupt or the first failure cancels what is under way."""
 
-    def work() -> None:
-        while not give_up.is_set():
-            try:
-                number, item = todo.get_nowait()
-                done.put((number, function(item), None))
-            except queue.Empty:
-                return
-            except BaseException as error:
-                done.put((-1, None, error))
-                return
+    async def limited(client: httpx2.AsyncClient, places: asyncio.Semaphore, item):
+        async with places:
+            return await ask(client, item)
 
-    for _ in range(min(count, len(items))):
-        threading.Thread(target=work, daemon=True).start()
-    results: dict[int, dict] = {}
-    try:
-        for number in range(len(items)):
-            while number not in results:
-                found, result, error = done.get()
-                if error is not None:
-                    raise error
-                results[found] = result
-            yield results.pop(number)
-    finally:
-        give_up.set()
+    async def all_of_them() -> list:
+        places = asyncio.Semaphore(requests)
+        async with _client() as client:
+            return await asyncio.gather(*(limited(client, places, item) for item in items))
+
+    return asyncio.run(all_of_them())
 
 
 def prompt_row(
@@ -375,21 +331,26 @@ def _most_probable(
 
     The token that is really there is among the entries, as one more than K where it is not among the K.
     """
-    place, given = f"Position {position} of a prompt (token {token}): the server gave", shorten(str(entry))
-    if entry is None or token not in entry:
-        what = "no log-probabilities" if entry is None else f"log-probabilities without the token itself, {given}"
-        raise ServerError(f"{place} {what}. It must take token ids as they are, and return prompt_logprobs.")
-    if not all(value <= SUM_TOLERANCE for value in entry.values()) or max(entry.values()) == -np.inf:  # or NaN
-        raise ServerError(f"{place} {given}: no log-probabilities. Start it with --logprobs-mode raw_logprobs.")
-    if len(entry) < top_k:
-        raise ServerError(f"{place} {len(entry)} tokens, and cache.top_k asks for {top_k}: {given}.")
+    entry = entry or {}
     best = sorted(((i, min(value, 0.0)) for i, value in entry.items()), key=lambda pair: (-pair[1], pair[0]))[:top_k]
     beyond = [i for i, _ in best if vocab_limit is not None and i >= vocab_limit]
-    if beyond:
-        raise ServerError(
-            f"{place} token {beyond[0]} among the {top_k} most probable, but the tokenizer has {vocab_limit}. Lower "
-            "cache.top_k, or use cache.backend: hf, which leaves such tokens out."
+    problem = None
+    if token not in entry:
+        problem = "without the token itself: it must take token ids as they are, and return prompt_logprobs"
+    elif not all(value <= SUM_TOLERANCE for value in entry.values()) or max(entry.values()) == -np.inf:  # or NaN
+        problem = "which are no log-probabilities: start it with --logprobs-mode raw_logprobs"
+    elif len(entry) < top_k:
+        problem = f"{len(entry)} tokens where cache.top_k asks for {top_k}"
+    elif beyond:
+        problem = (
+            f"with token {beyond[0]} among the {top_k} most probable, beyond the tokenizer's {vocab_limit}: lower "
+            "cache.top_k, or use cache.backend: hf, which leaves such tokens out"
         )
+    elif (total := np.exp([value for _, value in best]).sum()) > 1 + SUM_TOLERANCE:
+        problem = f"whose probabilities sum to {total:.4f}: start it with --logprobs-mode raw_logprobs"
+    if problem:
+        given = shorten(str(entry or "nothing"))
+        raise ServerError(f"Position {position} of a prompt (token {token}): the server gave {given}, {problem}.")
     return best
 
 
@@ -398,17 +359,6 @@ def tail_from_top_k(log_probs_NK: np.ndarray) -> np.ndarray:
 
     1 - sum p = -expm1(log p_1) - p_2 - ... - p_K keeps every digit that the log-probabilities have. They have none for
     a tail below 2**-24, where rounding may even take the sum over 1: that is the smallest tail here, -16.6 nats.
-
-    Raises:
-        ServerError: the probabilities sum to more than rounding explains.
     """
-    with np.errstate(over="ignore"):
-        remainder_N = -np.expm1(log_probs_NK[:, 0]) - np.exp(log_probs_NK[:, 1:]).sum(axis=1)
-    if not (remainder_N >= -SUM_TOLERANCE).all():
-        row = int((~(remainder_N >= -SUM_TOLERANCE)).argmax())
-        raise ServerError(
-            f"The server gave log-probabilities {log_probs_NK[row].tolist()}, of probabilities that sum to "
-            f"{1 - remainder_N[row]:.4f}: it must not apply a temperature or a filter; start it with --logprobs-mode "
-            "raw_logprobs."
-        )
+    remainder_N = -np.expm1(log_probs_NK[:, 0]) - np.exp(log_probs_NK[:, 1:]).sum(axis=1)
     return np.log(np.maximum(remainder_N, SMALLEST_TAIL)).astype(np.float32)

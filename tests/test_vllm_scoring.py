@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -59,7 +58,7 @@ class FakeVLLM:
     """A loopback server that says `answer(request)`: a dict, a status, or None to hang up."""
 
     def __init__(self, answer, models=("teacher",), port=0):
-        self.keys, self.sent = [], 0
+        self.keys, self.paths, self.sent = [], [], 0
         self.asked, self.under_way, self.most_under_way, self.lock = [], 0, 0, threading.Lock()
         fake = self
 
@@ -76,6 +75,7 @@ class FakeVLLM:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with fake.lock:
                     fake.asked.append(request)
+                    fake.paths.append(self.path)
                     fake.keys.append(self.headers["Authorization"])
                     fake.under_way += 1
                     fake.most_under_way = max(fake.most_under_way, fake.under_way)
@@ -169,69 +169,115 @@ def assert_same_rows(found, expected, bound=2e-5):
             np.testing.assert_allclose(np.exp(ours[name]), np.exp(theirs[name]), atol=bound)
 
 
+def rows_of(fake, examples=None, server=None, **options):
+    return server_teacher_rows(server or fake.client(), examples or [PROMPT], top_k=5, **options)
+
+
 def test_a_recorded_answer_of_vllm_becomes_the_teachers_rows():
     with FakeVLLM(lambda request: RECORDED) as fake:
-        (row,) = server_teacher_rows(fake.client(), [PROMPT], top_k=5)
+        (row,) = rows_of(fake)
     assert fake.asked[0]["prompt"] == [53, 100, 7]
     assert row["teacher_ids"].tolist() == [[73, 914, 283, 80, 70], [292, 13, 84, 339, 85]]
     np.testing.assert_allclose(row["teacher_log_probs"][0, :2], [-1.7362743616104126, -2.535247325897217], rtol=1e-7)
     np.testing.assert_allclose(row["teacher_tail_log_prob"], np.log1p(-np.exp(row["teacher_log_probs"]).sum(1)), 1e-5)
 
 
-def test_a_server_and_the_model_itself_give_the_same_rows_in_the_same_order():
-    model, examples = build_model(vocab_size=50).eval(), random_examples(30, 50, completion=(0, 4))
-    seen = []
+@pytest.mark.parametrize("next_tokens", [False, True])
+def test_a_server_and_the_model_itself_give_the_same_rows(next_tokens):
+    model, examples, seen = build_model(vocab_size=50).eval(), random_examples(30, 50, completion=(0, 4)), []
     with FakeVLLM(answers_of(model)) as fake:
-        rows = server_teacher_rows(fake.client(), examples, top_k=5, requests=3, vocab_limit=50, progress=seen.append)
+        server = fake.client(next_tokens=next_tokens)
+        rows = rows_of(fake, examples, server, requests=3, vocab_limit=50, progress=seen.append)
     assert_same_rows(rows, teacher_rows(model, examples, top_k=5, tokens_per_batch=64))
-    assert seen == [len(example["input_ids"]) for example in examples]
+    assert sorted(seen) == sorted(len(example["input_ids"]) for example in examples)
     assert 1 < fake.most_under_way <= 3
-
-
-def test_answers_of_one_token_are_asked_for_as_the_next_token_of_their_prompt():
-    model, examples = build_model(vocab_size=50).eval(), random_examples(30, 50, completion=(0, 4))
-    with FakeVLLM(answers_of(model)) as fake:
-        server = fake.client(next_tokens=True)
-        rows = server_teacher_rows(server, examples, top_k=5, requests=3, vocab_limit=50)
-    assert_same_rows(rows, teacher_rows(model, examples, top_k=5, tokens_per_batch=64))
+    # answers of one token, and its end, are asked for as the next token of their prompt
     supervised = [sum(label != -100 for label in example["labels"][1:]) for example in examples]
-    short = sum(count for count in supervised if count <= 2)
-    assert sum("logprobs" in asked for asked in fake.asked) == short > 10
-    assert sum("prompt_logprobs" in asked for asked in fake.asked) == sum(count > 2 for count in supervised) > 5
+    short = sum(count for count in supervised if count <= 2) if next_tokens else 0
+    assert sum("logprobs" in asked for asked in fake.asked) == short and (short > 10) is next_tokens
+    assert sum("prompt_logprobs" in asked for asked in fake.asked) == sum(
+        count > 2 or not next_tokens for count in supervised
+    )
 
 
-def test_what_passes_is_tried_again():
-    good = RECORDED
-    with FakeVLLM(in_turn(500, None, 429, good)) as fake:
-        (row,) = server_teacher_rows(fake.client(), [PROMPT], top_k=5)
-    assert len(fake.asked) == 4 and row["teacher_ids"].shape == (2, 5)
+def slow(request):
+    time.sleep(0.5)
 
 
-def test_what_does_not_pass_is_said_at_once():
-    with (
-        FakeVLLM(lambda request: 400) as fake,
-        pytest.raises(ServerError, match="refused /v1/completions: status 400"),
-    ):
-        server_teacher_rows(fake.client(), [PROMPT], top_k=5)
-    assert len(fake.asked) == 1
+def test_what_passes_is_tried_again_and_retry_after_is_honoured():
+    busy = (429, "busy", {"Retry-After": "1"})
+    with FakeVLLM(in_turn(500, None, slow, busy, RECORDED)) as fake:
+        started = time.monotonic()
+        (row,) = rows_of(fake, server=fake.client(timeout=0.3, waits=(0.01,) * 4))
+    assert 1 <= time.monotonic() - started < 10
+    assert len(fake.asked) == 5 and row["teacher_ids"].shape == (2, 5)
 
 
 def test_a_server_that_stays_away_is_named_with_what_to_do():
     with FakeVLLM(in_turn(RECORDED, None)) as fake:
-        with pytest.raises(ServerError) as raised:
-            server_teacher_rows(fake.client(), [PROMPT] * 50, top_k=5, requests=2)
-    assert fake.url in str(raised.value) and "after 4 attempts" in str(raised.value)
-    assert "Finished shards are kept" in str(raised.value) and "run the cache stage again" in str(raised.value)
+        with pytest.raises(
+            ServerError, match=f"{fake.url} does not .*after 4 attempts.* shards are kept.*run the cac"
+        ):
+            rows_of(fake, [PROMPT] * 50, requests=2)
     assert len(fake.asked) <= 1 + 2 * 5  # the other prompts were not even asked for
 
 
-def test_an_answer_that_is_too_slow_is_asked_for_again():
-    def slow(request):
-        time.sleep(0.5)
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (400, "refused /v1/completions: status 400"),
+        (401, "FIRST_TRL_SERVER_KEY"),
+        (404, "check cache.server_url"),
+        ((200, "[" * 10_000), "not with a JSON object"),
+        ((200, "[1]"), "not with a JSON object"),
+        (("drip", "body"), "no whole answer in 0.4 s"),
+        (("drip", "head"), "no whole answer in 0.4 s"),
+        (("flood", None), r"more than 1,\d+,\d+ bytes"),
+    ],
+)
+def test_a_refusal_and_an_answer_without_an_end_are_given_up_at_once(answer, message):
+    with FakeVLLM(lambda request: answer) as fake:
+        started = time.monotonic()
+        with pytest.raises(ServerError, match=message):
+            rows_of(fake, server=fake.client(timeout=0.4 if "drip" in str(answer) else 30, waits=()))
+        assert time.monotonic() - started < 10 and len(fake.asked) == 1 and fake.sent < 64 * 2**20
 
-    with FakeVLLM(in_turn(slow, RECORDED)) as fake:
-        (row,) = server_teacher_rows(fake.client(timeout=0.2), [PROMPT], top_k=5)
-    assert len(fake.asked) == 2 and row["teacher_ids"].shape == (2, 5)
+
+def test_a_key_in_the_environment_goes_to_the_server_and_never_to_where_it_redirects(monkeypatch):
+    monkeypatch.setenv("FIRST_TRL_SERVER_KEY", "open sesame")
+    with FakeVLLM(lambda request: RECORDED) as other:
+        redirect = (302, "", {"Location": f"{other.url}/v1/completions"})
+        with FakeVLLM(lambda request: redirect) as fake:
+            with pytest.raises(ServerError, match=f"write the address itself, {other.url}.*cache.server_url"):
+                rows_of(fake)
+            assert fake.keys == ["Bearer open sesame"] and other.asked == []
+
+
+def test_the_proxy_of_the_environment_is_used(monkeypatch):
+    with FakeVLLM(lambda request: RECORDED) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        rows_of(proxy, server=PromptServer("http://teacher.invalid", "teacher", waits=()))
+    assert proxy.paths == ["http://teacher.invalid/v1/completions"]
+
+
+def test_an_interrupt_ends_the_stage_at_once():
+    code = f"""
+import sys
+from first_trl.vllm_scoring import PromptServer, server_teacher_rows
+server_teacher_rows(PromptServer(sys.argv[1], "teacher"), [{PROMPT}] * 50, top_k=5)
+"""
+    with FakeVLLM(lambda request: time.sleep(60)) as fake:
+        job = subprocess.Popen([sys.executable, "-c", code, fake.url], stderr=subprocess.PIPE)
+        while not fake.asked:
+            time.sleep(0.01)
+        job.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        job.wait(timeout=20)
+    assert time.monotonic() - started < 5 and b"KeyboardInterrupt" in job.stderr.read()
+
+
+# Answers
 
 
 def entry(*log_probs, start=10):
@@ -240,10 +286,10 @@ def entry(*log_probs, start=10):
 
 EXAMPLE = {"input_ids": [3, 10], "labels": [-100, 10]}
 REFUSED = {
-    "nothing at a place that needs it": ([None, None], "Position 1 of a prompt .token 10.: the server gave no log-"),
+    "nothing at a place that needs it": ([None, None], "Position 1 of a prompt .token 10.: the server gave nothing"),
     "another prompt": ([None, entry(-1, -2, start=20)], "without the token itself"),
     "a prompt of another length": ([None, entry(-1, -2), entry(-1, -2)], "2 tokens came back with 3"),
-    "too few tokens": ([None, entry(-1)], "gave 1 tokens, and cache.top_k asks for 2"),
+    "too few tokens": ([None, entry(-1)], "1 tokens where cache.top_k asks for 2"),
     "logits": ([None, entry(7.0, 3.0)], "no log-probabilities.*--logprobs-mode raw_logprobs"),
     "not a number": ([None, entry(float("nan"), -1.0)], "no log-probabilities"),
     "a sum over one": ([None, entry(-0.1, -0.1)], "sum to 1.8097.*raw_logprobs"),
@@ -266,11 +312,8 @@ def test_answers_that_are_no_teachers_are_refused(case):
      {"choices": [{"prompt_logprobs": [None, {"good": {"logprob": -1.0}}]}]}],
 )  # fmt: skip
 def test_a_server_without_prompt_logprobs_is_refused_with_its_answer(answer):
-    with (
-        FakeVLLM(lambda request: answer) as fake,
-        pytest.raises(ServerError, match="no readable (prompt_logprobs|log-prob)"),
-    ):
-        server_teacher_rows(fake.client(), [EXAMPLE], top_k=2)
+    with FakeVLLM(lambda request: answer) as fake, pytest.raises(ServerError, match="no readable log-probabilities"):
+        rows_of(fake, [EXAMPLE])
 
 
 def test_a_token_without_probability_is_one_of_probability_zero():
@@ -290,11 +333,11 @@ def test_the_tail_keeps_the_digits_that_the_log_probabilities_have():
         assert np.exp(tail_from_top_k(stored)) == pytest.approx(tail, abs=2e-7)
     confident = np.array([[-1e-6, np.log(4e-7)]])  # probabilities near 1 are told apart by their logarithm
     assert np.exp(tail_from_top_k(confident)) == pytest.approx(1e-6 - 4e-7, rel=1e-5)
+    over_one = np.array([[0.0, -16.0], [np.log(0.7), np.log(0.3) + 1e-6]])  # by rounding
+    np.testing.assert_allclose(tail_from_top_k(over_one), np.log(SMALLEST_TAIL))
 
 
-def test_a_sum_that_rounding_takes_over_one_leaves_the_smallest_tail():
-    log_probs = np.array([[0.0, -16.0], [np.log(0.7), np.log(0.3) + 1e-6]])
-    np.testing.assert_allclose(tail_from_top_k(log_probs), np.log(SMALLEST_TAIL))
+# Connecting
 
 
 def test_a_server_is_taken_by_the_name_of_the_teacher():
@@ -305,7 +348,7 @@ def test_a_server_is_taken_by_the_name_of_the_teacher():
         assert connect(f"{fake.url}/v1/", "base_teacher").model == "base_teacher"
         with pytest.raises(ServerError, match="serves base_teacher, org/teacher, and the .* is org/student.*--served"):
             connect(fake.url, "org/student")
-    with pytest.raises(ServerError, match=f"{fake.url} does not answer: .*refused"):
+    with pytest.raises(ServerError, match=f"{fake.url} does not answer: .*Connect"):
         connect(fake.url, "base_teacher", waits=WAITS)
 
 
@@ -321,8 +364,8 @@ CONNECTED = {  # name -> (what the server lists, its answer, K and max_length, m
                 "token_id:7": -1.5}]}}]}), (2, 60), True),
     "by words": (["teacher"], by_kind(TWO, {"choices": [{"logprobs": {"top_logprobs": [{" good": -1.0,
                   " bad": -1.5}]}}]}), (2, 60), False),
-    "too few": (["teacher"], by_kind(TWO), (3, 60), "gave 2 tokens, and cache.top_k asks for 3"),
-    "no prompts": (["teacher"], by_kind({"choices": [{"text": ""}]}), (2, 60), "no readable prompt_logprobs"),
+    "too few": (["teacher"], by_kind(TWO), (3, 60), "2 tokens where cache.top_k asks for 3"),
+    "no prompts": (["teacher"], by_kind({"choices": [{"text": ""}]}), (2, 60), "no readable log-probabilities"),
     "refused": (["teacher"], lambda request: (400, "requested 50, max allowed: 20"), (50, 60), "--max-logprobs"),
     "short": ([("teacher", 60)], by_kind(TWO), (2, 60), "takes 60 tokens.*--max-model-len 61"),
     "long enough": ([("teacher", 61)], by_kind(TWO), (2, 60), False),
@@ -332,7 +375,7 @@ CONNECTED = {  # name -> (what the server lists, its answer, K and max_length, m
 
 
 @pytest.mark.parametrize("case", CONNECTED)
-def test_what_a_server_lacks_is_said_at_connect(case):
+def test_what_a_server_lacks_is_found_at_connect(case):
     models, answer, (top_k, max_length), expected = CONNECTED[case]
     with FakeVLLM(answer, models=models) as fake:
         if isinstance(expected, bool):
@@ -340,61 +383,6 @@ def test_what_a_server_lacks_is_said_at_connect(case):
             return
         with pytest.raises(ServerError, match=expected):
             connect(fake.url, "teacher", top_k, max_length, waits=())
-
-
-def test_a_key_in_the_environment_goes_to_the_server_and_never_to_where_it_redirects(monkeypatch):
-    monkeypatch.setenv("FIRST_TRL_SERVER_KEY", "open sesame")
-    with FakeVLLM(lambda request: RECORDED) as other:
-        redirect = (302, "", {"Location": f"{other.url}/v1/completions"})
-        with FakeVLLM(lambda request: redirect) as fake:
-            with pytest.raises(ServerError, match=f"write the address itself, {other.url}.*cache.server_url"):
-                server_teacher_rows(fake.client(), [PROMPT], top_k=5)
-            assert fake.keys == ["Bearer open sesame"] and other.asked == []
-    with FakeVLLM(lambda request: 401) as fake, pytest.raises(ServerError, match="FIRST_TRL_SERVER_KEY"):
-        server_teacher_rows(fake.client(), [PROMPT], top_k=5)
-
-
-def test_retry_after_is_honoured():
-    with FakeVLLM(in_turn((429, "busy", {"Retry-After": "1"}), RECORDED)) as fake:
-        started = time.monotonic()
-        server_teacher_rows(fake.client(), [PROMPT], top_k=5)
-    assert 1 <= time.monotonic() - started < 10 and len(fake.asked) == 2
-
-
-@pytest.mark.parametrize("part", ["body", "head"])
-def test_an_answer_that_drips_is_given_up_after_the_time_for_all_of_it(part):
-    with FakeVLLM(lambda request: ("drip", part)) as fake:
-        started = time.monotonic()
-        with pytest.raises(ServerError, match="no whole answer in 0.4 s"):
-            server_teacher_rows(fake.client(timeout=0.4, waits=()), [PROMPT], top_k=5)
-        assert time.monotonic() - started < 5
-
-
-def test_an_answer_without_an_end_is_given_up_at_its_bound():
-    with (
-        FakeVLLM(lambda request: ("flood", None)) as fake,
-        pytest.raises(ServerError, match=r"more than 1,\d+,\d+ bytes"),
-    ):
-        server_teacher_rows(fake.client(), [PROMPT], top_k=5)
-    assert fake.sent < 64 * 2**20
-
-
-def test_an_interrupt_ends_the_stage_at_once(tmp_path):
-    code = f"""
-import sys
-from first_trl.vllm_scoring import PromptServer, server_teacher_rows
-print("asking", flush=True)
-server_teacher_rows(PromptServer(sys.argv[1], "teacher"), [{PROMPT}] * 50, top_k=5)
-"""
-    with FakeVLLM(lambda request: time.sleep(60)) as fake:
-        job = subprocess.Popen([sys.executable, "-c", code, fake.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        job.stdout.readline()
-        while not fake.asked:
-            time.sleep(0.01)
-        job.send_signal(signal.SIGINT)
-        started = time.monotonic()
-        job.wait(timeout=20)
-    assert time.monotonic() - started < 5 and b"KeyboardInterrupt" in job.stderr.read()
 
 
 @pytest.mark.parametrize(
@@ -413,6 +401,9 @@ def test_settings_of_one_backend_are_refused_with_another(settings, key, message
     assert key in str(raised.value)
 
 
+# The stage
+
+
 @pytest.fixture
 def arrow_files(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
@@ -425,7 +416,6 @@ def cached(recipe, role, overrides=()):
 
 def test_a_server_that_dies_leaves_a_cache_that_a_restart_finishes(tmp_path, arrow_files, monkeypatch):
     monkeypatch.setattr("first_trl.vllm_scoring.WAITS", WAITS)
-    monkeypatch.setattr(PromptServer, "ask", _with_short_waits(PromptServer.ask))
     recipe = write_recipe(tmp_path, rows=20, rows_per_shard=4, cache={"dtype": "float32"})
     model = load_model(str(tmp_path / "teacher"))
     expected = cached(recipe, "train")
@@ -446,19 +436,8 @@ def test_a_server_that_dies_leaves_a_cache_that_a_restart_finishes(tmp_path, arr
     assert len(fake.asked) == 2 + 2 * (12 + 23)  # two probes; answer and end of the rest of train, and of validation
     assert whole.manifest["tail"] == "from_top_k" and whole.manifest["teacher"]["dtype"] is None
     assert whole.manifest["backend"] == {"name": "server", "model": "teacher", "version": "0.0"}
-    expected_rows, rows = (
-        [{n: np.asarray(v, v.dtype) if n in NAMES else v.tolist() for n, v in row.items()} for row in dataset]
-        for dataset in (expected.dataset.with_format("numpy"), whole.dataset.with_format("numpy"))
-    )
-    assert len(rows) == 20
-    assert_same_rows(rows, expected_rows)
-
-
-def _with_short_waits(ask):
-    def ask_soon(self, *args, **kwargs):
-        return ask(replace(self, waits=WAITS), *args, **kwargs)
-
-    return ask_soon
+    positions, largest = largest_differences(whole, expected)
+    assert len(whole.dataset) == 20 and positions == 40 and max(largest.values()) <= 2e-5
 
 
 VLLM = os.environ.get("FIRST_TRL_VLLM_PYTHON")
