@@ -262,7 +262,12 @@ def server_answers(
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """As `first_trl.generation.written_answers`, by a server, at most `requests` under way at once."""
-    wanted = {"max_tokens": how.max_new_tokens, "temperature": how.temperature, "top_p": how.top_p, "seed": how.seed}
+    wanted: dict = {
+        "max_tokens": how.max_new_tokens,
+        "temperature": how.temperature,
+        "top_p": how.top_p,
+        "seed": how.seed,
+    }
     wanted |= {"logprobs": 1, "return_tokens_as_token_ids": True, "stop_token_ids": ends}
     # What a server would take from the model's generation_config.json otherwise
     wanted |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
