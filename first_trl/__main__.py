@@ -42,7 +42,7 @@ OTHERS = {
     "show": ("schema", "show_main"),
     "schema": ("schema", "schema_main"),
     "predict": ("prediction", "main"),
-    "merge": ("merging", "main"),
+    "merge": ("stages.merge", "main"),
 }
 CACHE_COMMANDS = ("inspect", "verify", "push")
 NEXT = "Next: `first-trl demo` to see it work, or put your files into recipes/reviews.yaml and `first-trl run` it."

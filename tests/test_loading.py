@@ -167,8 +167,8 @@ def test_a_checkpoint_that_sees_images_goes_through_every_stage_as_one_and_the_s
     from transformers import CONFIG_MAPPING
 
     from first_trl import predict
-    from first_trl.merging import main as merge
     from first_trl.stages import cache, calibrate, distill, evaluate, sft
+    from first_trl.stages.merge import main as merge
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     torch.manual_seed(0)

@@ -4,32 +4,42 @@ import json
 
 import numpy as np
 import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from first_trl.merging import compared, divide_logits, main, merge, table
-from tests.finished_run import make_run
+from first_trl import merging
+from first_trl.merging import compared, divide_logits, merged_model, table
+from first_trl.modeling import load_model
+from first_trl.prediction import Predictor
+from first_trl.stages.merge import main
+from tests.finished_run import make_run, record_run
 from tests.tiny import WORDS, build_model, build_tokenizer
 
 ROWS = [{"text": " ".join(WORDS.split()[i : i + 5]), "label": ("good", "bad")[i % 2]} for i in range(20)]
 
 
-def finished(folder, four_bit=False):
-    base = folder / "base"
+def finished(folder, four_bit=False, rows=ROWS):
+    """(run folder, path of its recipe, labelled rows as --data)."""
+    base, data = folder / "base", folder / "rows.jsonl"
     build_model(hidden_size=64, intermediate_size=128).save_pretrained(base)  # NF4 rounds blocks of 64
     build_tokenizer().save_pretrained(base)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"model_name_or_path": str(base), "use_peft": True, "lora_r": 4, "dtype": "float32"}
-    run, recipe = make_run(folder / "work", base, distill=settings | {"load_in_4bit": four_bit})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return run, recipe, folder / "work" / "recipe.yaml"
+    sources = {name: {"path": "json", "data_files": f"{folder}/work/{name}.jsonl"} for name in ("train", "validation")}
+    sources["test"] = {"mine": {"path": str(data), "split": "train", "bad_rows": "drop", "overlap": "drop"}}
+    distill = settings | {"load_in_4bit": four_bit}
+    run, recipe = make_run(folder / "work", base, distill=distill, datasets=sources)
+    build_tokenizer().save_pretrained(run / "teacher")
+    record_run(recipe)
+    return run, str(folder / "work" / "recipe.yaml"), ["--data", str(data)]
 
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["float32", "4-bit"])
 def test_a_merged_student_answers_as_its_adapter_and_needs_neither_peft_nor_bitsandbytes(tmp_path, capsys, four_bit):
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    run, _, recipe = finished(tmp_path, four_bit)
-    assert main([str(recipe), "--data", str(tmp_path / "rows.jsonl")]) == 0
+    run, recipe, data = finished(tmp_path, four_bit)
+    assert main([recipe, *data]) == 0
     output = run / "merged" / "first"
     result = json.loads((output / "merge.json").read_text())["data"]
     # a CPU multiplies 4-bit weights in bfloat16, which moves the confidences of the adapter, not of the merged model
@@ -50,9 +60,7 @@ def test_a_merged_student_answers_as_its_adapter_and_needs_neither_peft_nor_bits
 
 def rounded_base(folder, four_bit):
     """The base in float32, each weight rounded to what NF4 makes of it, if so asked."""
-    import torch
     from bitsandbytes.functional import dequantize_4bit
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     base = AutoModelForCausalLM.from_pretrained(folder)
     if four_bit:
@@ -63,16 +71,21 @@ def rounded_base(folder, four_bit):
     return base
 
 
+def test_a_student_of_a_recipe_is_measured_on_the_rows_of_evaluate_and_must_be_current(tmp_path, capsys):
+    shared = {"text": "the film train is good", "label": "good"}  # as in the recipe's train split
+    run, recipe, _ = finished(tmp_path, rows=[*ROWS, {"text": "the film", "label": None}, shared])
+    assert main([recipe]) == 0
+    assert json.loads((run / "merged" / "first" / "merge.json").read_text())["mine"]["num_examples"] == 20
+    content = (tmp_path / "work" / "recipe.yaml").read_text()
+    (tmp_path / "work" / "recipe.yaml").write_text(content.replace("lora_r: 4", "lora_r: 8"))
+    assert main([recipe, "--output", str(tmp_path / "other")]) == 1
+    assert "distill.first" in (told := capsys.readouterr().err) and "lora_r is 8, and was 4" in told
+
+
 def test_a_calibrated_student_says_without_us_what_predict_says(tmp_path):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from first_trl.prediction import Predictor
-
-    run, _, recipe = finished(tmp_path)
+    run, recipe, data = finished(tmp_path)
     output = tmp_path / "calibrated"
-    data = str(tmp_path / "rows.jsonl")
-    assert main([str(recipe), "--data", data, "--calibrated", "--output", str(output)]) == 0
+    assert main([recipe, *data, "--calibrated", "--output", str(output)]) == 0
     before, after = Predictor(run / "students" / "first"), Predictor(output)
     assert (before.student.temperature, after.student.temperature) == (1.3, pytest.approx(1.3 / 1.1))
     for ours, theirs in zip(before.predict(ROWS, 0.8), after.predict(ROWS, 0.8), strict=True):
@@ -81,9 +94,8 @@ def test_a_calibrated_student_says_without_us_what_predict_says(tmp_path):
     choices = tokenizer.convert_tokens_to_ids(["good", "bad"])
     with torch.no_grad():
         logits = model(**tokenizer(f"Review: {ROWS[0]['text']} Sentiment :", return_tensors="pt")).logits[0, -1]
-    assert float((logits[choices] / (1.3 / 1.1)).softmax(-1).max()) == pytest.approx(
-        after.predict(ROWS[:1], 0.8)[0]["confidence"], abs=1e-5
-    )
+    confidence = after.predict(ROWS[:1], 0.8)[0]["confidence"]
+    assert float((logits[choices] / (1.3 / 1.1)).softmax(-1).max()) == pytest.approx(confidence, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -91,18 +103,16 @@ def test_a_calibrated_student_says_without_us_what_predict_says(tmp_path):
     [({"vocabulary": None}, "no temperature over the vocabulary"), ({"choice_token_ids": None}, "several tokens")],
 )
 def test_logits_are_divided_by_nothing_but_what_was_fitted_for_them(tmp_path, capsys, changed, told):
-    run, _, recipe = finished(tmp_path)
-    file = run / "students" / "first" / "calibration.json"
+    run, _, data = finished(tmp_path)
+    student = run / "students" / "first"
+    file = student / "calibration.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
-    assert main([str(recipe), "--data", str(tmp_path / "rows.jsonl"), "--calibrated"]) == 1
-    assert told in capsys.readouterr().err and not (run / "merged" / "first").exists()
+    assert main([str(student), *data, "--calibrated"]) == 1
+    assert told in capsys.readouterr().err and not student.with_name("first-merged").exists()
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma", "GPT2", "Gemma2", "Phi"])
 def test_logits_are_divided_exactly_or_the_model_is_refused(family):
-    import torch
-    import transformers
-
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     if family == "GPT2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2}
@@ -110,8 +120,7 @@ def test_logits_are_divided_exactly_or_the_model_is_refused(family):
         sizes |= {"num_key_value_heads": 2, "head_dim": 16}
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(vocab_size=60, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model = model.float().eval()
+    model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -125,46 +134,40 @@ def test_logits_are_divided_exactly_or_the_model_is_refused(family):
         assert torch.allclose(model(input_ids=ids).logits, before / 1.7, atol=1e-5)
 
 
-def test_a_folder_that_is_there_is_never_overwritten(tmp_path, capsys):
-    run, _, recipe = finished(tmp_path)
+def test_what_cannot_be_merged_is_refused_with_the_remedy_and_nothing_is_written(tmp_path, capsys, monkeypatch):
+    run, recipe, data = finished(tmp_path)
+    (tmp_path / "bare").mkdir()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("the only copy")
-    assert main([str(recipe), "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "mine")]) == 1
-    assert "is there already; remove it, or give another folder" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    right = merging.merged_model
 
+    def wrong(*arguments):
+        model = right(*arguments)
+        model.get_input_embeddings().weight.data.mul_(3)
+        return model
 
-def test_what_cannot_be_merged_is_refused_with_the_remedy(tmp_path, capsys):
-    run, _, recipe = finished(tmp_path)
-    (tmp_path / "bare").mkdir()
+    monkeypatch.setattr(merging, "merged_model", wrong)
     for arguments, told in (
         ([str(tmp_path / "nowhere")], "there is no folder"),
         ([str(run / "students" / "first")], "--data is missing"),
-        ([str(tmp_path / "bare"), "--data", "x.jsonl"], "there is no predict.json"),
-        ([str(recipe), "--arm", "frist"], "There is no arm 'frist'"),
-        ([str(recipe), "--arm", "fine_tuned"], "holds no adapter"),
-        ([str(recipe), "--data", "nothing.jsonl"], "nothing.jsonl"),
+        ([str(tmp_path / "bare"), *data], "there is no predict.json"),
+        ([recipe, "--arm", "frist"], "There is no arm 'frist'"),
+        ([recipe, "--arm", "fine_tuned", *data], "tokenizer"),
+        ([recipe, "--data", "nothing.jsonl"], "nothing.jsonl"),
+        ([recipe, *data, "--output", str(tmp_path / "mine")], "is there already; remove it"),
+        ([recipe, *data], "on average"),
     ):
         assert main(arguments) == 1
-        assert told in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert told in err and "Traceback" not in err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    assert list((run / "merged").iterdir()) == []
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    assert main([str(run / "students" / "first"), *data]) == 1
+    assert "cannot be loaded" in capsys.readouterr().err
 
 
-def test_a_failed_measurement_leaves_nothing_behind(tmp_path, monkeypatch):
-    from first_trl.settings import DatasetConfig
-
-    run, recipe, _ = finished(tmp_path)
-
-    def fail(*arguments):
-        raise ValueError("cannot be compared; try again")
-
-    monkeypatch.setattr("first_trl.merging.compared", fail)
-    tests = {"data": (DatasetConfig(path=str(tmp_path / "rows.jsonl"), split="train"), recipe.task)}
-    with pytest.raises(ValueError, match="cannot be compared"):
-        merge(run / "students" / "first", recipe.arm_section("first"), tests, tmp_path / "out" / "merged")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_what_moved_is_told():
+def test_what_moved_is_reported():
     before = {
         "confidence": np.array([0.9, 0.8, 0.6, 0.7]),
         "correct": np.array([1, 1, 0, 1]),
@@ -179,14 +182,6 @@ def test_what_moved_is_told():
 
 
 def test_a_tied_head_stays_as_it_was_where_the_adapter_changed_the_embeddings(tmp_path):
-    """Merging into a tied embedding changed the head as well: of 81.7 % right answers 38.3 were left."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from first_trl.merging import merged_model
-    from first_trl.modeling import load_model
-
     build_model().save_pretrained(tmp_path / "base")
     adapter = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter)
@@ -200,27 +195,3 @@ def test_a_tied_head_stays_as_it_was_where_the_adapter_changed_the_embeddings(tm
     ours, theirs = (load_model(tmp_path / name)(input_ids=tokens).logits for name in ("merged", "student"))
     assert torch.allclose(ours, theirs, atol=1e-4)
     assert not torch.allclose(load_model(tmp_path / "base")(input_ids=tokens).logits, theirs, atol=1e-1)
-
-
-def test_nothing_is_written_where_answers_move_by_more_than_rounding(tmp_path, capsys, monkeypatch):
-    from first_trl import merging
-
-    run, _, recipe = finished(tmp_path)
-    right = merging.merged_model
-
-    def wrong(*arguments):
-        model = right(*arguments)
-        model.get_input_embeddings().weight.data.mul_(3)
-        return model
-
-    monkeypatch.setattr(merging, "merged_model", wrong)
-    assert main([str(recipe), "--data", str(tmp_path / "rows.jsonl")]) == 1
-    assert "points on average" in capsys.readouterr().err and not (run / "merged" / "first").exists()
-
-
-def test_a_base_that_is_away_is_one_line(tmp_path, capsys):
-    run, _, recipe = finished(tmp_path)
-    (tmp_path / "base").rename(tmp_path / "elsewhere")
-    assert main([str(recipe), "--data", str(tmp_path / "rows.jsonl")]) == 1
-    told = capsys.readouterr().err
-    assert "there is no such folder" in told and "Traceback" not in told
