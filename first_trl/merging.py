@@ -62,10 +62,8 @@ def merge(
     arguments, tokenizer = load_arguments(loading), load_tokenizer(student)
 
     def answers(path: Path, **how) -> dict[str, dict]:
-        model, sizes = load_model(path, **how), {"top_k": top_k, "tokens_per_batch": tokens_per_batch}
-        return {
-            name: _answers(answer_set(model, rows, task, tokenizer, **sizes)) for name, (rows, task) in sets.items()
-        }
+        model, limits = load_model(path, **how), (top_k, tokens_per_batch)
+        return {name: _answers(model, rows, task, tokenizer, *limits) for name, (rows, task) in sets.items()}
 
     before = answers(student, **arguments)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -164,8 +162,9 @@ def divide_logits(model, temperature: float) -> None:
     )
 
 
-def _answers(rows) -> dict[str, np.ndarray]:
-    """The predictions that answers make, and the answer itself."""
+def _answers(model, rows, task, tokenizer, top_k: int, tokens_per_batch: int) -> dict[str, np.ndarray]:
+    """The predictions that a model's answers make, and the answers themselves."""
+    rows = answer_set(model, rows, task, tokenizer, top_k=top_k, tokens_per_batch=tokens_per_batch)
     answers = {name: np.array(rows[name][:]) for name in rows.column_names}
     best = answers["log_probs"][:, :-1].argmax(axis=1)
     return predictions(answers) | {"answer": answers["token_ids"][np.arange(len(best)), best]}
