@@ -66,26 +66,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    command = argv[0] if argv else ""
-    if command == "cache" and argv[1:2] and argv[1] in CACHE_COMMANDS:
-        return _run_alone("cache_tools", "main", argv[1:])
-    if command in OTHERS:
-        return _run_alone(*OTHERS[command], argv[1:])
     if not argv:
         print(f"{__doc__.partition('Each stage is')[0]}{NEXT}")
         return 2
+    if argv[0] in OTHERS:
+        return _run_alone(*OTHERS[argv[0]], argv[1:])
+    if argv[0] == "cache" and argv[1:2] and argv[1] in CACHE_COMMANDS:
+        return _run_alone("cache_tools", "main", argv[1:])
     options, rest = _parser().parse_known_args(argv)
-    if command in STAGES:
-        return run_stage(command, rest, options.config_file)
-    if command == "report":
-        return _print_report(options.recipe, rest)
-    if command == "demo":
-        from .demo import prepare_demo
-
-        path = Path(options.output_dir) / "demo" / "log.txt"
-        with recording(path, quiet=options.quiet, title="first-trl demo") as log, libraries_into(log):
-            options.recipe = str(prepare_demo(Path(options.output_dir)))
-    return run_recipe(options, rest)
+    return options.call(options, rest)
 
 
 def _run_alone(module: str, name: str, arguments: list[str]) -> int:
@@ -97,30 +86,33 @@ def _run_alone(module: str, name: str, arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .stages.command import add_run_options
+
     parser = argparse.ArgumentParser(
         prog="first-trl",
         description=__doc__.partition("Each stage is")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
+    launched = argparse.ArgumentParser(add_help=False)
+    launched.add_argument("--config_file", help="an accelerate configuration, such as configs/multi_gpu.yaml")
+    whole = argparse.ArgumentParser(add_help=False, parents=[launched])
+    add_run_options(whole)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    run = commands.add_parser("run", help="all stages of a recipe, in order", allow_abbrev=False)
+
+    def add(name: str, call, **options) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, allow_abbrev=False, **options)
+        command.set_defaults(call=call)
+        return command
+
+    run = add("run", run_recipe, parents=[whole])
     run.add_argument("recipe", help="the experiment's YAML file")
     run.add_argument("--stages", help="only these, such as calibrate,distill,evaluate")
-    demo = commands.add_parser("demo", help="the whole method on a generated task, on a CPU", allow_abbrev=False)
+    demo = add("demo", run_demo, parents=[whole])
     demo.add_argument("--output_dir", default="runs", help="where the run folder goes (default: runs)")
-    demo.set_defaults(stages=None)
-    for command in (run, demo):
-        command.add_argument("--quiet", action="store_true", help="print errors alone; the run's log.txt has the rest")
-        command.add_argument("--overwrite", action="store_true", help="replace the work of another recipe's run")
-        command.add_argument(
-            "--skip_checks", action="store_true", help="start without looking through data and models"
-        )
-    report = commands.add_parser("report", help="where the report of a run is", allow_abbrev=False)
+    report = add("report", print_report)
     report.add_argument("recipe", help="the experiment's YAML file, or its run folder")
-    stages = [commands.add_parser(stage, add_help=False, allow_abbrev=False) for stage in STAGES]
-    for command in (run, demo, *stages):
-        command.add_argument("--config_file", help="an accelerate configuration, such as configs/multi_gpu.yaml")
+    for stage in STAGES:
+        add(stage, run_stage, add_help=False, parents=[launched])
     return parser
 
 
@@ -128,32 +120,45 @@ def launch(stage: str, arguments: list[str], config_file: str | None, position: 
     """Run one stage: under `accelerate launch` with a configuration, else as one process; returns its exit status."""
     if config_file and not Path(config_file).is_file():
         raise FirstTrlError(f"There is no {config_file}; give an accelerate configuration, such as configs/cpu.yaml.")
-    module = f"first_trl.stages.{stage}"
-    command = [sys.executable, "-m", module, *arguments]
+    command = ["-m", f"first_trl.stages.{stage}", *arguments]
     if config_file:
         launcher = "from first_trl.interrupts import accelerate_launch; accelerate_launch()"
-        command = [sys.executable, "-c", launcher, f"--config_file={config_file}", "--quiet", "-m", module, *arguments]
+        command = ["-c", launcher, f"--config_file={config_file}", "--quiet", *command]
     # A stage sends the warnings of other libraries to the run's log; here those of the launcher are meant.
     quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "ACCELERATE_MIXED_PRECISION": "no"}
-    code = run_child(command, {**quiet, **os.environ, POSITION: position})
+    code = run_child([sys.executable, *command], {**quiet, **os.environ, POSITION: position})
     if code in (130, 143):
         status(INTERRUPTED)
     return code
 
 
-def run_stage(stage: str, arguments: list[str], config_file: str | None) -> int:
+def run_stage(options: argparse.Namespace, arguments: list[str]) -> int:
     """One stage by itself, after the checks that concern it."""
     from .checks import passed
     from .stages.command import parse_stage
 
+    stage, config_file = options.command, options.config_file
     recipe, options = parse_stage(stage, arguments)
     if stage != "push" and not options.skip_checks and not passed(recipe, [stage], config_file, options.quiet):
         return 2
     return launch(stage, arguments, config_file)
 
 
+def run_demo(options: argparse.Namespace, overrides: list[str]) -> int:
+    from .demo import prepare_demo
+
+    folder = Path(options.output_dir)
+    with (
+        recording(folder / "demo" / "log.txt", quiet=options.quiet, title="first-trl demo") as log,
+        libraries_into(log),
+    ):
+        options.recipe, options.stages = str(prepare_demo(folder)), None
+    return run_recipe(options, overrides)
+
+
 def run_recipe(options: argparse.Namespace, overrides: list[str]) -> int:
     """Every stage of a recipe in order, each in its own process, skipping what is current."""
+    from .checks import passed
     from .recipe import load_recipe
     from .run import is_current, jobs_of
 
@@ -161,32 +166,30 @@ def run_recipe(options: argparse.Namespace, overrides: list[str]) -> int:
     wanted = options.stages.split(",") if options.stages else [stage for stage in STAGES if stage != "push"]
     if unknown := [stage for stage in wanted if stage not in STAGES]:
         raise FirstTrlError(f"Unknown stage {unknown[0]!r} in --stages; choose from {', '.join(STAGES)}.")
-    jobs = [
-        job for stage in STAGES if stage in wanted for job in jobs_of(recipe, stage) or [stage] * (stage == "push")
-    ]
+    jobs = [job for stage in STAGES if stage in wanted for job in jobs_of(recipe, stage)] + ["push"] * (
+        "push" in wanted
+    )
     if not options.skip_checks and not all(job != "push" and is_current(recipe, job) for job in jobs):
-        from .checks import passed
-
         if not passed(recipe, wanted, options.config_file, options.quiet):
             return 2
     flags = [f"--{name}" for name in ("quiet", "overwrite", "skip_checks") if getattr(options, name)]
-    path = recipe.run_folder / "log.txt"
+    log, report = recipe.run_folder / "log.txt", recipe.run_folder / "report"
     for number, job in enumerate(jobs, start=1):
         if job != "push" and is_current(recipe, job):
-            with recording(path, quiet=options.quiet):
+            with recording(log, quiet=options.quiet):
                 status(f"{number}/{len(jobs)} {job}: up to date, nothing to do")
             continue
         stage, _, student = job.partition(".")
         arguments = [options.recipe, *(["--arm", student] if student else []), *flags, *overrides]
-        size = path.stat().st_size if path.is_file() else 0
+        before = log.stat().st_size if log.is_file() else 0
         if code := launch(stage, arguments, options.config_file, f"{number}/{len(jobs)}"):
-            _explain_end(path, size, job, code)
+            _explain_end(log, before, job, code)
             return code
-    report = recipe.run_folder / "report"
+    where = ""
     if "evaluate" in wanted:
         print(_result(report))
-    with recording(path, quiet=options.quiet):
-        where = f"; the report is {report / 'index.html'}" if "evaluate" in wanted else ""
+        where = f"; the report is {report / 'index.html'}"
+    with recording(log, quiet=options.quiet):
         status(f"done in {time.monotonic() - started:.0f} s{where}")
     return 0
 
@@ -200,24 +203,22 @@ def _result(report: Path) -> str:
     return "\n### ".join([first, *shown]) + "\n" + answers
 
 
-def _explain_end(path: Path, size: int, job: str, code: int) -> None:
-    """Say how a stage has ended that has not said so itself; the log had `size` bytes before."""
-    if code in (130, 143):
-        return
-    said = path.read_bytes()[size:] if path.is_file() else b""
-    with recording(path):
+def _explain_end(log: Path, before: int, job: str, code: int) -> None:
+    """Say how a stage has ended that has not said so itself; the log had so many bytes `before`."""
+    stage, said = job.partition(".")[0], log.read_bytes()[before:] if log.is_file() else b""
+    with recording(log):
         if code == 137:
-            advice = memory_advice(job.partition(".")[0])
-            status(f"{job} was killed, probably for lack of memory: {advice}; {AGAIN}")
-        elif f"{job.partition('.')[0]} failed".encode() not in said:
-            status(f"{job} ended with status {code} and no message; {path} may have one")
-        else:
+            status(f"{job} was killed, probably for lack of memory: {memory_advice(stage)}; {AGAIN}")
+        elif f"{stage} failed".encode() in said:
             status(f"{job} failed (exit status {code}); run the same command again to continue from here")
+        elif code not in (130, 143):
+            status(f"{job} ended with status {code} and no message; {log} may have one")
 
 
-def _print_report(recipe: str, overrides: list[str]) -> int:
+def print_report(options: argparse.Namespace, overrides: list[str]) -> int:
     from .recipe import load_recipe
 
+    recipe = options.recipe
     folder = Path(recipe) if Path(recipe).is_dir() else load_recipe(recipe, overrides).run_folder
     page = folder / "report" / "index.html"
     if not page.is_file():

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -27,7 +27,7 @@ from typing import Any
 from .constants import STAGES
 from .data.loading import load_split
 from .errors import FirstTrlError
-from .files import write_atomically
+from .files import read_json, write_atomically
 from .log import RunLog, libraries_into, recording, screen, show, status
 from .model_checks import model_problems, read_models
 from .plan import ACCELERATORS, UTILISATION, Cost, Machine, Split, costs, describe, machine_limits, read_machine
@@ -36,13 +36,8 @@ from .run import Run, positions_of
 
 MOST_SHARED = 0.01  # of two splits to fit on: short texts repeat by chance; slices that overlap share more
 SMALLEST_VALIDATION = 100  # rows; a calibration on fewer is a guess within a wide interval
-# Settings -> the modules, any of which serves them, where that is not one of their own name.
-PACKAGES = {
-    "azure_ml": ("azureml",),
-    "flyte": ("flytekit",),
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "flash_attention_2": ("flash_attn", "kernels"),
-}
+# Trackers -> the modules, any of which serves them, where that is not one of the same name.
+TRACKERS = {"azure_ml": ("azureml",), "flyte": ("flytekit",), "tensorboard": ("tensorboard", "tensorboardX")}
 
 
 @dataclass
@@ -59,12 +54,19 @@ class Report:
 
     def lines(self) -> list[str]:
         """Everything that was found, each kind under its title."""
-        titles = {"lost": "Rows dropped or cut", "unknown": "Could not be looked up", "warnings": "Warnings"}
-        lines = []
-        for name, title in {**titles, "problems": "Problems"}.items():
-            if entries := dict.fromkeys(getattr(self, name)):
-                lines += [f"{title}:", *(f"  - {entry}" for entry in entries)]
-        return lines
+        titles = {"Rows dropped or cut": self.lost, "Could not be looked up": self.unknown}
+        titles |= {"Warnings": self.warnings, "Problems": self.problems}
+        found = {f"{title}:": dict.fromkeys(entries) for title, entries in titles.items() if entries}
+        return [line for title in found for line in (title, *(f"  - {entry}" for entry in found[title]))]
+
+
+@contextmanager
+def _refusals_into(problems: list[str], prefix: str = "") -> Iterator[None]:
+    """Let a refusal end the block, and be a problem."""
+    try:
+        yield
+    except FirstTrlError as error:
+        problems.append(f"{prefix}{error}")
 
 
 def check_recipe(
@@ -82,7 +84,7 @@ def check_recipe(
     file, key = run.path / ".records" / "checks.json", _made_from(run)
     report = _remembered(file, key, stages) if here else None
     if report is None:
-        with libraries_into(RunLog(os.devnull)):
+        with libraries_into(RunLog(os.devnull)), redirect_stderr(screen()):
             report = _look(recipe, stages, machine)
         if here and not report.unknown:
             content = {**vars(report), "costs": [], "made_from": key, "stages": list(stages)}
@@ -90,11 +92,11 @@ def check_recipe(
                 write_atomically(file, json.dumps(content, indent=1))
     if here:
         report.problems, report.unknown = [*report.unknown, *report.problems], []
-        report.problems += [*_folder_problems(recipe.run_folder, report.disk)]
+        report.problems += _folder_problems(recipe.run_folder, report.disk)
         sections = {"sft": recipe.sft} if "sft" in stages and recipe.cache.teacher is None else {}
         sections |= {f"arms.{arm}": recipe.arm_section(arm) for arm in recipe.arms if "distill" in stages}
         for place, section in sections.items():
-            report.problems += [*_section_problems(place, section, machine, report.rows)]
+            report.problems += _section_problems(place, section, machine, report.rows)
     return report
 
 
@@ -108,13 +110,11 @@ def _made_from(run: Run) -> str:
 
 def _remembered(file: Path, key: str, stages: Sequence[str]) -> Report | None:
     """The report of an earlier look at these stages, or at more of them where it found no problem."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        same, seen = content.pop("made_from") == key, set(content.pop("stages"))
-        report = Report(**content)
-        return report if same and (seen == set(stages) or (seen > set(stages) and not report.problems)) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, damaged or of another version
+    content = read_json(file) or {}
+    if content.pop("made_from", None) != key:
         return None
+    seen, report = set(content.pop("stages")), Report(**content)
+    return report if seen == set(stages) or (seen > set(stages) and not report.problems) else None
 
 
 def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
@@ -123,17 +123,17 @@ def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
 
     from .data.choices import room_to_write, with_stand_in
 
-    datasets.disable_progress_bars()  # of loading; encoding has a bar, under a terminal
-    report = Report()
+    if not screen().isatty():
+        datasets.disable_progress_bars()
+    report, run = Report(), Run(recipe)
     configs, tokenizers = read_models(recipe, stages, report.problems, report.unknown)
     splits: dict[str, Split] = {}
     encoded: dict[str, Any] = {}
-    for place, config, task in _sources(recipe, stages):
+    for place, config, task in _sources(run, stages):
         name = place.removeprefix("datasets.")
         splits[name] = Split()
         try:
-            role = "train" if name in ("train", "transfer") else name.partition(".")[0]
-            rows = load_split(config, role)
+            rows = load_split(config, "train" if name in ("train", "transfer") else name.partition(".")[0])
             splits[name].rows = report.rows[name] = len(rows)
             if write := recipe.cache.write_answers if name == "transfer" else None:
                 rows, task = rows.map(partial(with_stand_in, task=task)), room_to_write(task, write)
@@ -143,12 +143,11 @@ def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
             is_here = config.data_files is not None or Path(config.path).exists()
             text = str(error) if str(error).startswith(place) else f"{place}: {str(error).partition(': ')[2] or error}"
             (report.problems if is_here else report.unknown).append(text)
-    report.problems += _overlaps(report, recipe, encoded)
-    tokenizer = next(iter(tokenizers.values()), None)
+    _check_overlaps(report, recipe, encoded)
+    tokenizer = next(iter(tokenizers.values()), ())
     longest = max((split.lengths[-1] for split in splits.values() if split.lengths), default=0)
-    report.problems += model_problems(recipe, stages, configs, tokenizer, longest)
-    vocab_size = 0 if tokenizer is None else len(tokenizer)
-    report.costs = costs(recipe, Run(recipe).jobs.values(), machine, splits, configs, vocab_size)
+    report.problems += model_problems(recipe, stages, configs, tokenizer or None, longest)
+    report.costs = costs(recipe, run.jobs.values(), machine, splits, configs, len(tokenizer))
     report.disk = sum(cost.disk or 0 for cost in report.costs)
     for problem in dict.fromkeys(cost.problem for cost in report.costs if cost.problem):
         names = ", ".join(cost.name for cost in report.costs if cost.problem == problem)
@@ -159,14 +158,14 @@ def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
 # Rows
 
 
-def _sources(recipe: Recipe, stages: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+def _sources(run: Run, stages: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
     """(place in the recipe, where it comes from, task) of every split that these stages read."""
     from .evaluation import test_task
 
-    read = {place for job in Run(recipe).jobs.values() if job.stage in stages for place in job.data}
+    recipe, read = run.recipe, {place for job in run.jobs.values() if job.stage in stages for place in job.data}
     for role in ("train", "transfer", "validation"):
-        if getattr(recipe.datasets, role) and (f"datasets.{role}" in read or "evaluate" in stages):
-            yield f"datasets.{role}", getattr(recipe.datasets, role), recipe.task
+        if (config := getattr(recipe.datasets, role)) and (f"datasets.{role}" in read or "evaluate" in stages):
+            yield f"datasets.{role}", config, recipe.task
     for name, config in recipe.datasets.test.items() if "evaluate" in stages else ():
         yield f"datasets.test.{name}", config, test_task(recipe.task, config.task)
 
@@ -175,27 +174,22 @@ def _check_split(
     report: Report, recipe: Recipe, place: str, config, task, rows, tokenizers: dict, split: Split
 ) -> Any:
     """Encode every row of a split as its stages will; returns the encoded rows, and fills in report and split."""
-    import datasets
     import numpy as np
 
+    from .data.choices import forced_tokens, refuse_forced
     from .data.rows import describe_lost, encode_rows, learned_tokens, lost_rows
 
-    report.problems += _other_tokens(place, task, rows[0], tokenizers)
-    tokenizer, labelled, kept = next(iter(tokenizers.values())), place != "datasets.transfer", []
+    _check_tokens(report, place, task, rows[0], tokenizers)
+    tokenizer, labelled = next(iter(tokenizers.values())), place != "datasets.transfer"
     try:
-        kept = _kept_ids(recipe, place, task, tokenizer, rows[0])
+        _check_choices(recipe, place, task, tokenizer, rows[0])
     except FirstTrlError as error:
         whose = "" if str(error).startswith(("datasets.", "task.")) and task == recipe.task else f"{place}: "
         report.problems.append(f"{whose}{error}")
-    with redirect_stderr(screen()) if screen().isatty() else nullcontext():
-        if screen().isatty():
-            datasets.enable_progress_bars()
-        encoded = encode_rows(rows, task, tokenizer, place=place, labelled=labelled)
-        datasets.disable_progress_bars()
+    encoded = encode_rows(rows, task, tokenizer, place=place, labelled=labelled)
     if place == "datasets.validation" and len(rows) < SMALLEST_VALIDATION:
-        report.warnings.append(
-            f"{place} has {len(rows)} rows: a calibration on fewer than {SMALLEST_VALIDATION} is a guess"
-        )
+        few = f"{place} has {len(rows)} rows: a calibration on fewer than {SMALLEST_VALIDATION} is a guess"
+        report.warnings.append(few)
     refused, lost = lost_rows(encoded, task, config.bad_rows)
     report.problems += _grouped(place, len(rows), {number: encoded[number]["problem"] for number in refused})
     if line := describe_lost(place, lost):
@@ -209,12 +203,16 @@ def _check_split(
         split.supervised += write.max_new_tokens * int((lengths_N > 0).sum())
     if len(row_M):
         split.lengths = np.percentile(lengths_N[lengths_N > 0], range(101)).round().astype(int).tolist()
-        report.problems += _answer_problems(recipe, place, task, rows, tokenizer, kept, row_M, token_M)
+        if place == "datasets.validation" and positions_of(recipe) == "answer":
+            _, start_R, count_R = np.unique(row_M, return_index=True, return_counts=True)
+            with _refusals_into(report.problems):
+                at_R = start_R + np.minimum(forced_tokens(task, tokenizer, rows[0])["answer"], count_R - 1)
+                refuse_forced(task, tokenizer, token_M[at_R])
     return encoded
 
 
-def _kept_ids(recipe: Recipe, place: str, task, tokenizer, first_row: dict) -> list[int]:
-    """The tokens that a cache with `support: choices` keeps, else none; refuses choices that cannot be compared."""
+def _check_choices(recipe: Recipe, place: str, task, tokenizer, first_row: dict) -> None:
+    """Refuse choices that cannot be compared, or that the cache cannot keep, by the first row of a split."""
     from .data.choices import choice_token_ids, has_answer, single_token_ids, unlabelled_encoder
     from .generation import answer_ends
 
@@ -226,10 +224,11 @@ def _kept_ids(recipe: Recipe, place: str, task, tokenizer, first_row: dict) -> l
         if recipe.cache.backend != "hf":
             raise FirstTrlError(f"{place}: rows without labels need cache.backend: hf, not {recipe.cache.backend}")
         unlabelled_encoder(task, tokenizer, first_row, place)
-    return single_token_ids(task, tokenizer, first_row) if recipe.cache.support == "choices" and task.choices else []
+    if recipe.cache.support == "choices" and task.choices:
+        single_token_ids(task, tokenizer, first_row)
 
 
-def _other_tokens(place: str, task, row: dict, tokenizers: dict[str, Any]) -> Iterator[str]:
+def _check_tokens(report: Report, place: str, task, row: dict, tokenizers: dict[str, Any]) -> None:
     """What makes a student see other tokens than its teacher: another vocabulary, template or first token."""
     from .cache.format import tokenizer_fingerprint
     from .data.encoding import check_first_row, first_row
@@ -241,35 +240,10 @@ def _other_tokens(place: str, task, row: dict, tokenizers: dict[str, Any]) -> It
     for other, tokenizer in others:
         what = f"{other}: {tokenizer.name_or_path}"
         if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(teacher):
-            yield f"{what}: its tokenizer gives texts other ids than that of {whose}; take models that share one"
+            report.problems.append(f"{what}: its tokenizer is not that of {whose}; take models that share one")
         elif seen is not None:
-            try:
+            with _refusals_into(report.problems, f"{what}: {place}: "):
                 check_first_row(seen, task, tokenizer)
-            except FirstTrlError as error:
-                yield f"{what}: {place}: {error}"
-
-
-def _answer_problems(
-    recipe: Recipe, place: str, task, rows, tokenizer, kept: list[int], row_M, token_M
-) -> Iterator[str]:
-    """Answers that cannot be cached, or say nothing to a calibration, by the learned tokens and the row of each."""
-    import numpy as np
-
-    from .data.choices import encode_answer_row, forced_tokens, refuse_forced
-
-    number_R, start_R, count_R = np.unique(row_M, return_index=True, return_counts=True)
-    wrong = number_R[(count_R != 1) | ~np.isin(token_M[start_R], kept)].tolist() if kept else []
-    try:
-        if wrong:
-            encode_answer_row(rows[wrong[0]], wrong[0], task, tokenizer, kept)  # says what is wrong
-    except FirstTrlError as error:
-        yield from _grouped(place, len(rows), dict.fromkeys(wrong, str(error).partition(": ")[2]))
-    if place == "datasets.validation" and positions_of(recipe) == "answer":
-        at_R = start_R + np.minimum(forced_tokens(task, tokenizer, rows[0])["answer"], count_R - 1)
-        try:
-            refuse_forced(task, tokenizer, token_M[at_R])
-        except FirstTrlError as error:
-            yield str(error)
 
 
 def _grouped(place: str, rows: int, wrong: dict[int, str]) -> Iterator[str]:
@@ -278,33 +252,33 @@ def _grouped(place: str, rows: int, wrong: dict[int, str]) -> Iterator[str]:
     for number, text in wrong.items():
         groups.setdefault(re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "", text), []).append(number)
     for members in groups.values():
-        named = ", ".join(map(str, members[:3])) + ", ..." * (len(members) > 3)
-        count = f"row {named}" if len(members) == 1 else f"{len(members):,} of {rows:,} rows ({named}), the first"
-        yield f"{place}: {count}: {wrong[members[0]]}"
+        count = f"{len(members):,} of {rows:,} rows ({_first(members)}), the first"
+        yield f"{place}: {count if len(members) > 1 else f'row {members[0]}'}: {wrong[members[0]]}"
 
 
-def _overlaps(report: Report, recipe: Recipe, encoded: dict[str, Any]) -> Iterator[str]:
+def _first(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:3])) + ", ..." * (len(numbers) > 3)
+
+
+def _check_overlaps(report: Report, recipe: Recipe, encoded: dict[str, Any]) -> None:
     """Rows of one split that another has too: figures on them flatter, and a calibration on learned rows is wrong."""
     from .data.rows import check_disjoint
 
     for found in check_disjoint(encoded):
-        is_test = found.second.startswith("test.")
-        if is_test and recipe.evaluate.allow_overlap:
+        test = found.second.removeprefix("test.") if found.second.startswith("test.") else None
+        if test and recipe.evaluate.allow_overlap:
             continue
         size = len(encoded[found.second])
-        named = ", ".join(str(here) for _, here in found.rows[:3]) + ", ..." * (found.count > 3)
-        shared = (
-            f"datasets.{found.second}: {found.count:,} of its {size:,} prompts are in datasets.{found.first} too "
-            f"(rows {named})"
-        )
-        if not is_test and found.count <= MOST_SHARED * size:
-            report.warnings.append(shared)
-        elif not is_test:
-            yield f"{shared}; give it rows of its own: a model is over-confident on what it has learned"
-        elif recipe.datasets.test[found.second.removeprefix("test.")].overlap == "drop":
+        shared = f"datasets.{found.second}: {found.count:,} of its {size:,} prompts are in datasets.{found.first} too "
+        shared += f"(rows {_first([here for _, here in found.rows])})"
+        if test and recipe.datasets.test[test].overlap == "drop":
             report.lost.append(f"{shared}; they are dropped")
+        elif test:
+            report.problems.append(f"{shared}; remove them, set overlap: drop there, or evaluate.allow_overlap: true")
+        elif found.count <= MOST_SHARED * size:
+            report.warnings.append(shared)
         else:
-            yield f"{shared}; remove them, set overlap: drop there, or evaluate.allow_overlap: true"
+            report.problems.append(f"{shared}; give it rows of its own: a model is over-confident on what it learned")
 
 
 # This machine
@@ -313,15 +287,12 @@ def _overlaps(report: Report, recipe: Recipe, encoded: dict[str, Any]) -> Iterat
 def _section_problems(place: str, section: dict, machine: Machine, rows: dict[str, int]) -> Iterator[str]:
     """What a training asks of this machine and of the number of its processes."""
     trackers = section.get("report_to") or []
-    wanted = {f"report_to: {name}": name for name in ([trackers] if isinstance(trackers, str) else trackers)}
-    if str(section.get("attn_implementation")).startswith("flash_attention_2"):
-        wanted["attn_implementation: flash_attention_2"] = "flash_attention_2"
-    if machine.kind == "DEEPSPEED":
-        wanted["deepspeed, of the accelerate configuration"] = "deepspeed"
-    for setting, name in wanted.items():
-        modules = PACKAGES.get(name, (name,))
+    for name in {trackers} if isinstance(trackers, str) else trackers:
+        modules = TRACKERS.get(name, (name,))
         if name not in ("none", "all") and not any(map(find_spec, modules)):
-            yield f"{place}.{setting}: {modules[0]} is not installed; run `pip install {modules[0]}`, or remove it"
+            yield f"{place}.report_to: {name} is not installed; run `pip install {modules[0]}`, or set report_to: none"
+    if str(section.get("attn_implementation")).startswith("flash_attention_2") and find_spec("flash_attn") is None:
+        yield f"{place}.attn_implementation: flash_attn is not installed; run `pip install flash-attn`, or write sdpa"
     if machine.shards > 1:
         from .training import missing_quant_storage
 
@@ -332,36 +303,27 @@ def _section_problems(place: str, section: dict, machine: Machine, rows: dict[st
         import torch
 
         if not torch.accelerator.is_available():
-            yield f"{place}.{half}: true, and this machine has no accelerator; write {half}: false, or use_cpu: true"
+            yield f"{place}.{half}: true, and this machine has no accelerator; write {half}: false or use_cpu: true"
     batch = section.get("per_device_train_batch_size", 8) * machine.processes
     fewest = min((count for name, count in rows.items() if name in ("train", "transfer")), default=batch)
     if section.get("dataloader_drop_last") and fewest < batch:
-        yield (
-            f"{place}.dataloader_drop_last: true, and {fewest} rows are not one batch of {batch} "
-            f"(per_device_train_batch_size x {machine.processes} processes); lower it, or write false"
-        )
+        yield f"{place}.dataloader_drop_last: true, and {fewest} rows are no batch of {batch}; write false"
 
 
 def _folder_problems(folder: Path, needed: int = 0) -> Iterator[str]:
     """Whether the run folder can be made and written to, and has room for `needed` bytes."""
     there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
-    if not there.is_dir():
-        what = "a file" if there.exists() else "a link to nothing"
-        yield f"output_dir: {there} is {what}, where the run needs a folder; choose another output_dir"
-        return
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         yield f"output_dir: {there} cannot be written to ({error.strerror}); choose another output_dir"
         return
-    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(there).free + held
     if needed > free:
-        yield (
-            f"output_dir: {there} has room for {free / 1e9:.1f} GB, and cache, checkpoints and students take about "
-            f"{needed / 1e9:.1f} GB; free some, or choose an output_dir on another disk"
-        )
+        room = f"has room for {free / 1e9:.1f} GB, and the run takes about {needed / 1e9:.1f} GB"
+        yield f"output_dir: {there} {room}; free some, or choose an output_dir on another disk"
 
 
 # Commands

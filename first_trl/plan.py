@@ -1,9 +1,7 @@
 """What a recipe costs, by formula: rows, tokens, steps, bytes on disk, memory of each device, FLOPs and hours.
 
 The rows are counted by `first_trl.checks`, the models are built without storage, and the rest is arithmetic, within
-30 % of a real run. No weights are read. What is wrong with a recipe is found by `first_trl.checks`.
-
-Shapes: B rows of T tokens in one step of one device, D hidden, L layers, I intermediate, V vocabulary.
+30 % of a real run. No weights are read.
 """
 
 import math
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import FirstTrlError
-from .recipe import Recipe
+from .recipe import Recipe, teacher_section
 
 # Devices by their makers' dense peak: title, TFLOPS in bfloat16 (None: it has none) and in float32, memory in GB.
 ACCELERATORS: dict[str, tuple[str, float | None, float, float]] = {
@@ -30,9 +28,9 @@ UTILISATION = 0.3  # of the peak: what well-fed training of small batches reache
 # Numbers of optimizer state for each trained parameter, by a part of the optimizer's name; AdamW's two otherwise.
 STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "adagrad": 1, "rmsprop": 1}
 TILE_BYTES = 2**25  # of the logits that `first_trl.head` holds at one time
-# Bytes in a cache after compression, measured: of a row, a shard, a position's tail, a kept log-probability, and a
-# kept id where the answers are closed; of any other id, the share of its bits.
-ROW, SHARD, TAIL, LOG_PROB, CLOSED_ID, ID_SHARE = 42, 4000, 2.9, {"float16": 1.6, "float32": 3.4}, 0.4, 0.75
+# Bytes in a cache after compression, measured: of a row, a position's tail, a kept log-probability; and of the bits of
+# a token id the share that remains.
+ROW, TAIL, LOG_PROB, ID_SHARE = 42, 2.9, {"float16": 1.6, "float32": 3.4}, 0.75
 
 
 @dataclass(frozen=True)
@@ -90,13 +88,7 @@ class Split:
     rows: int = 0
     tokens: int | None = None
     supervised: int = 0
-    lengths: list[int] = field(default_factory=list)  # in tokens, the 0th to the 100th
-
-    def padded(self, batch: int) -> float:
-        """The longest of `batch` rows drawn at random, on average: a row's tokens with its share of padding."""
-        at = 100 * batch / (batch + 1)
-        low = self.lengths[math.floor(at)]
-        return low + (at % 1) * (self.lengths[math.ceil(at)] - low)
+    lengths: list[int] = field(default_factory=list)  # in tokens, the 0th to the 100th percentile
 
 
 @dataclass
@@ -113,16 +105,6 @@ class Cost:
     hours: float | None = None
     memory: dict[str, int] = field(default_factory=dict)  # bytes on each device at the moment of most
     problem: str | None = None  # why it cannot run as its section says
-
-
-class Size(NamedTuple):
-    """Numbers of parameters (`active`: of the blocks, that one token passes through), and bytes of the weights."""
-
-    active: int
-    trained: int
-    frozen_bytes: int
-    trained_bytes: int
-    outside_bytes: int  # of embeddings and head, which a sharded run gathers to compute
 
 
 def build_on_meta(config, dtype: str | None = None, peft_config=None):
@@ -145,36 +127,36 @@ def build_on_meta(config, dtype: str | None = None, peft_config=None):
         raise FirstTrlError(f"{reason} ({type(error).__name__}); correct it, or fetch the model again") from error
 
 
-def size_of(model, bits: int = 16, nested: bool = False, trained_dtype: str | None = None) -> Size:
-    """Parameters and bytes of a model.
+class Size(NamedTuple):
+    """Numbers of parameters (`active`: of the blocks, that one token passes through), and bytes of the weights."""
 
-    Args:
-        bits: 4 or 8 where the matrices of the blocks are quantised; `nested`: their scales too.
-        trained_dtype: of what is trained, where that is not as built.
-    """
+    active: int
+    trained: int
+    frozen_bytes: int
+    trained_bytes: int
+
+
+def size_of(model, bits: int = 16, trained_dtype: str | None = None) -> Size:
+    """Parameters and bytes of a model whose matrices are held in `bits`, and what is trained in `trained_dtype`."""
     import torch
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     outside = {*base.get_input_embeddings().parameters(), *base.get_output_embeddings().parameters()}
     matrices = {module.weight for module in base.modules() if isinstance(module, torch.nn.Linear)} - outside
-    packed = {8: 1.0, 4: 0.5 + (1 / 64 + 4 / (64 * 256) if nested else 4 / 64)}.get(bits)  # bytes, with the scales
+    packed = {8: 1.0, 4: 0.5 + 4 / 64}.get(bits)  # bytes, with the scales
     text = base.config.get_text_config()
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
     passed = (getattr(text, "num_experts_per_tok", None) or experts) / experts
-    found = dict.fromkeys(Size._fields, 0.0)
+    active = trained = frozen_bytes = trained_bytes = 0.0
     for name, weight in model.named_parameters():
-        count, size = weight.numel(), weight.itemsize
+        count = weight.numel()
+        active += 0 if weight in outside else count * (passed if ".experts." in name else 1)
         if weight.requires_grad:
-            size = getattr(torch, trained_dtype).itemsize if trained_dtype else size
-            found["trained"] += count
-        elif packed and weight in matrices:
-            size = packed
-        found["trained_bytes" if weight.requires_grad else "frozen_bytes"] += count * size
-        if weight in outside:
-            found["outside_bytes"] += count * size
+            trained += count
+            trained_bytes += count * (getattr(torch, trained_dtype) if trained_dtype else weight.dtype).itemsize
         else:
-            found["active"] += count * (passed if ".experts." in name else 1)
-    return Size(*map(round, found.values()))
+            frozen_bytes += count * (packed if packed and weight in matrices else weight.itemsize)
+    return Size(round(active), round(trained), round(frozen_bytes), round(trained_bytes))
 
 
 def block_elements(config, dropout: bool = False) -> int:
@@ -190,8 +172,7 @@ def block_elements(config, dropout: bool = False) -> int:
     middle = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 4 * hidden
     middle *= getattr(text, "num_experts_per_tok", None) or 1
     gated = 4 if getattr(text, "hidden_act", None) in ("silu", "gelu_pytorch_tanh", "swish") else 2
-    copies = 5 * hidden + queries + middle if dropout else 0
-    return 5 * hidden + 3 * queries + 2 * keys + gated * middle + copies
+    return (5 + 5 * dropout) * hidden + (3 + dropout) * queries + 2 * keys + (gated + dropout) * middle
 
 
 def head_flops(config, positions: float, backward: bool) -> float:
@@ -221,8 +202,8 @@ def costs(
     """
     found = []
     for job in jobs:
-        names = [place.removeprefix("datasets.") for place in job.data]
-        if job.stage in ("sft", "distill"):
+        names, trains = [place.removeprefix("datasets.") for place in job.data], job.stage in ("sft", "distill")
+        if trains:
             on_labels = job.stage == "sft" or recipe.arm_trainer(job.name.removeprefix("distill.")) == "sft"
             names = ["train" if on_labels or recipe.datasets.transfer is None else "transfer"]
         read = [splits[name] for name in names if name in splits]
@@ -232,28 +213,19 @@ def costs(
             cost.tokens = sum(split.tokens or 0 for split in read)
             cost.supervised = sum(split.supervised for split in read)
         try:
-            if job.stage in ("sft", "distill"):
+            if trains:
                 _train(recipe, cost, on_labels, read[0] if read else Split(), machine, configs)
             elif job.stage in ("cache", "evaluate") and known and all(split.lengths for split in read):
-                _score(recipe, cost, read, machine, configs)
+                _score(recipe, cost, max(split.lengths[-1] for split in read), machine, configs)
         except (ValueError, TypeError) as error:  # of TRL's or PEFT's arguments, or of an adapter that does not fit
             cost.problem = " ".join(str(error).split())
         if job.stage == "cache" and known:
-            cost.disk = _cache_bytes(recipe, read, vocab_size)
+            settings, bytes_of_id = recipe.cache, ID_SHARE * math.log2(vocab_size) / 8
+            top_k = len(recipe.task.choices or ()) if settings.support == "choices" else settings.top_k
+            of_position = TAIL + top_k * (LOG_PROB[settings.dtype] + bytes_of_id)
+            cost.disk = round(cost.rows * ROW + cost.tokens * bytes_of_id + cost.supervised * of_position)
         found.append(cost)
     return found
-
-
-def _cache_bytes(recipe: Recipe, read: list[Split], vocab_size: int) -> int:
-    settings, total = recipe.cache, 0.0
-    top_k = len(recipe.task.choices or ()) if settings.support == "choices" else settings.top_k
-    bytes_of_id = ID_SHARE * math.log2(vocab_size) / 8
-    for split in read:
-        closed = recipe.task.choices is not None and split.supervised <= 2 * split.rows  # the answer, perhaps its end
-        kept = top_k * (LOG_PROB[settings.dtype] + (CLOSED_ID if closed else bytes_of_id))
-        total += split.rows * ROW + (split.tokens or 0) * bytes_of_id + split.supervised * (TAIL + kept)
-        total += SHARD * math.ceil(split.rows / settings.rows_per_shard)
-    return round(total)
 
 
 def _train(recipe: Recipe, cost: Cost, on_labels: bool, split: Split, machine: Machine, configs: dict) -> None:
@@ -272,51 +244,46 @@ def _train(recipe: Recipe, cost: Cost, on_labels: bool, split: Split, machine: M
         cost.steps = training_steps(args, rows, machine.processes)
     if config is None or not split.lengths or not cost.steps:
         return
-    adapter, batch = model_args.use_peft, args.per_device_train_batch_size
+    adapter, batch, text = model_args.use_peft, args.per_device_train_batch_size, config.get_text_config()
     dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else model_args.dtype
     itemsize = 2 if dtype in ("bfloat16", "float16", "auto") else 4
     bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 16
     # TRL holds the adapter of a quantised base in bfloat16, and PEFT any other in float32
     trained_dtype = ("bfloat16" if bits < 16 and itemsize == 2 else "float32") if adapter else None
-    model = build_on_meta(config, model_args.dtype, get_peft_config(model_args))
-    size = size_of(model, bits, model_args.use_bnb_nested_quant, trained_dtype)
-    hidden, layers = config.get_text_config().hidden_size, config.get_text_config().num_hidden_layers
+    size = size_of(build_on_meta(config, model_args.dtype, get_peft_config(model_args)), bits, trained_dtype)
     block = block_elements(config, dropout=bool(adapter and model_args.lora_dropout))
-    kept = layers * hidden + block if args.gradient_checkpointing else layers * block
-    weights = size.frozen_bytes + (0 if adapter else size.trained_bytes)
-    gathered = size.outside_bytes + 2 * weights // layers if machine.shards > 1 else 0
+    again = args.gradient_checkpointing  # blocks are computed again in the backward
+    kept = text.num_hidden_layers * (text.hidden_size if again else block) + (block if again else 0)
     moments = next((count for name, count in STATES.items() if name in args.optim.value), 2)
     states = moments * (size.trained if "8bit" in args.optim.value else size.trained_bytes)
     positions = batch * split.supervised / rows
     cost.memory = {
-        "weights": weights // machine.shards + gathered,
+        "weights": (size.frozen_bytes + (0 if adapter else size.trained_bytes)) // machine.shards,
         "adapter": size.trained_bytes // machine.shards if adapter else 0,
         "gradients": size.trained_bytes // machine.gradient_shards,
         "optimizer": states // machine.gradient_shards,
         "activations": round(batch * (packed or split.lengths[-1]) * kept * itemsize),
-        "head": round(positions * hidden * (itemsize + 8)) + TILE_BYTES,
+        "head": round(positions * text.hidden_size * (itemsize + 8)) + TILE_BYTES,
     }
     checkpoints = 0 if args.save_strategy == "no" else args.save_total_limit or 1
     cost.disk = size.trained_bytes + checkpoints * (size.trained_bytes + states)
     batches = args.gradient_accumulation_steps * machine.processes * cost.steps
     # 2 operations forward, 2 for the gradient of what flows back, 2 for that of trained weights, 2 to compute again
-    operations = (4 if adapter else 6) + (2 if args.gradient_checkpointing else 0)
-    tokens = batches * batch * (packed or split.padded(batch))
+    operations = (4 if adapter else 6) + (2 if again else 0)
+    tokens = batches * batch * (packed or split.lengths[round(100 * batch / (batch + 1))])  # the longest of a batch
     cost.flops = tokens * operations * size.active + head_flops(config, batches * positions, backward=True)
     cost.hours = machine.hours(cost.flops, dtype)
 
 
-def _score(recipe: Recipe, cost: Cost, read: list[Split], machine: Machine, configs: dict) -> None:
+def _score(recipe: Recipe, cost: Cost, longest: int, machine: Machine, configs: dict) -> None:
     """The teacher over the cached splits, or every model over validation and the test sets."""
-    from .recipe import teacher_section
-
     section, caching = teacher_section(recipe), cost.name == "cache"
     models = [(recipe.cache.teacher or recipe.sft["model_name_or_path"], section, 1)]
     if not caching and "model_name_or_path" in recipe.distill:
         models.append((recipe.distill["model_name_or_path"], recipe.distill, len(recipe.students) + 1))  # and the base
     if (caching and recipe.cache.backend == "server") or any(path not in configs for path, *_ in models):
         return
-    longest, tokens, rows = max(split.lengths[-1] for split in read), cost.tokens or 0, cost.rows or 1
+    tokens, rows = cost.tokens or 0, cost.rows or 1
     in_batch = max(longest, min((recipe.cache if caching else recipe.evaluate).tokens_per_batch, tokens))
     positions, cost.flops = (cost.supervised or 0) if caching else rows, 0.0
     for path, how, times in models:
@@ -353,7 +320,6 @@ def machine_limits(recipe: Recipe, machine: Machine, found: list[Cost]) -> Itera
 
 def describe(found: list[Cost], machine: Machine) -> list[str]:
     """The costs as lines of text."""
-    title, bfloat16, float32, _ = ACCELERATORS[machine.accelerator]
     table: list[tuple] = [("", "rows", "tokens", "supervised", "steps", "on disk", "memory", "FLOPs", "hours")]
     for cost in found:
         counts = ("-" if n is None else f"{n:,}" for n in (cost.rows, cost.tokens, cost.supervised, cost.steps))
@@ -361,15 +327,13 @@ def describe(found: list[Cost], machine: Machine) -> list[str]:
         floats = ("-" if n is None else f"{n:.2g}" for n in (cost.flops, cost.hours))
         table.append((cost.name, *counts, *sizes, *floats))
     first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
-    half = "no bfloat16" if bfloat16 is None else f"{bfloat16:g} TFLOPS bfloat16"
     return [
         *("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in table),
         "",
         "Rows, tokens and supervised positions are a split's, once; FLOPs are the whole job's, padding included.",
-        f"Memory: of each device at its peak ({machine.kind}, {machine.processes} processes), within 30 %; libraries "
-        "and the driver take up to 1 GB more.",
-        f"Hours: {machine.processes} x {title}, at {100 * machine.utilisation:.0f} % of the published peak (an "
-        f"assumption; {half}, {float32:g} float32).",
+        f"Memory: of each device at its peak, within 30 %. Hours: {machine.processes} x "
+        f"{ACCELERATORS[machine.accelerator][0]} at {100 * machine.utilisation:.0f} % of the published peak, which is "
+        "an assumption.",
     ]
 
 

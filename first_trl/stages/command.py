@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from ..failures import explain
 from ..interrupts import INTERRUPTED, exit_status, follow_parent, raise_on_sigterm
-from ..log import RunLog, libraries_into, recording, status
+from ..log import RunLog, is_main_process, libraries_into, recording, status
 from ..recipe import Recipe, RecipeError, load_recipe
 from ..redaction import redacted
 
@@ -34,7 +34,7 @@ def parse_stage(stage: str, argv: list[str] | None = None) -> tuple[Recipe, argp
     try:
         recipe = load_recipe(options.recipe, overrides, stage=stage)
     except RecipeError as error:
-        raise SystemExit(str(error) if os.environ.get("RANK", "0") == "0" else 1) from None
+        raise SystemExit(str(error) if is_main_process() else 1) from None
     if getattr(options, "arm", None) and options.arm not in [*recipe.arms, *recipe.students]:
         parser.error(f"unknown arm {options.arm!r}; the recipe has {', '.join(recipe.arms)}")
     return recipe, options
@@ -56,24 +56,21 @@ def stage_command(stage: str) -> Callable:
             followed = follow_parent()
             raise_on_sigterm()
             recipe, options = parse_stage(stage, argv)
-            path = recipe.run_folder / "log.txt"
             title = f"first-trl {stage} {' '.join(sys.argv[1:] if argv is None else argv)}"
             try:
-                with recording(path, quiet=options.quiet, title=title) as log:
-                    failed = _ended(functools.partial(work, recipe, options), stage, log, followed)
+                with recording(recipe.run_folder / "log.txt", quiet=options.quiet, title=title) as log:
+                    _attempt(functools.partial(work, recipe, options), stage, log, followed)
             except OSError as error:  # of the log's folder
                 message = f"{recipe.run_folder} cannot be written ({error.strerror}); correct name or output_dir"
-                failed = f"[first-trl] {stage} failed: {message}"
-            if failed is not None:
-                raise SystemExit(failed)
+                raise SystemExit(f"[first-trl] {stage} failed: {message}") from None
 
         return main
 
     return decorate
 
 
-def _ended(work: Callable[[], None], stage: str, log: RunLog, followed: bool) -> str | int | None:
-    """Do the work; the message or the exit status of a failure, None without one."""
+def _attempt(work: Callable[[], None], stage: str, log: RunLog, followed: bool) -> None:
+    """Do the work; a failure is one line for the user, with its traceback in the log."""
     try:
         with libraries_into(log):
             work()
@@ -83,18 +80,12 @@ def _ended(work: Callable[[], None], stage: str, log: RunLog, followed: bool) ->
         if followed:  # the parent says so; threads that wait for a server do not hold this process up
             os._exit(exit_status(error))
         status(INTERRUPTED)
-        return exit_status(error)
+        raise SystemExit(exit_status(error)) from None
     except Exception as error:
         log.add_traceback(error)
-        line = failure(error, stage, log)
+        process = "" if is_main_process() else f" in process {os.environ['RANK']}"
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
+        message = explain(error, stage) or f"{text} (unexpected; traceback in {log.path})"
+        line = redacted(f"[first-trl] {stage} failed{process}: {message}")
         log.add(line)
-        return line
-    return None
-
-
-def failure(error: Exception, stage: str, log: RunLog) -> str:
-    """Message for the user; the traceback is in the log."""
-    process = f" in process {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""
-    text = " ".join(str(error).split())
-    unexpected = f"{type(error).__name__}{': ' if text else ''}{text[:300]} (unexpected; traceback in {log.path})"
-    return redacted(f"[first-trl] {stage} failed{process}: {explain(error, stage) or unexpected}")
+        raise SystemExit(line) from None
