@@ -223,7 +223,8 @@ def costs(
             settings, bytes_of_id = recipe.cache, ID_SHARE * math.log2(vocab_size) / 8
             top_k = len(recipe.task.choices or ()) if settings.support == "choices" else settings.top_k
             of_position = TAIL + top_k * (LOG_PROB[settings.dtype] + bytes_of_id)
-            cost.disk = round(cost.rows * ROW + cost.tokens * bytes_of_id + cost.supervised * of_position)
+            of_rows = (split.rows * ROW + (split.tokens or 0) * bytes_of_id for split in read)
+            cost.disk = round(sum(of_rows) + sum(split.supervised for split in read) * of_position)
         found.append(cost)
     return found
 
