@@ -45,6 +45,7 @@ __all__ = ["STAGES", "Recipe", "RecipeError", "arm_of", "load_recipe"]
 _ALIASES = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",
             "rank": "lora_r", "model": "model_name_or_path", "torch_dtype": "dtype", "k": "top_k",
             "max_seq_length": "max_length"}  # fmt: skip
+RUN_SETTINGS = ("output_dir", "seed", "seeds")  # beside the name, settings that belong to no section
 _COMMAND_LINE = (0, 0, "command line")
 
 
@@ -165,7 +166,7 @@ def file_model() -> type[Recipe]:
     sections: Any = {
         "sft": (sft, Field(default_factory=sft, description=help["sft"])),
         "distill": (distill, Field(default_factory=distill, description=help["distill"])),
-        "arms": (dict[FolderName, arm], Field(description=help["arms"])),  # type: ignore[valid-type]
+        "arms": (dict[FolderName, arm], Field(default_factory=dict, description=help["arms"])),  # type: ignore[valid-type]
     }
     return create_model("RecipeFile", __base__=Recipe, **sections)
 
@@ -285,7 +286,7 @@ def _apply_overrides(file: RecipeFile, tree: dict, words: Sequence[str], stage: 
             file.places[word,], file.problems[word,] = _COMMAND_LINE, "it belongs to no setting; write --key value"
     for key, values in pairs:
         path = tuple(key.split("."))
-        if len(path) == 1 and key not in ("name", "output_dir", "seed", "seeds"):
+        if len(path) == 1 and key not in ("name", *RUN_SETTINGS):
             owners = [section for section, keys in _known_keys().items() if key in keys]
             if stage not in owners and len(owners) != 1:
                 several = f"it is a setting of several sections; write {' or '.join(f'--{o}.{key}' for o in owners)}"

@@ -1,4 +1,4 @@
-"""What a recipe may hold, for editors and readers: its JSON schema and its table of settings; and a recipe resolved.
+"""What a recipe may hold: its JSON schema and its table of settings; and a recipe resolved, or one of its rows.
 
 first-trl show RECIPE [--key value ...]     the recipe as it runs: `extends`, variables, overrides and defaults in
 first-trl show RECIPE --row 0               a row as the models see it, with what is learned marked
@@ -7,27 +7,26 @@ first-trl schema --markdown                 every setting as a table, the second
 """
 
 import argparse
+import inspect
 import json
 import sys
-from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin
 
 from .errors import FirstTrlError
-from .recipe import Recipe, file_model, load_recipe, section_of
+from .recipe import RUN_SETTINGS, Recipe, file_model, load_recipe
 from .settings import DatasetConfig, Section, WriteAnswers, training_model
 
+NESTED = {"datasets": (DatasetConfig, "`datasets`: one split"), "cache": (WriteAnswers, "`cache.write_answers`")}
 _VARIABLE = {"type": "string", "pattern": r"^\$\{.+\}$"}
 
 
 def show_main(argv: list[str]) -> int:
     """`first-trl show RECIPE`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="first-trl show", description="Print a recipe as it runs, or one of its rows."
-    )
+    parser = argparse.ArgumentParser(prog="first-trl show", description="Print a recipe as it runs, or one row.")
     parser.add_argument("recipe", help="the experiment's YAML file; settings may follow as --key value")
     parser.add_argument("--row", type=int, help="print this row as the models see it, with what is learned marked")
     parser.add_argument(
-        "--split", default="train", help="the row's split: train (default), validation, transfer, or a test set"
+        "--split", default="train", help="the row's: train (default), validation, transfer, a test set"
     )
     options, overrides = parser.parse_known_args(argv)
     try:
@@ -111,35 +110,27 @@ def _open_to_variables(schema: Any) -> Any:
 
 def settings_tables() -> str:
     """Every setting of a recipe as Markdown: a table for each section."""
-    recipe, trl = file_model(), training_model("sft")
-    tables = [_table("The top of a recipe", "", recipe, ("name", "output_dir", "seed", "seeds", "arms"))]
-    for name, field in recipe.model_fields.items():
-        section = section_of(field.annotation)
-        if section is None or name == "sft":
-            continue
-        own = [key for key in section.model_fields if name != "distill" or key not in trl.model_fields]
-        tables.append(_table(f"`{name}`", field.description or section.__doc__ or "", section, own))
-        if name == "datasets":
-            about = "`train`, `validation`, `transfer`, or a name under `test`."
-            tables.append(_table("`datasets`: one split", about, DatasetConfig, DatasetConfig.model_fields))
-        if name == "cache":
-            about = WriteAnswers.__doc__ or ""
-            tables.append(_table("`cache.write_answers`", about, WriteAnswers, WriteAnswers.model_fields))
+    top, trl, distill = file_model().model_fields, training_model("sft").model_fields, training_model("distill")
+    own = {key: field for key, field in distill.model_fields.items() if key not in trl}
     about = "Fields of TRL's `SFTConfig` and `ModelConfig`, with TRL's help. An arm may have them, those of the loss\n"
     about += "(but `closing`), and `trainer`: `first` (knowledge matching, the default) or `sft` (trained on labels)."
-    tables.append(_table("`sft`, `distill` and `arms`: TRL's settings", about, trl, trl.model_fields))
+    tables = [_table("The top of a recipe", "", {key: top[key] for key in ("name", *RUN_SETTINGS, "arms")})]
+    for name, field in Recipe.model_fields.items():
+        for model, title in ((field.annotation, f"`{name}`"), NESTED.get(name, (None, ""))):
+            if isinstance(model, type) and issubclass(model, Section):
+                tables.append(_table(title, inspect.getdoc(model) or "", model.model_fields))
+    tables.append(_table("`distill`", "The students' training.", own))
+    tables.append(_table("`sft`, `distill` and `arms`: TRL's settings", about, trl))
     return "\n".join(tables)
 
 
-def _table(title: str, text: str, model: type[Section], keys: Iterable[str]) -> str:
-    lines = [f"### {title}", "", *(line.strip() for line in text.strip().splitlines()), ""]
-    lines += ["| setting | default | |", "|---|---|---|"]
-    for key in keys:
-        field = model.model_fields[key]
+def _table(title: str, about: str, fields: dict[str, Any]) -> str:
+    lines = [f"### {title}", "", *([about, ""] if about else []), "| setting | default | |", "|---|---|---|"]
+    for key, field in fields.items():
         unset = field.default_factory or field.default is None
         default = "required" if field.is_required() else "" if unset else f"`{json.dumps(field.default)}`"
-        values = [str(v) for v in get_args(field.annotation) if v] if get_origin(field.annotation) is Literal else []
-        choices = f" One of {', '.join(values)}." if 0 < len(values) < 12 else ""
-        text = (field.description or "").replace("|", "\\|") + choices
-        lines.append(f"| `{key}` | {default} | {text} |")
+        values = [str(value) for value in get_args(field.annotation) if value]
+        few = get_origin(field.annotation) is Literal and len(values) < 12
+        help = (field.description or "").replace("|", "\\|") + (f" One of {', '.join(values)}." if few else "")
+        lines.append(f"| `{key}` | {default} | {help} |")
     return "\n".join([*lines, ""])
