@@ -9,7 +9,9 @@ import copy
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
+from contextlib import suppress
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -133,19 +135,11 @@ class Recipe(Section):
             yield ("seeds",), "these are not seeds; list different whole numbers, e.g. [0, 1, 2]"
 
 
-QUANTIZATION = (
-    "load_in_4bit",
-    "load_in_8bit",
-    "bnb_4bit_quant_type",
-    "use_bnb_nested_quant",
-    "bnb_4bit_quant_storage",
-)
-
-
-def teacher_section(recipe) -> dict:
+def teacher_section(recipe: Recipe) -> dict:
     """How the teacher is loaded for inference: as `sft` trained it, unless `cache` says otherwise."""
     settings = recipe.cache
-    quantization = {name: recipe.sft[name] for name in QUANTIZATION if name in recipe.sft}
+    names = "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage"
+    quantization = {name: recipe.sft[name] for name in names.split() if name in recipe.sft}
     if settings.load_in_4bit is not None:
         quantization |= {"load_in_4bit": settings.load_in_4bit, "load_in_8bit": False}
     return {
@@ -161,13 +155,10 @@ def teacher_section(recipe) -> dict:
 @cache
 def file_model() -> type[Recipe]:
     """A recipe as its file has it: `sft`, `distill` and the arms with TRL's settings."""
-    sft, distill, arm = map(training_model, ("sft", "distill", "arms"))
-    help = {name: field.description for name, field in Recipe.model_fields.items()}
-    sections: Any = {
-        "sft": (sft, Field(default_factory=sft, description=help["sft"])),
-        "distill": (distill, Field(default_factory=distill, description=help["distill"])),
-        "arms": (dict[FolderName, arm], Field(default_factory=dict, description=help["arms"])),  # type: ignore[valid-type]
-    }
+    sections: Any = {}
+    for name, model in ((name, training_model(name)) for name in ("sft", "distill", "arms")):
+        kind, default = (dict[FolderName, model], dict) if name == "arms" else (model, model)  # type: ignore[valid-type]
+        sections[name] = (kind, Field(default_factory=default, description=Recipe.model_fields[name].description))
     return create_model("RecipeFile", __base__=Recipe, **sections)
 
 
@@ -193,12 +184,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
         if isinstance(tree.get(name), dict):
             tree[name] = {k: {} if own is None else own for k, own in tree[name].items() if not (drop and own is None)}
     problems = dict(unsafe_settings(tree)) | file.problems  # one for each setting, the first that is found
-    recipe: Recipe | None
+    recipe = None
     try:
         recipe = _as_recipe(tree)
     except ValidationError as error:
         problems = dict(_explained(error, tree, file_model())) | problems
-        recipe = _without(tree, problems)
+        with suppress(ValidationError):
+            recipe = _as_recipe(_without(tree, problems))
     if recipe is not None:
         between = {**dict(_task_problems(recipe, tree)), **dict(recipe_conflicts(recipe))}
         wrong = {where[0] for where in problems}  # what follows from a mistake is not another one
@@ -210,27 +202,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
 
 def _as_recipe(tree: dict) -> Recipe:
     """The settings checked; those of TRL as dicts of what was written, in the order in which it was."""
-
-    def written(section: Section, own: dict) -> dict:
-        return {key: getattr(section, key) for key in own}
-
     checked = dict(file_model().model_validate(tree))
-    checked |= {name: written(checked[name], tree.get(name, {})) for name in ("sft", "distill")}
-    checked["arms"] = {arm: written(own, tree["arms"][arm]) for arm, own in checked["arms"].items()}
+    for name in ("sft", "distill"):
+        checked[name] = {key: getattr(checked[name], key) for key in tree.get(name, {})}
+    for arm, own in checked["arms"].items():
+        checked["arms"][arm] = {key: getattr(own, key) for key in tree["arms"][arm]}
     return Recipe.model_construct(**checked)
 
 
-def _without(tree: dict, problems: dict[tuple, str]) -> Recipe | None:
-    """The recipe without the settings that are wrong, to look at the others; None where that is none."""
+def _without(tree: dict, problems: dict[tuple, str]) -> dict:
+    """The settings but those that are wrong, to look for what else is."""
     good = copy.deepcopy(tree)
     for where in problems:
-        above = _value_at(good, where[:-1])
-        if isinstance(above, dict):
+        if isinstance(above := _value_at(good, where[:-1]), dict):
             above.pop(where[-1], None)
-    try:
-        return _as_recipe(good)
-    except ValidationError:
-        return None
+    return good
 
 
 def _task_problems(recipe: Recipe, tree: dict) -> Iterator[Conflict]:
@@ -260,14 +246,10 @@ _MISSING = object()
 
 
 def _value_at(tree: Any, path: tuple) -> Any:
-    for part in path:
-        if isinstance(tree, list) and isinstance(part, int) and part < len(tree):
-            tree = tree[part]
-        elif isinstance(tree, dict) and part in tree:
-            tree = tree[part]
-        else:
-            return _MISSING
-    return tree
+    try:
+        return reduce(getitem, path, tree)
+    except (KeyError, IndexError, TypeError):
+        return _MISSING
 
 
 # --- overrides
@@ -312,21 +294,20 @@ def _set(file: RecipeFile, tree: dict, path: tuple, words: list[str]) -> None:
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     # The shell has eaten any quotes: where text is wanted, 123 and yes are meant as text.
     text = all(member in (str, NoneType) or get_origin(member) is Literal for member in members)
-    if len(words) > 1:
-        place[path[-1]] = [read_value(word) for word in words]
-    else:
-        is_none = words == ["null"] and NoneType in members
-        place[path[-1]] = words[0] if text and not is_none else read_value(words[0])
-    for known in (file.places, file.problems):  # what the file said there no longer counts
-        for where in [where for where in known if where[: len(path)] == path]:
-            del known[where]
-    file.places[path] = _COMMAND_LINE
+    text = text and not (words == ["null"] and NoneType in members)
+    values = words if text else [read_value(word) for word in words]
+    place[path[-1]] = values[0] if len(values) == 1 else values
+    # What the file said there no longer counts.
+    file.places = {where: it for where, it in file.places.items() if where[: len(path)] != path} | {
+        path: _COMMAND_LINE
+    }
+    file.problems = {where: why for where, why in file.problems.items() if where[: len(path)] != path}
 
 
 # --- what is wrong with a setting, in words
 
 
-def section_of(hint: Any) -> type[Section] | None:
+def _section_of(hint: Any) -> type[Section] | None:
     """The section that a type stands for, or None."""
     members = () if get_origin(hint) is dict else (hint, *get_args(hint))
     return next((member for member in members if isinstance(member, type) and issubclass(member, Section)), None)
@@ -336,17 +317,17 @@ def _model_at(path: tuple) -> type[Section] | None:
     """The section whose settings stand below a path."""
     hint: Any = file_model()
     for part in path:
-        if section := section_of(hint):
+        if section := _section_of(hint):
             hint = section.model_fields[part].annotation if part in section.model_fields else None
         else:
             hint = get_args(hint)[1] if get_origin(hint) is dict else None
-    return section_of(hint)
+    return _section_of(hint)
 
 
 @cache
 def _known_keys() -> dict[str, set[str]]:
     """Section -> the keys it knows."""
-    sections = {name: section_of(field.annotation) for name, field in file_model().model_fields.items()}
+    sections = {name: _section_of(field.annotation) for name, field in file_model().model_fields.items()}
     known = {name: set(model.model_fields) for name, model in sections.items() if model and name != "datasets"}
     for section in ("sft", "distill"):  # what people mean by max_length is the task's
         known[section].discard("max_length")

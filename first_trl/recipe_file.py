@@ -52,19 +52,13 @@ def read_value(text: str) -> Any:
 
 
 class RecipeFile:
-    """The values of a recipe file and of the one that it extends.
+    """The values of a recipe file, and of the one that it extends, with variables replaced.
 
-    Attributes:
-        values (`dict`): as written, with variables replaced.
-        places (`dict`): path of a key -> (rank of its file, line, both in words).
-        problems (`dict`): path of a key -> "what is wrong; what to do".
-
-    Raises:
-        RecipeError: the file cannot be read as one YAML mapping; every other problem is only kept.
+    `places`: path of a key -> (rank of its file, line, both in words); `problems`: path -> what is wrong; what to do.
+    RecipeError where there is no YAML mapping to read; `below` is the name of the recipe that extends this one.
     """
 
     def __init__(self, path: Path, below: str = ""):
-        """`below`: the name of the recipe that extends this one."""
         self.name, self.rank, self.prefix = below or str(path), 2 if below else 1, f"{path.name}, " if below else ""
         self.places: dict[tuple, tuple[int, int, str]] = {}
         self.problems: dict[tuple, str] = {}

@@ -16,7 +16,10 @@ from .errors import FirstTrlError
 from .recipe import RUN_SETTINGS, Recipe, file_model, load_recipe
 from .settings import DatasetConfig, Section, WriteAnswers, training_model
 
-NESTED = {"datasets": (DatasetConfig, "`datasets`: one split"), "cache": (WriteAnswers, "`cache.write_answers`")}
+NESTED: dict[str, list[tuple[Any, str]]] = {
+    "datasets": [(DatasetConfig, "datasets.<split>")],
+    "cache": [(WriteAnswers, "cache.write_answers")],
+}
 _VARIABLE = {"type": "string", "pattern": r"^\$\{.+\}$"}
 
 
@@ -115,10 +118,11 @@ def settings_tables() -> str:
     about = "Fields of TRL's `SFTConfig` and `ModelConfig`, with TRL's help. An arm may have them, those of the loss\n"
     about += "(but `closing`), and `trainer`: `first` (knowledge matching, the default) or `sft` (trained on labels)."
     tables = [_table("The top of a recipe", "", {key: top[key] for key in ("name", *RUN_SETTINGS, "arms")})]
-    for name, field in Recipe.model_fields.items():
-        for model, title in ((field.annotation, f"`{name}`"), NESTED.get(name, (None, ""))):
+    for section, field in Recipe.model_fields.items():
+        own_and_nested: list[tuple[Any, str]] = [(field.annotation, section), *NESTED.get(section, ())]
+        for model, name in own_and_nested:
             if isinstance(model, type) and issubclass(model, Section):
-                tables.append(_table(title, inspect.getdoc(model) or "", model.model_fields))
+                tables.append(_table(f"`{name}`", inspect.getdoc(model) or "", model.model_fields))
     tables.append(_table("`distill`", "The students' training.", own))
     tables.append(_table("`sft`, `distill` and `arms`: TRL's settings", about, trl))
     return "\n".join(tables)
