@@ -18,20 +18,15 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .constants import HUB_ID
 from .errors import FirstTrlError
 from .settings import WriteAnswers
 
-if TYPE_CHECKING:
-    import numpy as np
-
 # Rows answered at a time: what a reader at the other end of a pipe waits for.
 ROWS_AT_A_TIME = 256
-_REMEDY = 'write one object a line, e.g. {"text": "..."}'
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
 class RowError(FirstTrlError):
@@ -90,10 +85,39 @@ class Predictor:
             RowError: a row does not fit the task, or has no probabilities, beginning with its number, from 0.
             FirstTrlError: an accuracy for which no threshold was fitted.
         """
-        answers = self._answers(list(rows), accuracy, tokens_per_batch)
+        answers = self.choose(list(rows), accuracy, tokens_per_batch)
         for number, answer in enumerate(answers):
             if "error" in answer:
                 raise RowError(number, answer["error"])
+        return answers
+
+    def choose(self, rows: list, accuracy: float, tokens_per_batch: int) -> list[dict]:
+        """As `predict`, but {"error": why} for a row that cannot be answered, or that is a text saying so already."""
+        import numpy as np
+
+        from .data.choices import choice_token_ids
+        from .scoring import sequence_log_probs
+        from .student import choice_shares, threshold_for
+
+        threshold = threshold_for(self.student, accuracy)
+        answers, prompts = self._prompts(rows)
+        if not prompts:
+            return answers
+        ids = choice_token_ids(self.task, self.tokenizer, rows[next(iter(prompts))])
+        asked = list(prompts.values())
+        log_probs_NC = sequence_log_probs(self.model, asked, ids, tokens_per_batch=tokens_per_batch)
+        with np.errstate(invalid="ignore"):
+            shares_NC = choice_shares(log_probs_NC, self.student.temperature)
+        for number, shares_C in zip(prompts, shares_NC, strict=True):
+            best = int(shares_C.argmax())
+            confidence = float(shares_C[best])
+            answers[number] = {
+                "answer": (self.task.choices or [])[best],
+                "confidence": confidence,
+                "abstain": threshold is None or confidence < threshold,
+            }
+            if not np.isfinite(shares_C).all():
+                answers[number] = {"error": "the model's probabilities are not numbers: its weights are damaged"}
         return answers
 
     def generate(self, rows: list, max_new_tokens: int = 512, tokens_per_batch: int = 8192) -> list[dict]:
@@ -122,24 +146,6 @@ class Predictor:
             }
         return answers
 
-    def _answers(self, rows: list, accuracy: float, tokens_per_batch: int) -> list[dict]:
-        """As `predict`, but {"error": why} for a row that cannot be answered, or that is a text saying so already."""
-        from .data.choices import choice_token_ids
-        from .scoring import sequence_log_probs
-        from .student import threshold_for
-
-        threshold = threshold_for(self.student, accuracy)
-        answers, prompts = self._prompts(rows)
-        if prompts:
-            ids = choice_token_ids(self.task, self.tokenizer, rows[next(iter(prompts))])
-            log_probs_NC = sequence_log_probs(
-                self.model, list(prompts.values()), ids, tokens_per_batch=tokens_per_batch
-            )
-            decided = _decide(log_probs_NC, self.task.choices or [], self.student.temperature, threshold)
-            for number, answer in zip(prompts, decided, strict=True):
-                answers[number] = answer
-        return answers
-
     def _prompts(self, rows: list) -> tuple[list[dict], dict[int, list[int]]]:
         """({"error": why} for each row, the tokens of those that are prompts, by number)."""
         from .data.encoding import encode_prompt
@@ -147,33 +153,12 @@ class Predictor:
         answers: list[dict] = [{"error": row} for row in rows]
         prompts = {}
         for number, row in enumerate(rows):
-            if isinstance(row, str):
-                continue
             try:
-                prompts[number] = encode_prompt(self.task, self.tokenizer, row)
+                if not isinstance(row, str):
+                    prompts[number] = encode_prompt(self.task, self.tokenizer, row)
             except (ValueError, TypeError, RecursionError) as error:  # a tokenizer refuses some texts with the latter
                 answers[number] = {"error": " ".join(str(error).split())[:300]}
         return answers, prompts
-
-
-def _decide(log_probs_NC: "np.ndarray", choices: list[str], temperature: float, threshold: float | None) -> list[dict]:
-    """The most probable choice of each row, its share among the choices, and whether that is too little."""
-    import numpy as np
-
-    from .student import choice_shares
-
-    with np.errstate(invalid="ignore"):
-        shares_NC = choice_shares(log_probs_NC, temperature)
-    answers: list[dict] = []
-    for shares_C in shares_NC:
-        if not np.isfinite(shares_C).all():
-            answers.append({"error": "the model's probabilities are not numbers: its weights are damaged"})
-            continue
-        best = int(shares_C.argmax())
-        confidence = float(shares_C[best])
-        is_sure = threshold is not None and confidence >= threshold
-        answers.append({"answer": choices[best], "confidence": confidence, "abstain": not is_sure})
-    return answers
 
 
 def predict(
@@ -195,7 +180,8 @@ def _folder(adapter: str, revision: str | None) -> Path:
         raise FirstTrlError(f"there is no folder {adapter}; give a student's, such as runs/NAME/students/first")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(adapter, revision=revision, allow_patterns=_WANTED))
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    return Path(snapshot_download(adapter, revision=revision, allow_patterns=wanted))
 
 
 def _check_base(folder: Path, base_is_local: bool) -> None:
@@ -254,7 +240,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _answer_lines(options: argparse.Namespace) -> None:
     from .files import replace_atomically
-    from .student import threshold_for
 
     if sys.stdout is None and options.output is None:
         raise FirstTrlError("standard output is closed; give --output")
@@ -264,8 +249,7 @@ def _answer_lines(options: argparse.Namespace) -> None:
         if options.generate:
             answer = partial(student.generate, max_new_tokens=options.max_new_tokens)
         else:
-            threshold_for(student.student, options.accuracy)
-            answer = partial(student._answers, accuracy=options.accuracy)
+            answer = partial(student.choose, accuracy=options.accuracy)
         lines = answered_lines(partial(answer, tokens_per_batch=options.tokens_per_batch), source)
         if output is None:
             _write(lines, sys.stdout)
@@ -279,50 +263,41 @@ def _answer_lines(options: argparse.Namespace) -> None:
 
 def _checked_output(output: Path | None, source: Path | None) -> Path | None:
     """Where to write: what a link leads to, and never the questions themselves."""
-    if output is None:
-        return None
-    if output.is_dir():
+    if output is not None and output.is_dir():
         raise FirstTrlError(f"--output {output} is a folder; name a file")
-    if source is not None and output.exists() and source.exists() and output.samefile(source):
+    if output is not None and source is not None and output.exists() and output.samefile(source):
         raise FirstTrlError(f"--output {output} is the file of the questions; name another one")
-    return Path(os.path.realpath(output))
+    return output and Path(os.path.realpath(output))
 
 
 def _write(lines: Iterator[str], file) -> None:
-    failed = total = 0
+    failed: list[bool] = []
     for line in lines:
-        failed, total = failed + line.startswith('{"error":'), total + 1
+        failed.append(line.startswith('{"error":'))
         print(line, end="", file=file, flush=True)
-    if failed:
-        said = f'[first-trl] predict: {failed} of {total} lines have no answer; each says why in "error"'
-        print(said, file=sys.stderr)
+    if any(failed):
+        print(
+            f"[first-trl] predict: {sum(failed)} of {len(failed)} lines have no answer, but an error",
+            file=sys.stderr,
+        )
 
 
 def answered_lines(answer: Callable[[list], list[dict]], source: Iterable[bytes]) -> Iterator[str]:
-    """A line of JSON for each line of JSON, some at a time; blank lines are passed over."""
-    numbers: list[int] = []
-    rows: list[dict | str] = []
-    for number, line in enumerate(source, start=1):
-        if line.strip():
-            numbers.append(number)
-            rows.append(_read_line(line, number))
-        if len(rows) == ROWS_AT_A_TIME:
-            yield from _answer_some(answer, numbers, rows)
-            numbers, rows = [], []
-    yield from _answer_some(answer, numbers, rows)
+    """A line of JSON for each line of JSON, `ROWS_AT_A_TIME` at a time; blank lines are passed over."""
+    numbered = ((number, line) for number, line in enumerate(source, start=1) if line.strip())
+    while block := list(islice(numbered, ROWS_AT_A_TIME)):
+        answers = answer([_read_line(line, number) for number, line in block])
+        for (number, _), found in zip(block, answers, strict=True):
+            if "error" in found:
+                found = {"error": f"line {number}: {found['error']}"}
+            yield json.dumps(found, ensure_ascii="error" in found) + "\n"
 
 
 def _read_line(line: bytes, number: int) -> dict | str:
     """The row of a line, or what is wrong with it."""
+    remedy = 'write one object a line, e.g. {"text": "..."}'
     try:
         row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except (ValueError, RecursionError) as error:
-        return f"it is not JSON in UTF-8 ({error}); {_REMEDY}"
-    return row if isinstance(row, dict) else f"it holds a {type(row).__name__}; {_REMEDY}"
-
-
-def _answer_some(answer: Callable[[list], list[dict]], numbers: list[int], rows: list) -> Iterator[str]:
-    for number, found in zip(numbers, answer(rows), strict=True):
-        if "error" in found:
-            found = {"error": f"line {number}: {found['error']}"}
-        yield json.dumps(found, ensure_ascii="error" in found) + "\n"
+        return f"it is not JSON in UTF-8 ({error}); {remedy}"
+    return row if isinstance(row, dict) else f"it holds a {type(row).__name__}; {remedy}"

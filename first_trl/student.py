@@ -9,10 +9,10 @@ Shapes: N examples, C choices, G temperatures.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .constants import PREDICT_FILE
 from .errors import FirstTrlError
@@ -59,12 +59,19 @@ class Student(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
     schema_version: Literal[2] = 2
     arm: str
-    task: dict[str, Any]
+    task: TaskConfig
     loading: Loading
     base_is_local: bool
     temperature: Annotated[float, Field(ge=float(TEMPERATURES[0]), le=float(TEMPERATURES[-1]))] = 1.0
     num_examples: int
     thresholds: list[Threshold]
+
+    @field_validator("task")
+    @classmethod
+    def _refuse_endless_prompts(cls, task: TaskConfig) -> TaskConfig:
+        if task.max_length > LONGEST:
+            raise ValueError(f"max_length is {task.max_length}, above {LONGEST}")
+        return task
 
 
 def choice_shares(log_probs_NC: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -72,12 +79,6 @@ def choice_shares(log_probs_NC: np.ndarray, temperature: float = 1.0) -> np.ndar
     scaled_NC = log_probs_NC / temperature
     shares_NC = np.exp(scaled_NC - scaled_NC.max(axis=1, keepdims=True))
     return shares_NC / shares_NC.sum(axis=1, keepdims=True)
-
-
-def best_view(predictions: dict) -> tuple[np.ndarray, np.ndarray]:
-    """(confidence, correct) as `predict` states them: among the choices where a task lists them."""
-    view = "choice_" if "choice_confidence" in predictions else ""
-    return np.asarray(predictions[f"{view}confidence"]), np.asarray(predictions[f"{view}correct"])
 
 
 def closing_calibration(
@@ -208,15 +209,13 @@ def mean_selective(fitted: list[dict]) -> dict:
 
 
 def fit_thresholds(confidence, correct) -> list[dict]:
-    """For each of `TARGETS` the lowest confidence that reaches it, None where none does, and what it does here.
-
-    Args: `confidence`, `correct` (n,) of a validation split.
-    """
-    thresholds = [(target, threshold_for_accuracy(confidence, correct, target, SLACK)) for target in TARGETS]
-    return [
-        {"target_accuracy": target, "threshold": threshold, **selective(confidence, correct, threshold)}
-        for target, threshold in thresholds
-    ]
+    """For each of `TARGETS` the lowest confidence (n,) on validation that reaches it, or None, and what it does."""
+    fitted = []
+    for target in TARGETS:
+        threshold = threshold_for_accuracy(confidence, correct, target, SLACK)
+        done = selective(confidence, correct, threshold)
+        fitted.append({"target_accuracy": target, "threshold": threshold, **done})
+    return fitted
 
 
 def describe_student(arm: str, task: TaskConfig, section: dict, validation: dict, temperature: float = 1.0) -> dict:
@@ -224,9 +223,10 @@ def describe_student(arm: str, task: TaskConfig, section: dict, validation: dict
 
     Args:
         section: the settings that the student was trained with.
-        validation: its predictions on validation, under its closing `temperature`.
+        validation: its predictions on validation, under its closing `temperature`; among the choices, if there are.
     """
-    confidence, correct = best_view(validation)
+    view = "choice_" if "choice_confidence" in validation else ""
+    confidence = validation[f"{view}confidence"]
     return {
         "schema_version": 2,
         "arm": arm,
@@ -235,7 +235,7 @@ def describe_student(arm: str, task: TaskConfig, section: dict, validation: dict
         "base_is_local": Path(section["model_name_or_path"]).is_dir(),
         "temperature": temperature,
         "num_examples": len(confidence),
-        "thresholds": fit_thresholds(confidence, correct),
+        "thresholds": fit_thresholds(confidence, validation[f"{view}correct"]),
     }
 
 
@@ -252,40 +252,24 @@ def read_student(folder: str | Path, closed: bool = True) -> tuple[TaskConfig, S
             f"there is no {PREDICT_FILE} in {folder}, so neither its prompts nor its thresholds are known; run "
             "`first-trl distill RECIPE`, which writes it into the folder of each student"
         )
-    wrong: str | None = None
     try:
         student = Student.model_validate_json(file.read_bytes())
-        task = TaskConfig(**student.task)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        wrong = f"{place}: {first['msg']}"
-    except (TypeError, ValueError, RecursionError) as error:
-        wrong = f"task: {error}"
-    else:
-        if task.max_length > LONGEST:
-            wrong = f"task.max_length is {task.max_length}, above {LONGEST}"
-    if wrong is not None:
+        wrong = " ".join(f"{'.'.join(map(str, first['loc']))}: {first['msg']}".split())
         raise FirstTrlError(
-            f"{file} is not a student's description as this version of first-trl writes it "
-            f"({' '.join(wrong.split())}); run `first-trl distill RECIPE` again, or fetch the folder again"
-        )
-    if closed != bool(task.choices):
-        what = (
-            "lists no choices, of which a confidence was measured; write free text with --generate"
-            if closed
-            else f"lists the choices {task.choices}, whose confidence was measured; predict without --generate"
-        )
-        raise FirstTrlError(f"the task in {file} {what}")
-    return task, student
+            f"{file} is not a student's description as this version of first-trl writes it ({wrong}); run `first-trl "
+            "distill RECIPE` again, or fetch the folder again"
+        ) from error
+    if closed and not student.task.choices:
+        raise FirstTrlError(f"the task in {file} lists no choices; write free text with --generate")
+    if not closed and student.task.choices:
+        raise FirstTrlError(f"the task in {file} lists choices, whose confidence is measured; leave --generate out")
+    return student.task, student
 
 
 def threshold_for(student: Student, accuracy: float) -> float | None:
-    """The threshold fitted for a target accuracy; None where validation never reached it.
-
-    Raises:
-        FirstTrlError: no threshold was fitted for this target.
-    """
+    """The threshold fitted for a target accuracy, None where validation never reached it; FirstTrlError for others."""
     fitted = {entry.target_accuracy: entry.threshold for entry in student.thresholds}
     if accuracy not in fitted:
         targets = ", ".join(map(str, fitted)) or "none"

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 import first_trl
+from first_trl.errors import FirstTrlError
 from first_trl.hub.card import prepare_upload_folder
 from first_trl.hub.upload import push_folder
 from first_trl.prediction import ROWS_AT_A_TIME, Predictor, answered_lines, main, predict
 from first_trl.settings import TaskConfig
-from first_trl.student import Student, describe_student, fit_thresholds, read_student, threshold_for
+from first_trl.student import Student, fit_thresholds, read_student, threshold_for
 from tests.finished_run import make_base, make_run
 from tests.test_push import run_elsewhere
 from tests.tiny import WORDS, build_tokenizer
@@ -60,10 +61,6 @@ def slow_answers(student, texts):
         yield ["good", "bad"][int(shares.argmax())], float(shares.max())
 
 
-def test_the_names_are_the_packages_own():
-    assert first_trl.predict is predict and first_trl.Predictor is Predictor
-
-
 def test_a_student_answers_among_the_choices_with_its_confidence_and_abstains_below_the_threshold(student, predictor):
     asked = rows(20)
     answers = predict(predictor, asked, accuracy=0.8)
@@ -72,7 +69,9 @@ def test_a_student_answers_among_the_choices_with_its_confidence_and_abstains_be
     for answer, (word, confidence) in zip(answers, slow_answers(student, [row["text"] for row in asked]), strict=True):
         assert answer["answer"] == word and answer["confidence"] == pytest.approx(confidence, abs=1e-5)
         assert answer["abstain"] == (confidence < threshold)
-    assert predictor.predict([]) == []
+    assert predictor.predict([]) == [] and first_trl.predict is predict and first_trl.Predictor is Predictor
+    with pytest.raises(FirstTrlError, match="row 1: .*no 'text', only txt"):
+        predictor.predict([{"text": "a film"}, {"txt": "a film"}])
 
 
 def test_thresholds_are_the_lowest_confidence_that_reaches_each_target():
@@ -120,26 +119,17 @@ def test_a_model_without_numbers_abstains_from_everything_with_an_error(predicto
     assert [list(line) for line in lines(predictor, b'{"text": "a film"}\n')] == [["error"]]
 
 
-def test_a_row_that_does_not_fit_the_task_is_named(predictor):
-    with pytest.raises(ValueError, match="row 1: .*no 'text', only txt"):
-        predictor.predict([{"text": "a film"}, {"txt": "a film"}])
-
-
 def lines(predictor, *source):
-    return [
-        json.loads(line)
-        for line in answered_lines(partial(predictor._answers, accuracy=0.9, tokens_per_batch=512), source)
-    ]
+    answer = partial(predictor.choose, accuracy=0.9, tokens_per_batch=512)
+    return [json.loads(line) for line in answered_lines(answer, source)]
 
 
 def test_lines_are_answered_in_order_over_several_batches_and_blank_ones_are_passed_over(predictor):
     asked = rows(ROWS_AT_A_TIME + 3)
     source = [json.dumps(row).encode() + b"\n" for row in asked]
     answered, expected = lines(predictor, *source[:5], b" \n", *source[5:]), predictor.predict(asked)
-    assert [line["answer"] for line in answered] == [row["answer"] for row in expected]
-    np.testing.assert_allclose(
-        [line["confidence"] for line in answered], [row["confidence"] for row in expected], atol=1e-5
-    )
+    for line, row in zip(answered, expected, strict=True):
+        assert line["answer"] == row["answer"] and line["confidence"] == pytest.approx(row["confidence"], abs=1e-5)
 
 
 BAD_LINES = {
@@ -210,28 +200,11 @@ def test_the_command_answers_its_help_without_anything_heavy():
     assert "ADAPTER" in done and "torch" not in done.split()
 
 
-def test_a_folder_that_cannot_predict_says_what_it_lacks(student, tmp_path, capsys):
-    with pytest.raises(ValueError, match="no predict.json .* run `first-trl distill RECIPE`"):
-        Predictor(tmp_path)
-    with pytest.raises(ValueError, match="there is no folder ./nowhere"):
-        Predictor("./nowhere")
-    free = describe_student(
-        "first",
-        TaskConfig(prompt="{a}", completion="{b}"),
-        {"model_name_or_path": "x"},
-        {"confidence": [1], "correct": [1]},
-    )
-    (tmp_path / "predict.json").write_text(json.dumps(free))
-    with pytest.raises(ValueError, match="lists no choices"):
-        read_student(tmp_path)
-    assert main([str(tmp_path)]) == 1 and "lists no choices" in capsys.readouterr().err
-
-
 def test_free_text_is_written_with_the_probabilities_of_its_tokens(student, tmp_path, capsys, monkeypatch):
     import torch
     from peft import AutoPeftModelForCausalLM
 
-    with pytest.raises(ValueError, match=r"choices \['good', 'bad'\], .* predict without --generate"):
+    with pytest.raises(ValueError, match="lists choices.* leave --generate out"):
         Predictor(student, generate=True)
     shutil.copytree(student, tmp_path / "student")
     edited_task(tmp_path / "student", choices=None)
@@ -263,20 +236,22 @@ def with_threshold(folder, value):
 
 
 HOSTILE = {  # what is done to a student's folder -> what the one line says
+    "no folder": (shutil.rmtree, "there is no folder"),
+    "free text": (lambda f: edited_task(f, choices=None), "lists no choices; write free text with --generate"),
     "no adapter_config": (lambda f: (f / "adapter_config.json").unlink(), ""),
     "adapter_config is no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "is damaged"),
     "adapter_config is a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "is damaged"),
     "adapter_config is nested": (lambda f: (f / "adapter_config.json").write_text("[" * 100_000), "is damaged"),
     "no base": (lambda f: edited(f / "adapter_config.json", base_model_name_or_path=None), "is damaged"),
     "base is a number": (lambda f: edited(f / "adapter_config.json", base_model_name_or_path=3), "no such folder"),
-    "base is gone": (lambda f: edited(f / "adapter_config.json", base_model_name_or_path="a/gone"), "no such folder"),
+    "base is gone": (lambda f: edited(f / "adapter_config.json", base_model_name_or_path="../gone"), "../gone, and"),
     "unknown adapter": (lambda f: edited(f / "adapter_config.json", peft_type="SPELL"), ""),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), ""),
     "empty weights": (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), ""),
     "cut weights": (lambda f: os.truncate(f / "adapter_model.safetensors", 200), ""),
     "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], ""),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ""),
-    "no predict.json": (lambda f: (f / "predict.json").unlink(), "there is no predict.json"),
+    "no predict.json": (lambda f: (f / "predict.json").unlink(), "run `first-trl distill RECIPE`"),
     "predict.json is no JSON": (lambda f: (f / "predict.json").write_text("{"), "not a student's"),
     "predict.json is a list": (lambda f: (f / "predict.json").write_text("[]"), "not a student's"),
     "predict.json is binary": (lambda f: (f / "predict.json").write_bytes(b"\xff\xfe\x00"), "not a student's"),
@@ -299,14 +274,7 @@ HOSTILE = {  # what is done to a student's folder -> what the one line says
     "choices are numbers": (lambda f: edited_task(f, choices=[1, 2]), "choices"),
     "template runs code": (lambda f: edited_task(f, prompt="{text.__class__}"), "task"),
 }  # fmt: skip
-FAST = (
-    "adapter_config is no JSON",
-    "base is gone",
-    "cut weights",
-    "predict.json is nested",
-    "threshold NaN",
-    "no loading",
-)
+FAST = ("free text", "base is gone", "cut weights", "predict.json is nested", "threshold NaN", "no loading")
 
 
 def edited_task(folder, **changes):
@@ -336,15 +304,6 @@ def test_what_else_a_description_holds_is_not_read(student, tmp_path):
     )
     _, read = read_student(tmp_path / "student")
     assert read.loading.model_dump(exclude_none=True) == {}
-
-
-def test_an_adapter_whose_base_model_is_not_here_says_so(student, tmp_path):
-    shutil.copytree(student, tmp_path / "student")
-    config = tmp_path / "student" / "adapter_config.json"
-    content = json.loads(config.read_text()) | {"base_model_name_or_path": "../models/gone"}
-    config.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="is an adapter of ../models/gone, and there is no such folder"):
-        Predictor(tmp_path / "student")
 
 
 FROM_THE_HUB = """
