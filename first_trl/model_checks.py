@@ -18,40 +18,27 @@ LARGEST = {"layer": 10_000, "head": 2**16, "size": 2**24, "embd": 2**24}
 
 def models_of(recipe: Recipe, stages: Sequence[str]) -> dict[str, tuple[str, str | None]]:
     """Place in the recipe -> (folder or Hub id, revision) of every model that these stages read; the teacher first."""
-    sections = {"sft": recipe.sft} if recipe.cache.teacher is None else {}
-    if {"distill", "evaluate"} & set(stages):
-        sections |= {f"arms.{arm}": recipe.arm_section(arm) for arm in recipe.arms}
-    found = {"cache.teacher": (recipe.cache.teacher, recipe.cache.teacher_revision)} if recipe.cache.teacher else {}
-    for place, section in sections.items():
-        model = section["model_name_or_path"], section.get("model_revision")
-        if place != "sft" and model[0] == recipe.distill.get("model_name_or_path"):
-            place = "distill"
-        found.setdefault(f"{place}.model_name_or_path", model)
+    if recipe.cache.teacher:
+        found = {"cache.teacher": (recipe.cache.teacher, recipe.cache.teacher_revision)}
+    else:
+        found = {"sft.model_name_or_path": (recipe.sft["model_name_or_path"], recipe.sft.get("model_revision"))}
+    for arm in recipe.arms if {"distill", "evaluate"} & set(stages) else ():
+        section = recipe.arm_section(arm)
+        own = section["model_name_or_path"] != recipe.distill.get("model_name_or_path")
+        place = f"{f'arms.{arm}' if own else 'distill'}.model_name_or_path"
+        found.setdefault(place, (section["model_name_or_path"], section.get("model_revision")))
     return found
 
 
 def read_models(recipe: Recipe, stages: Sequence[str], problems: list[str], unknown: list[str]) -> tuple[dict, dict]:
     """({folder or id: configuration}, {place: tokenizer}) of the models that can be read; else why they cannot."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.utils import cached_file
-
     from .modeling import load_tokenizer
 
     configs: dict[str, Any] = {}
     tokenizers: dict[str, Any] = {}
     for place, (path, revision) in models_of(recipe, stages).items():
         try:
-            base, base_revision = _base_of(path, revision)
-            file = Path(cached_file(base, "config.json", revision=base_revision))
-            _refuse_size(json.loads(file.read_text(encoding="utf-8")))
-            config = AutoConfig.from_pretrained(base, revision=base_revision, trust_remote_code=False)
-            known = {*AutoModelForCausalLM._model_mapping, *AutoModelForImageTextToText._model_mapping}
-            if type(config) not in known:
-                raise FirstTrlError(f"{type(config).__name__} is not of a causal language model; take another model")
-            for folder in filter(Path.is_dir, map(Path, {path, base})):
-                if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
-                    remedy = "save it with save_pretrained, or fetch it again"
-                    raise FirstTrlError(f"{folder} has no weights (*.safetensors); {remedy}")
+            config = _configuration(path, revision)
             tokenizers[place] = load_tokenizer(path, revision)
             _refuse_head(config)
             configs[path] = config
@@ -62,16 +49,26 @@ def read_models(recipe: Recipe, stages: Sequence[str], problems: list[str], unkn
     return configs, tokenizers
 
 
-def _base_of(path: str, revision: str | None) -> tuple[str, str | None]:
-    """The model that an adapter is loaded on, with its revision; any other model is its own."""
-    file = Path(path) / "adapter_config.json"
-    if not file.is_file():
-        return path, revision
-    content = json.loads(file.read_text(encoding="utf-8"))
-    base = str(content["base_model_name_or_path"])
-    if not Path(base).is_dir() and not HUB_ID.fullmatch(base):
-        raise FirstTrlError(f"its base {base} is not here; move it back, or correct {file}")
-    return base, content.get("revision")
+def _configuration(path: str, revision: str | None):
+    """The configuration of a model, or of an adapter's base, once it is sure that transformers can take it."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+    from transformers.utils import cached_file
+
+    folders, adapter = {Path(path)}, Path(path) / "adapter_config.json"
+    if adapter.is_file():
+        content = json.loads(adapter.read_text(encoding="utf-8"))
+        path, revision = str(content["base_model_name_or_path"]), content.get("revision")
+        if not Path(path).is_dir() and not HUB_ID.fullmatch(path):
+            raise FirstTrlError(f"its base {path} is not here; move it back, or correct {adapter}")
+    file = cached_file(path, "config.json", revision=revision)
+    _refuse_size(json.loads(Path(file).read_text(encoding="utf-8")))
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    if not any(type(config) in known for known in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)):
+        raise FirstTrlError(f"{type(config).__name__} is not of a causal language model; take another model")
+    for folder in filter(Path.is_dir, folders | {Path(path)}):
+        if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+            raise FirstTrlError(f"{folder} has no weights (*.safetensors); save it again with save_pretrained")
+    return config
 
 
 def _refuse_size(content: Any) -> None:
@@ -122,12 +119,11 @@ def model_problems(
         if limit is not None and longest > limit:
             yield f"task.max_length: a row has {longest} tokens, and {path} ({place}) was made for {limit}; lower it"
         if tokenizer is not None and len(tokenizer) > text.vocab_size:
-            needed = f"its tokenizer needs {len(tokenizer)}; take a tokenizer that belongs to it"
-            yield f"{place}: {path} has {text.vocab_size} tokens, and {needed}"
-        arms = [arm for arm in recipe.arms if recipe.arm_section(arm)["model_name_or_path"] == path]
+            yield f"{place}: {path} has {text.vocab_size} tokens and its tokenizer {len(tokenizer)}; take its own"
         coefficient = getattr(text, "router_aux_loss_coef", None) if hasattr(text, "output_router_logits") else None
-        silent = [arm for arm in arms if recipe.arm_section(arm).get("router_aux_loss_coef") is None]
-        if coefficient and any(recipe.arm_trainer(arm) == "first" for arm in silent) and "distill" in stages:
+        sections = [recipe.arm_section(arm) for arm in recipe.arms if recipe.arm_trainer(arm) == "first"]
+        silent = [s for s in sections if s["model_name_or_path"] == path and s.get("router_aux_loss_coef") is None]
+        if coefficient and silent and "distill" in stages:
             yield (
                 f"distill.router_aux_loss_coef: {path} has {coefficient} of its own, and the auxiliary loss of a "
                 "mixture of experts is no part of distillation; write router_aux_loss_coef: 0.0"
