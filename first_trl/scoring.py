@@ -3,7 +3,7 @@
 One way of running serves the cache and the evaluation, so a teacher is cached by the same code that scores it. Batches
 are cut by a token budget from examples sorted by length; the head is applied only where something is read, in chunks.
 
-Shapes: N positions, D hidden, V vocabulary, K kept tokens, C choices.
+Shapes: N positions, D hidden, V vocabulary, K kept tokens, C choices; B prompts of a batch, T tokens, L of an answer.
 """
 
 import copy
@@ -44,18 +44,14 @@ def hidden_states_at(
     model = innermost(model)
     device = model.get_input_embeddings().weight.device
     for indices in length_batches([len(row) for row in token_rows], tokens_per_batch):
-        length = len(token_rows[indices[0]])
-        input_ids = torch.zeros(len(indices), length, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        wanted = torch.zeros_like(input_ids, dtype=torch.bool)
+        input_ids = torch.zeros(len(indices), len(token_rows[indices[0]]), dtype=torch.long)
+        mask_BT, wanted_BT = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
         for slot, i in enumerate(indices):
             input_ids[slot, : len(token_rows[i])] = torch.as_tensor(token_rows[i])
-            attention_mask[slot, : len(token_rows[i])] = 1
-            wanted[slot, torch.as_tensor(positions[i], dtype=torch.long)] = True
-        hidden_BTD = backbone_hidden_states(
-            model, input_ids=input_ids.to(device), attention_mask=attention_mask.to(device)
-        )
-        yield indices, hidden_BTD[wanted.to(hidden_BTD.device)]
+            mask_BT[slot, : len(token_rows[i])] = 1
+            wanted_BT[slot, torch.as_tensor(positions[i], dtype=torch.long)] = True
+        hidden_BTD = backbone_hidden_states(model, input_ids=input_ids.to(device), attention_mask=mask_BT.to(device))
+        yield indices, hidden_BTD[wanted_BT.to(device)]
 
 
 @torch.inference_mode()
@@ -91,14 +87,9 @@ def teacher_rows(
     batches = hidden_states_at(model, [example["input_ids"] for example in examples], positions, tokens_per_batch)
     head = language_model_head(innermost(model))
     for indices, hidden_ND in batches:
-        if kept_ids is None:
-            token_ids_NK, log_probs_NK1 = top_k_log_probs(
-                hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit
-            )
-        else:
-            token_ids_NK, log_probs_NK1, _ = _kept_log_probs(hidden_ND, head, kept_ids)
+        ids_NK, log_probs_NK1, _ = _kept_log_probs(hidden_ND, head, top_k, kept_ids, vocab_limit)
         ends = np.cumsum([len(positions[i]) for i in indices])[:-1]
-        ids_parts = np.split(token_ids_NK.cpu().numpy().astype(np.int32), ends)
+        ids_parts = np.split(ids_NK.cpu().numpy().astype(np.int32), ends)
         log_parts = np.split(log_probs_NK1.cpu().numpy(), ends)
         for i, ids, log_probs in zip(indices, ids_parts, log_parts, strict=True):
             rows[i] = {
@@ -115,10 +106,8 @@ def teacher_rows(
 
 def _answered(model, examples: list[dict], answers: list, completions: list, tokens_per_batch: int) -> list[dict]:
     """The examples, answered by the model itself."""
-    prompts = [
-        example["input_ids"][: next(i for i, label in enumerate(example["labels"]) if label != IGNORED)]
-        for example in examples
-    ]
+    starts = [next(i for i, label in enumerate(example["labels"]) if label != IGNORED) for example in examples]
+    prompts = [example["input_ids"][:start] for example, start in zip(examples, starts, strict=True)]
     likeliest = sequence_log_probs(model, prompts, answers, tokens_per_batch=tokens_per_batch).argmax(axis=1)
     return [
         {"input_ids": [*prompt, *completions[c]], "labels": [IGNORED] * len(prompt) + completions[c]}
@@ -126,11 +115,11 @@ def _answered(model, examples: list[dict], answers: list, completions: list, tok
     ]
 
 
-def _kept_log_probs(
-    hidden_ND: torch.Tensor, head: Head, kept_ids: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Given tokens, most probable first and the lower id first among equals: ids (N, K), log-probabilities (N, K+1)
-    with the tail last, and the log-probability of the tail's likeliest token (N,)."""
+def _kept_log_probs(hidden_ND, head: Head, top_k: int, kept_ids: list[int] | None, vocab_limit: int | None):
+    """The kept tokens (N, K), most probable first and the lower id first among equals; log-probabilities (N, K+1)
+    with the tail last; and where the tokens are given, the log-probability of the tail's likeliest token (N,)."""
+    if kept_ids is None:
+        return *top_k_log_probs(hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit), None
     ids_NK = torch.tensor(sorted(kept_ids), device=hidden_ND.device).expand(len(hidden_ND), -1)
     log_probs_NK1, tail_max_N = partition_log_probs_and_tail_max(hidden_ND, head.weight, ids_NK, *head[1:])
     ordered = log_probs_NK1[:, :-1].sort(dim=1, descending=True, stable=True)
@@ -142,13 +131,12 @@ def answer_scores(
     model: torch.nn.Module,
     prompts: list[list[int]],
     label_ids: list[int],
-    choice_ids: list[int] | None,
+    choice_ids: list[int],
     *,
     top_k: int,
     tokens_per_batch: int,
     keep_choices: bool = False,
     vocab_limit: int | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """What a model answers after each prompt, under its full-vocabulary softmax.
 
@@ -157,38 +145,26 @@ def answer_scores(
 
     Returns:
         Arrays over the N prompts: `token_ids` (N, K) most probable first, `log_probs` (N, K+1) with the tail last,
-        `target` (N,) the column that holds the label (K = the tail), `label_log_prob` (N,) nats, and, with choices,
-        `choice_log_probs` (N, C) nats, not normalised over the choices; with `keep_choices`, `tail_max_log_prob` (N,),
-        the likeliest token of the tail.
+        `target` (N,) the column that holds the label (K = the tail), `label_log_prob` (N,) nats, `choice_log_probs`
+        (N, C) nats, not normalised over the choices; with `keep_choices`, `tail_max_log_prob` (N,), the likeliest
+        token of the tail.
     """
-    columns: dict[str, list] = {name: [None] * len(prompts) for name in ("token_ids", "log_probs", "label_log_prob")}
-    if choice_ids is not None:
-        columns["choice_log_probs"] = [None] * len(prompts)
-    last = [[len(prompt) - 1] for prompt in prompts]
-    head = language_model_head(innermost(model))
+    head, last = language_model_head(innermost(model)), [[len(prompt) - 1] for prompt in prompts]
+    order: list[int] = []
+    blocks: list[dict[str, torch.Tensor]] = []
     for indices, hidden_ND in hidden_states_at(model, prompts, last, tokens_per_batch):
-        extras: dict[str, torch.Tensor] = {}
-        if keep_choices:
-            assert choice_ids is not None
-            ids_NK, log_probs_NK1, extras["tail_max_log_prob"] = _kept_log_probs(hidden_ND, head, choice_ids)
-        else:
-            ids_NK, log_probs_NK1 = top_k_log_probs(hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit)
-        extra = [[label_ids[i], *(choice_ids or [])] for i in indices]
-        wanted = torch.cat([ids_NK[:, :1], torch.as_tensor(extra, device=ids_NK.device)], dim=1)
-        logits = selected_logits(hidden_ND, head.weight, wanted, *head[1:])
+        kept_ids = choice_ids if keep_choices else None
+        ids_NK, log_probs_NK1, tail_max_N = _kept_log_probs(hidden_ND, head, top_k, kept_ids, vocab_limit)
+        asked = torch.tensor([[label_ids[i], *choice_ids] for i in indices], device=ids_NK.device)
+        logits = selected_logits(hidden_ND, head.weight, torch.cat([ids_NK[:, :1], asked], dim=1), *head[1:])
         # log p(w) = z_w - log Z, and log Z = z_1 - log p_1 for the most probable token
-        log_probs = (logits[:, 1:] - logits[:, :1] + log_probs_NK1[:, :1]).float().cpu().numpy()
-        for slot, i in enumerate(indices):
-            columns["token_ids"][i] = ids_NK[slot].cpu().numpy()
-            columns["log_probs"][i] = log_probs_NK1[slot].cpu().numpy()
-            columns["label_log_prob"][i] = log_probs[slot, 0]
-            if choice_ids is not None:
-                columns["choice_log_probs"][i] = log_probs[slot, 1:]
-            for name, values in extras.items():
-                columns.setdefault(name, [None] * len(prompts))[i] = values[slot].cpu().numpy()
-        if progress is not None:
-            progress(sum(len(prompts[i]) for i in indices))
-    scores = {name: np.stack(values) for name, values in columns.items()}
+        asked_log_probs = logits[:, 1:] - logits[:, :1] + log_probs_NK1[:, :1]
+        block = {"token_ids": ids_NK, "log_probs": log_probs_NK1, "label_log_prob": asked_log_probs[:, 0].float()}
+        block["choice_log_probs"] = asked_log_probs[:, 1:].float()
+        blocks.append(block | ({"tail_max_log_prob": tail_max_N} if keep_choices else {}))
+        order += indices
+    back = np.argsort(order)
+    scores = {name: torch.cat([block[name] for block in blocks]).cpu().numpy()[back] for name in blocks[0]}
     is_label = scores["token_ids"] == np.asarray(label_ids)[:, None]
     scores["target"] = np.where(is_label.any(axis=1), is_label.argmax(axis=1), is_label.shape[1]).astype(np.int64)
     return scores
@@ -196,78 +172,62 @@ def answer_scores(
 
 @torch.inference_mode()
 def sequence_log_probs(
-    model: torch.nn.Module,
-    prompts: list[list[int]],
-    sequences: list[list[int]],
-    *,
-    tokens_per_batch: int,
-    progress: Callable[[int], None] | None = None,
+    model: torch.nn.Module, prompts: list[list[int]], sequences: list[list[int]], *, tokens_per_batch: int
 ) -> np.ndarray:
     """(N, C) nats: how likely each of C token sequences is after each of N prompts, the sum over its tokens.
 
     A batch of prompts is read once; every sequence continues from a copy of the KV cache. Models that keep a state
     instead (Mamba, RWKV, Jamba, ...), or count positions on their own, read every prompt again with each sequence.
     """
-    backbone = innermost(model).base_model
-    if innermost(model)._is_stateful or "position_ids" not in inspect.signature(backbone.forward).parameters:
-        return _uncached_sequence_log_probs(model, prompts, sequences, tokens_per_batch, progress)
-    model, longest = innermost(model), max(len(sequence) for sequence in sequences)
-    head = language_model_head(model)
+    model = innermost(model)
+    backbone, head = model.base_model, language_model_head(model)
+    if model._is_stateful or "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return _uncached_sequence_log_probs(model, prompts, sequences, tokens_per_batch)
     log_probs_NC = np.empty((len(prompts), len(sequences)), dtype=np.float32)
-    first_ids = sorted({sequence[0] for sequence in sequences})
+    first_ids, longest = sorted({sequence[0] for sequence in sequences}), max(map(len, sequences))
     for indices in length_batches([len(prompt) + longest for prompt in prompts], tokens_per_batch):
-        tokens_BT, mask_BT = left_padded([prompts[i] for i in indices], model.get_input_embeddings().weight.device)
-        lengths_B1 = mask_BT.sum(dim=1, keepdim=True)
-        prompt_output = model.base_model(
-            input_ids=tokens_BT,
-            attention_mask=mask_BT,
-            position_ids=(mask_BT.cumsum(dim=1) - 1).clamp(min=0),
-            use_cache=True,
-        )
+        tokens_BT, mask_BT = left_padded([prompts[i] for i in indices], head.weight.device)
+        places_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+        prompt_output = backbone(input_ids=tokens_BT, attention_mask=mask_BT, position_ids=places_BT, use_cache=True)
         if getattr(prompt_output, "past_key_values", None) is None:
-            return _uncached_sequence_log_probs(model, prompts, sequences, tokens_per_batch, progress)
-        ids_BF = torch.tensor(first_ids, device=head.weight.device).expand(len(indices), -1)
-        first_BF = partition_log_probs(
-            prompt_output.last_hidden_state[:, -1].to(head.weight.device), head.weight, ids_BF, *head[1:]
-        )
+            return _uncached_sequence_log_probs(model, prompts, sequences, tokens_per_batch)
+        ids_BF = torch.tensor(first_ids, device=mask_BT.device).expand(len(indices), -1)
+        first_BF = partition_log_probs(prompt_output.last_hidden_state[:, -1], head.weight, ids_BF, *head[1:]).cpu()
         for c, sequence in enumerate(sequences):
-            total_B = first_BF[:, first_ids.index(sequence[0])]
+            log_probs_NC[indices, c] = first_BF[:, first_ids.index(sequence[0])]
             if len(sequence) > 1:
                 prefix_BL = torch.tensor(sequence[:-1], device=mask_BT.device).expand(len(indices), -1)
-                hidden_BLD = model.base_model(
+                hidden_BLD = backbone(
                     input_ids=prefix_BL,
                     attention_mask=torch.cat([mask_BT, torch.ones_like(prefix_BL)], dim=1),
-                    position_ids=lengths_B1 + torch.arange(prefix_BL.shape[1], device=mask_BT.device),
+                    position_ids=places_BT[:, -1:] + 1 + torch.arange(prefix_BL.shape[1], device=mask_BT.device),
                     past_key_values=copy.deepcopy(prompt_output.past_key_values),
                     use_cache=True,
-                ).last_hidden_state.to(head.weight.device)
-                next_ids_N1 = torch.tensor(sequence[1:], device=head.weight.device).repeat(len(indices))[:, None]
-                next_N2 = partition_log_probs(hidden_BLD.flatten(0, 1), head.weight, next_ids_N1, *head[1:])
-                total_B = total_B + next_N2[:, 0].view(len(indices), -1).sum(dim=1)
-            log_probs_NC[indices, c] = total_B.float().cpu().numpy()
-        if progress is not None:
-            progress(sum(len(prompts[i]) for i in indices))
+                ).last_hidden_state
+                log_probs_NC[indices, c] += _summed_log_probs(hidden_BLD.flatten(0, 1), head, sequence[1:])
     return log_probs_NC
 
 
-def _uncached_sequence_log_probs(model, prompts, sequences, tokens_per_batch, progress) -> np.ndarray:
+def _uncached_sequence_log_probs(model, prompts, sequences, tokens_per_batch: int) -> np.ndarray:
     """`sequence_log_probs` by right-padded passes over prompt and sequence, one for all that differ in their last
     token alone: what follows a token never changes it, so that padding there is harmless to any causal model."""
-    head = language_model_head(innermost(model))
+    head = language_model_head(model)
     log_probs_NC = np.empty((len(prompts), len(sequences)), dtype=np.float32)
     for start in dict.fromkeys(tuple(sequence[:-1]) for sequence in sequences):
         rows = [[*prompt, *start] for prompt in prompts]
         positions = [range(len(row) - len(start) - 1, len(row)) for row in rows]
         for indices, hidden_ND in hidden_states_at(model, rows, positions, tokens_per_batch):
-            hidden_ND = hidden_ND.to(head.weight.device)
             for c, sequence in enumerate(sequences):
                 if tuple(sequence[:-1]) == start:
-                    next_ids_N1 = torch.tensor(sequence, device=hidden_ND.device).repeat(len(indices))[:, None]
-                    next_N = partition_log_probs(hidden_ND, head.weight, next_ids_N1, *head[1:])[:, 0]
-                    log_probs_NC[indices, c] = next_N.view(len(indices), -1).sum(dim=1).float().cpu().numpy()
-            if progress is not None:
-                progress(sum(len(rows[i]) for i in indices))
+                    log_probs_NC[indices, c] = _summed_log_probs(hidden_ND, head, sequence)
     return log_probs_NC
+
+
+def _summed_log_probs(hidden_ND: torch.Tensor, head: Head, sequence: list[int]) -> np.ndarray:
+    """(B,) log-probabilities of a sequence, whose tokens are read from the hidden states of B rows one by one."""
+    ids_BL = torch.tensor(sequence, device=hidden_ND.device).expand(len(hidden_ND) // len(sequence), -1)
+    log_probs_N2 = partition_log_probs(hidden_ND, head.weight, ids_BL.reshape(-1, 1), *head[1:])
+    return log_probs_N2[:, 0].view(ids_BL.shape).sum(dim=1).float().cpu().numpy()
 
 
 def left_padded(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
