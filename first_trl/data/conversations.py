@@ -46,7 +46,8 @@ def split_messages(row: Mapping[str, Any], labelled: bool = True) -> tuple[list[
         prompt, completion = messages[: len(messages) - answers], messages[len(messages) - answers :]
     else:
         prompt = clean_messages(row["prompt"], "prompt")
-        completion = clean_messages(row["completion"], "completion") if labelled or row.get("completion") else []
+        answered = labelled or row.get("completion")
+        completion = clean_messages(row.get("completion"), "completion") if answered else []
     if not prompt:
         raise FirstTrlError("the conversation has nothing before the answer; put a user's message first")
     if labelled and (not completion or completion[-1]["role"] != "assistant"):

@@ -9,24 +9,13 @@ messages go through `first_trl.data.conversations`, others through `first_trl.te
 from bisect import bisect_left
 from collections.abc import Mapping
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 from ..constants import IGNORED
 from ..errors import FirstTrlError
 from ..settings import TaskConfig
 from ..templates import parse_template, render_template, template_fields, text_around_field
-from .conversations import (
-    assistant_mask,
-    chat_arguments,
-    chat_ids,
-    has_generation_marks,
-    is_conversational,
-    message_column,
-    split_messages,
-)
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from . import conversations
 
 # No tokenizer in use writes more characters as one token; a longer text is refused before it is tokenised
 CHARACTERS_PER_TOKEN = 512
@@ -48,7 +37,7 @@ class Example(TypedDict):
     cut: str
 
 
-def encode_example(task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) -> Example:
+def encode_example(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> Example:
     """Encode one row, prompt masked and completion supervised, cut at `task.max_length` from the end.
 
     A completion made by templates or by plain columns is ended by the end-of-sequence token if `task.append_eos`; a
@@ -83,7 +72,7 @@ def encode_example(task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", row: 
     )
 
 
-def encode_prompt(task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) -> list[int]:
+def encode_prompt(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> list[int]:
     """The tokens of the prompt alone, as `encode_example` begins; the row needs no answer.
 
     Raises:
@@ -106,10 +95,10 @@ def _tokens(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> tuple[list[i
     """(the tokens of the whole row, how many are the prompt's, which of them are learned)."""
     prompt, completion = _prompt_and_completion(task, row)
     input_ids, turns = _ids(task, tokenizer, row, prompt, completion), None
-    if task.supervise == "all" and is_conversational(task, row):
-        arguments = chat_arguments(task, row)
-        turns = assistant_mask(tokenizer, prompt + completion, arguments, input_ids)
-    if turns and message_column(row) and has_generation_marks(tokenizer, arguments):
+    if task.supervise == "all" and conversations.is_conversational(task, row):
+        arguments = conversations.chat_arguments(task, row)
+        turns = conversations.assistant_mask(tokenizer, prompt + completion, arguments, input_ids)
+    if turns and conversations.message_column(row) and conversations.has_generation_marks(tokenizer, arguments):
         # The marks decide alone, as in TRL: some templates begin an answer otherwise when they are asked for one
         num_prompt_tokens, learned = [*turns, True].index(True), turns
     else:
@@ -117,7 +106,7 @@ def _tokens(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> tuple[list[i
         check_prefix(tokenizer, before, input_ids)
         num_prompt_tokens = len(before)
         learned = [position >= num_prompt_tokens for position in range(len(input_ids))]
-        if turns and message_column(row):
+        if turns and conversations.message_column(row):
             learned = turns
         elif turns:  # a prompt in a column of its own is not learned, whoever wrote it
             learned = [turn and completed for turn, completed in zip(turns, learned, strict=True)]
@@ -133,12 +122,12 @@ def _ids(task: TaskConfig, tokenizer, row: Mapping[str, Any], prompt: Any, compl
     texts = [message["content"] for message in prompt + completion] if chat else [prompt, completion]
     if (count := sum(map(len, texts))) > CHARACTERS_PER_TOKEN * task.max_length:
         raise TooLongError(
-            f"the text is {count:,} characters, which task.max_length = {task.max_length} tokens cannot hold; raise "
-            "task.max_length, shorten the text, or set task.too_long: drop or cut"
+            f"the text is {count:,} characters, too long for task.max_length = {task.max_length} tokens; raise it, "
+            "shorten the text, or set task.too_long: drop or cut"
         )
     if chat:
-        arguments = chat_arguments(task, row)
-        return chat_ids(tokenizer, prompt + completion, arguments, add_generation_prompt=not completion)
+        arguments = conversations.chat_arguments(task, row)
+        return conversations.chat_ids(tokenizer, prompt + completion, arguments, add_generation_prompt=not completion)
     ids = text_ids(tokenizer, prompt + completion)
     if completion and task.append_eos and ids[-1] != tokenizer.eos_token_id:
         ids.append(eos_token_id(tokenizer))
@@ -150,24 +139,21 @@ def prompt_ids(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> list[int]
     prompt = prompt_of(task, row)
     if ids := _ids(task, tokenizer, row, prompt, prompt[:0]):
         return ids
-    raise FirstTrlError(
-        "the prompt is empty and this tokenizer puts nothing in front of it, so that nothing predicts the answer; "
-        "fill the prompt or drop the row"
-    )
+    raise FirstTrlError("the prompt is empty, so that nothing predicts the answer; fill the prompt or drop the row")
 
 
 def prompt_of(task: TaskConfig, row: Mapping[str, Any]) -> Any:
     """The text of a row's prompt, or its messages."""
-    if is_conversational(task, row):
-        return split_messages(row, labelled=False)[0]
+    if conversations.is_conversational(task, row):
+        return conversations.split_messages(row, labelled=False)[0]
     return render_template(templates_of(task, row)[0], row)
 
 
 def _prompt_and_completion(task: TaskConfig, row: Mapping[str, Any]) -> tuple[Any, Any]:
     prompt: Any
     completion: Any
-    if is_conversational(task, row):
-        prompt, completion = split_messages(row)
+    if conversations.is_conversational(task, row):
+        prompt, completion = conversations.split_messages(row)
         answer, place = completion[-1]["content"], "the assistant's message"
     else:
         template = templates_of(task, row)[1]
@@ -189,8 +175,8 @@ def templates_of(task: TaskConfig, row: Mapping[str, Any]) -> tuple[str, str]:
         return task.prompt, task.completion
     if "prompt" not in row:
         raise FirstTrlError(
-            "task.prompt and task.completion are not set, and the dataset has neither `messages` nor `prompt`: its "
-            f"columns are {', '.join(map(str, row.keys()))}. Write both templates, or map the columns with `columns`"
+            "task.prompt and task.completion are not set, and there is no column `messages` or `prompt`: the columns "
+            f"are {', '.join(map(str, row))}. Write both templates, or map the columns with `columns`"
         )
     return "{prompt}", "{completion}"
 
@@ -198,8 +184,8 @@ def templates_of(task: TaskConfig, row: Mapping[str, Any]) -> tuple[str, str]:
 def _cut_row(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with the longest text of its prompt shortened from its end until all the rest fits, if it can."""
     cut: dict[str, Any] = dict(row)
-    if is_conversational(task, row):
-        (prompt, completion), column = split_messages(row), message_column(row)
+    if conversations.is_conversational(task, row):
+        (prompt, completion), column = conversations.split_messages(row), conversations.message_column(row)
         cut[column or "prompt"] = prompt + completion if column else prompt
         holder, key = max(prompt, key=lambda message: len(message["content"])), "content"
     else:
@@ -209,10 +195,7 @@ def _cut_row(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> dict[str, A
         }
         texts = [column for column in columns if column and isinstance(row.get(column), str)]
         if not texts:
-            raise TooLongError(
-                "the row does not fit in task.max_length, and its prompt has no column of text that can be cut; raise "
-                "task.max_length, or set task.too_long: drop"
-            )
+            raise TooLongError("there is no column of text that can be cut; raise task.max_length, or too_long: drop")
         holder, key = cut, max(texts, key=lambda column: len(row[column]))
     text = holder[key]
 
@@ -237,9 +220,7 @@ def _too_long(task: TaskConfig, prompt: int, whole: int) -> str:
     )
 
 
-def encode_row(
-    row: Mapping[str, Any], index: int, task: TaskConfig, tokenizer, place: str = ""
-) -> dict[str, list[int]]:
+def encode_row(row: Mapping[str, Any], index: int, task: TaskConfig, tokenizer, place="") -> dict[str, list[int]]:
     """`input_ids` and `labels` of row `index` of a dataset, as `encode_example` makes them; errors name the row."""
     try:
         example = encode_example(task, tokenizer, row)
@@ -267,9 +248,9 @@ def check_prefix(tokenizer, prompt: list[int], input_ids: list[int]) -> None:
     alone = tokenizer.convert_ids_to_tokens(prompt[at : at + 3])
     joint = tokenizer.convert_ids_to_tokens(input_ids[at : at + 3])
     raise FirstTrlError(
-        f"the prompt ends in the tokens {alone}, which become {joint} once the completion follows, so that the model "
-        "would be trained on tokens it never sees at inference; move the space from the end of the prompt to the "
-        "start of the completion (with a chat template, set what it adds to prompts in task.chat_template_kwargs)"
+        f"the prompt ends in the tokens {alone}, which become {joint} once the completion follows, and never at "
+        "inference; move the space from the end of the prompt to the start of the completion, or set what the chat "
+        "template adds to prompts in task.chat_template_kwargs"
     )
 
 
@@ -286,30 +267,23 @@ def eos_token_id(tokenizer) -> int:
 def first_row(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> dict[str, Any]:
     """{"row", "input_ids"}: the columns that a row's tokens are made from, and these, for a cache's manifest."""
     names = {"messages", "conversations", "prompt", "completion", "tools", "chat_template_kwargs"}
-    if not is_conversational(task, row):
+    if not conversations.is_conversational(task, row):
         names = {name for template in templates_of(task, row) for name in template_fields(template)}
     columns = {name: value for name, value in row.items() if name in names}
     return {"row": columns, "input_ids": encode_example(task, tokenizer, row)["input_ids"]}
 
 
 def check_first_row(cached: Mapping[str, Any] | None, task: TaskConfig, tokenizer) -> None:
-    """Encode the first row of a cache again, with the student's tokenizer and chat template.
+    """Encode `first_row` of a cache's manifest again, for its task, with the student's tokenizer and chat template.
 
     A vocabulary can be equal while the chat template, the token in front or the normaliser differ; the student would
     then learn on other prompts than it is asked.
-
-    Args:
-        cached: `first_row` of a manifest.
-        task: of the same manifest.
 
     Raises:
         FirstTrlError: the tokens differ (both texts are shown), or the cache does not say its first row.
     """
     if not cached:
-        raise FirstTrlError(
-            "the cache is from an older version and lacks its first row, by which a student's prompts are compared "
-            "with the teacher's; make it again with `first-trl cache`"
-        )
+        raise FirstTrlError("the cache is of an older version, without its first row; make it again: first-trl cache")
     ours, theirs = encode_example(task, tokenizer, cached["row"])["input_ids"], cached["input_ids"]
     if ours == theirs:
         return

@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,18 +143,21 @@ def load_split(config: DatasetConfig, role: str, *, streaming: bool = False) -> 
 
     place = f"datasets.{role}"
     if problem := source_problem(config):
-        key, what, remedy = problem
-        raise FirstTrlError(f"{place}.{key} = {getattr(config, key)!r}: {what}; {remedy}")
-    if streaming:
-        _refuse_other_rows(config, place)
+        raise FirstTrlError(f"{place}.{problem[0]} = {getattr(config, problem[0])!r}: {'; '.join(problem[1:])}")
+    # A stream is shuffled in a buffer and cannot be sliced: the cache would hold other rows than the other stages
+    sliced = {"shuffle_seed": config.shuffle_seed is not None, "split": "[" in (config.split or "")}
+    if streaming and (key := next((key for key, is_set in sliced.items() if is_set), "")):
+        raise FirstTrlError(
+            f"{place}.{key} = {getattr(config, key)!r}: with it cache.streaming reads other rows than other stages "
+            f"do; set cache.streaming: false, or remove {key}"
+        )
     files, path = local_files(config), config.path
     data_files: list[str] | None = _named_files(config) or None
     options: dict[str, Any] = {}
     if files:
         # `datasets` knows a file by its path and time, which archives and images set to one value
-        options = {
-            "cache_dir": str(Path(datasets.config.HF_DATASETS_CACHE) / "first_trl" / content_digest(files)[:32])
-        }
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / "first_trl" / content_digest(files)[:32]
+        options = {"cache_dir": str(cache)}
         if data_files or not Path(path).is_dir():
             path, data_files = _builder(config, files, place), [str(file) for file in files]
         if all(file.suffix == ".csv" for file in files):
@@ -177,16 +179,6 @@ def load_split(config: DatasetConfig, role: str, *, streaming: bool = False) -> 
     if len(dataset) == 0:
         raise FirstTrlError(f"{place}: {config.path!r}, split {split!r} has no rows; choose another one")
     return dataset if config.max_rows is None else dataset.select(range(min(config.max_rows, len(dataset))))
-
-
-def _refuse_other_rows(config: DatasetConfig, place: str) -> None:
-    """A stream is shuffled in a buffer and cannot be sliced: the cache would hold other rows than the other stages."""
-    for key, wrong in (("shuffle_seed", config.shuffle_seed is not None), ("split", "[" in (config.split or ""))):
-        if wrong:
-            raise FirstTrlError(
-                f"{place}.{key} = {getattr(config, key)!r}: with it cache.streaming reads other rows than the other "
-                f"stages; set cache.streaming: false, or remove {key}"
-            )
 
 
 def _builder(config: DatasetConfig, files: list[Path], place: str) -> str:
@@ -247,16 +239,16 @@ def _name_class_labels(dataset: "Dataset") -> "Dataset":
     names = {column: kind.names for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
     if not names:
         return dataset
-    named = datasets.Features({**features, **{column: datasets.Value("string") for column in names}})
-    return dataset.map(partial(_class_names, names=names), batched=True, features=named)
-
-
-def _class_names(batch: dict[str, list], names: dict[str, list[str]]) -> dict[str, list]:
-    # -1 is how datasets writes "no label"; it becomes a missing value, which a template refuses.
-    return {
-        column: [None if label is None or label < 0 else known[label] for label in batch[column]]
-        for column, known in names.items()
-    }
+    texts = datasets.Features({**features, **{column: datasets.Value("string") for column in names}})
+    # -1 is how datasets writes "no label"; it becomes a missing value, which a template refuses
+    return dataset.map(
+        lambda batch: {
+            column: [None if label is None or label < 0 else known[label] for label in batch[column]]
+            for column, known in names.items()
+        },
+        batched=True,
+        features=texts,
+    )
 
 
 def _load_problem(error: Exception, files: list[Path]) -> str:
@@ -292,9 +284,8 @@ def _file_problem(file: Path) -> str | None:
 
 def _json_problem(text: bytes, kind: type = object) -> str | None:
     def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for name, count in Counter(name for name, _ in pairs).items():
-            if count > 1:
-                raise ValueError(f"the key {name!r} stands twice")
+        if len({name for name, _ in pairs}) < len(pairs):
+            raise ValueError("a key stands twice")
         return dict(pairs)
 
     try:

@@ -20,24 +20,21 @@ from .. import templates
 from ..constants import IGNORED
 from ..errors import FirstTrlError
 from ..files import file_digest
-from ..settings import DatasetConfig, TaskConfig, WriteAnswers
+from ..settings import DatasetConfig, TaskConfig
 from .choices import choices_of, has_answer, room_to_write, with_answer, with_stand_in
 from .encoding import TooLongError, encode_example
 from .loading import load_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 MOST_LOST = 0.05  # of a split's rows, dropped, that need no warning
 
 
 class UsableRows(NamedTuple):
-    """The rows of a split that are used.
+    """The rows of a split that are used: as they were loaded, and their `input_ids` and `labels` (None for a stream).
 
-    `rows` are as they were loaded, `tokenized` has exactly their `input_ids` and `labels` (lists of int32), in the
-    same order (None for a stream). `lost` is plain data: {"rows": of the split, "dropped": {reason: rows}, "cut":
-    {"prompt" or "completion": rows}}.
+    `lost` is plain data: {"rows": of the split, "dropped": {reason: rows}, "cut": {"prompt" or "completion": rows}}.
     """
 
     rows: "Dataset"
@@ -46,19 +43,12 @@ class UsableRows(NamedTuple):
 
 
 def load_rows(
-    config: DatasetConfig,
-    role: str,
-    task: TaskConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    place: str = "",
-    streaming: bool = False,
-    write: WriteAnswers | None = None,
+    config: DatasetConfig, role: str, task: TaskConfig, tokenizer, *, place="", streaming=False, write=None
 ) -> UsableRows:
     """Load a split and keep the rows that can be used; with `datasets.*.bad_rows` and `task.too_long` as they say.
 
-    Rows of `datasets.transfer` (a `place`) may have no answers; with `write` they come back with stand-ins, and leave
-    room for the answers that the teacher is about to write.
+    Rows of `datasets.transfer` (a `place`) may have no answers; with `write`, the settings of `cache.write_answers`,
+    they come back with stand-ins, and leave room for the answers that the teacher is about to write.
 
     Raises:
         FirstTrlError: as `load_split` and `usable_rows`; or rows of a stream are to be dropped.
@@ -79,7 +69,7 @@ def load_rows(
 def usable_rows(
     dataset: "Dataset",
     task: TaskConfig,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer,
     *,
     place: str = "",
     bad_rows: str = "refuse",
@@ -108,17 +98,9 @@ def usable_rows(
 
 
 def encode_rows(
-    dataset: "Dataset",
-    task: TaskConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    place: str = "",
-    labelled: bool = True,
+    dataset: "Dataset", task: TaskConfig, tokenizer, *, place: str = "", labelled: bool = True
 ) -> "Dataset":
     """Encode every row, in order: `input_ids`, `labels` and `cut` as `Example`, or why a row cannot be used.
-
-    Args:
-        place, labelled: as for `usable_rows`.
 
     Returns:
         A dataset with these columns (empty where a row cannot be used), `reason` (`too_long`, `bad` or empty) and
@@ -161,11 +143,11 @@ def lost_rows(encoded: "Dataset", task: TaskConfig, bad_rows: str) -> tuple[list
     """Of what `encode_rows` returned: (numbers of the rows to refuse, `lost` as in [`UsableRows`])."""
     reasons, cuts = (encoded.data.column(name).to_pylist() for name in ("reason", "cut"))
     dropped = {reason for reason, policy in (("too_long", task.too_long), ("bad", bad_rows)) if policy == "drop"}
-    lost = {
-        "rows": len(reasons),
-        "dropped": dict(Counter(reason for reason in reasons if reason in dropped)),
-        "cut": dict(Counter(filter(None, cuts))),
+    counts = {
+        "dropped": Counter(reason for reason in reasons if reason in dropped),
+        "cut": Counter(filter(None, cuts)),
     }
+    lost = {"rows": len(reasons), **{name: dict(count) for name, count in counts.items()}}
     return [number for number, reason in enumerate(reasons) if reason and reason not in dropped], lost
 
 
@@ -192,10 +174,7 @@ def _selected(used: UsableRows, kept: list[int], dropped: dict[str, int]) -> Usa
 
 
 def describe_lost(place: str, lost: Mapping[str, Any]) -> str | None:
-    """One line on the rows of a split that were dropped or cut; None where there are none.
-
-    More than `MOST_LOST` dropped makes it a warning.
-    """
+    """One line on rows that were dropped or cut, None without any; a warning where more than `MOST_LOST` dropped."""
     words = {"too_long": "too long", "bad": "not usable", "overlap": "also in a split that models were fitted on"}
     dropped, cut = lost.get("dropped") or {}, lost.get("cut") or {}
     told = [f"{count:,} dropped ({words[reason]})" for reason, count in dropped.items()]
@@ -215,9 +194,9 @@ def _code_of_tokens() -> list[str]:
 def tokenizer_state(tokenizer) -> list:
     """What decides the tokens of a text, without the padding and truncation that earlier calls left behind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    state: Any = sorted(tokenizer.get_vocab().items())
     if backend is not None:
-        state.update(padding=None, truncation=None)
+        state = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
     digest = hashlib.sha256(json.dumps(state).encode())
     return [digest.hexdigest(), tokenizer.chat_template, tokenizer.special_tokens_map, type(tokenizer).__name__]
 
@@ -236,8 +215,7 @@ def check_disjoint(splits: dict[str, "Dataset"]) -> list[Overlap]:
     """Prompts shared between tokenised splits, one `Overlap` per pair that shares any.
 
     `splits` is {"train": ..., "transfer": ..., "validation": ..., and any test sets}, those that there are, in this
-    order; pairs of two test sets are not compared. What to do about an overlap is the caller's decision. Rows are
-    those of the datasets that were tokenised.
+    order; pairs of two test sets are not compared. What to do about an overlap is the caller's decision.
     """
     prompts = {name: _prompt_rows(dataset) for name, dataset in splits.items()}
     overlaps, names = [], list(splits)
