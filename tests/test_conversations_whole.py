@@ -47,6 +47,7 @@ def row(shape, number, last):
         ("gemma3", "parts", {"supervise": "all"}),
         ("gemma3", "messages", {"choices": ["mostly good", "mostly bad"]}),
         ("smolvlm", "two columns", {"choices": ["good", "bad"]}),
+        ("qwen3", "prompts alone", {"chat_template_kwargs": {"enable_thinking": False}}),
     ],
 )
 def test_conversations_go_through_every_stage(template, shape, task, tmp_path, monkeypatch):
@@ -74,6 +75,11 @@ def test_conversations_go_through_every_stage(template, shape, task, tmp_path, m
         "calibrate": {"bootstrap": 0},
         "evaluate": {"bootstrap": 0},
     }
+    if shape == "prompts alone":
+        prompts = [{"prompt": conversation(number, "")[:-1]} for number in range(120, 132)]
+        (tmp_path / "transfer.jsonl").write_text("".join(json.dumps(r) + "\n" for r in prompts))
+        recipe["datasets"]["transfer"] = {"path": str(tmp_path / "transfer.jsonl")}
+        recipe["cache"] = {"write_answers": {"max_new_tokens": 6}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     path = str(tmp_path / "recipe.yaml")
     for stage in (sft, cache, calibrate, distill, evaluate):
@@ -81,6 +87,7 @@ def test_conversations_go_through_every_stage(template, shape, task, tmp_path, m
     push.main([path, "--dry_run"])
     manifest = json.loads((tmp_path / "runs/chat/cache/train/manifest.json").read_text())
     assert tokenizer.decode(manifest["forced"]["closing"]).strip() and manifest["first_row"]["row"]
+    assert manifest["labels"] == ("teacher" if shape == "prompts alone" else "given")
     arms = json.loads((tmp_path / "runs/chat/report/metrics.json").read_text())["arms"]
     assert {"teacher", "fine_tuned", "distilled", "first"} <= arms.keys()
     assert (tmp_path / "runs/chat/push/README.md").is_file()

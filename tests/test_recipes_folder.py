@@ -1,6 +1,7 @@
 """Every shipped recipe reads, renders its data and makes valid settings of TRL, without a network or weights."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,16 @@ from first_trl.recipe import load_recipe
 from first_trl.schema import recipe_schema, settings_tables
 from first_trl.settings import CacheConfig, CalibrateConfig, DatasetConfig, EvaluateConfig, PushConfig, TaskConfig
 from first_trl.templates import render_template
+from tests.tiny import build_tokenizer
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))
 TABLE = {f"paper_table/{name}.yaml" for name in ("commonsense_qa", "boolq", "alpaca")}
 LOCAL = {"reviews.yaml", "paper_table/reviews.yaml"}
-CHAT = [name for name in RECIPES if name.startswith("chat/")]
-HUB = sorted(set(RECIPES) - LOCAL - {*CHAT})
+CLOSED_CHAT = "chat/commonsense_qa_qwen3-8b_to_qwen3-0.6b.yaml"
+CHAT = [name for name in RECIPES if name.startswith("chat/") and name != CLOSED_CHAT]
+HUB = sorted(set(RECIPES) - LOCAL - {*CHAT, CLOSED_CHAT})
 # The rows of the paper's table: what the student learns from.
 TABLE_ARMS = {
     "fine_tuned": {"trainer": "sft"},
@@ -89,12 +92,30 @@ def test_every_split_renders_with_the_task_that_it_has(name):
     for split, task in splits:
         prompt = render_template(task.prompt, ROWS[split.path])
         completion = render_template(task.completion, ROWS[split.path])
-        assert prompt.endswith(":") and completion.startswith(" ")
+        if name == CLOSED_CHAT:
+            assert_as_qwen3(prompt)
+        else:
+            assert prompt.endswith(":") and completion.startswith(" ")
         assert task.choices is None or completion.strip() in task.choices
         # Answers that follow a letter or a word must be the options that the prompt shows.
         if "choices" in ROWS[split.path]:
             assert [f"{letter}. " in prompt for letter in "ABCDE"] == [letter in task.choices for letter in "ABCDE"]
     assert len(splits) >= 5
+
+
+def assert_as_qwen3(prompt):
+    """A prompt is what the chat template of Qwen3, as TRL ships it, makes of one message without thinking."""
+    template = files("trl.chat_templates").joinpath("qwen3.jinja").read_text()
+    message = {"role": "user", "content": prompt.removeprefix("<|im_start|>user\n").partition("<|im_end|>")[0]}
+    how = {"add_generation_prompt": True, "enable_thinking": False, "tokenize": False, "chat_template": template}
+    assert prompt == build_tokenizer().apply_chat_template([message], **how)
+
+
+def test_the_recipe_of_written_answers_differs_in_who_wrote_them_alone():
+    recipe = load_recipe(FOLDER / "chat/qwen3-8b_to_qwen3-0.6b_written.yaml")
+    given, written = load_recipe(FOLDER / "chat/qwen3-8b_to_qwen3-0.6b.yaml").to_dict(), recipe.to_dict()
+    assert written["cache"].pop("write_answers")["temperature"] == 0
+    assert {key for key in given if given[key] != written[key]} == {"name", "cache"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
