@@ -183,6 +183,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
     for name, drop in (("arms", False), ("datasets", True)):  # `first:` alone is an arm, `train:` alone is no split
         if isinstance(tree.get(name), dict):
             tree[name] = {k: {} if own is None else own for k, own in tree[name].items() if not (drop and own is None)}
+    if isinstance(tests := _value_at(tree, ("datasets", "test")), dict):  # a set of the recipe that is extended
+        tree["datasets"]["test"] = {name: test for name, test in tests.items() if test is not None}
     problems = dict(unsafe_settings(tree)) | file.problems  # one for each setting, the first that is found
     recipe = None
     try:

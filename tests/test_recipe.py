@@ -454,6 +454,9 @@ def test_a_recipe_changes_what_it_says_and_keeps_the_rest():
     assert list(recipe.arms) == ["b", "a"] and recipe.distill == base.distill and recipe.datasets == base.datasets
     recipe.write_resolved("resolved.yaml")
     assert load_recipe("resolved.yaml") == recipe and "extends" not in recipe.to_dict()
+    tests = "datasets: {test: {reviews: null, own: {path: json, data_files: data/test.jsonl}}}\n"
+    Path("below/own.yaml").write_text(own + tests)
+    assert list(load_recipe("below/own.yaml").datasets.test) == ["own"]
 
 
 @pytest.mark.parametrize(

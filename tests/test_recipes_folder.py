@@ -103,6 +103,25 @@ def test_every_split_renders_with_the_task_that_it_has(name):
     assert len(splits) >= 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in [*HUB, CLOSED_CHAT] if "alpaca" not in name])
+def test_each_choice_is_one_token_of_the_real_tokenizers(name):
+    from huggingface_hub import try_to_load_from_cache
+
+    from first_trl.data.choices import choice_token_ids
+    from first_trl.evaluation import test_task as task_of
+    from first_trl.modeling import load_tokenizer
+
+    recipe = load_recipe(FOLDER / name)
+    for model in (recipe.sft["model_name_or_path"], recipe.distill["model_name_or_path"]):
+        if not isinstance(try_to_load_from_cache(model, "tokenizer.json"), str):
+            pytest.skip(f"the tokenizer of {model} is not in the cache of the Hub")
+        for split in (recipe.datasets.train, *recipe.datasets.test.values()):
+            task = task_of(recipe.task, split.task)
+            written = choice_token_ids(task, load_tokenizer(model), ROWS[split.path])
+            assert [len(ids) for ids in written] == [1] * len(task.choices)
+
+
 def assert_as_qwen3(prompt):
     """A prompt is what the chat template of Qwen3, as TRL ships it, makes of one message without thinking."""
     template = files("trl.chat_templates").joinpath("qwen3.jinja").read_text()
