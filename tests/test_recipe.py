@@ -456,7 +456,7 @@ def test_a_recipe_changes_what_it_says_and_keeps_the_rest():
     assert load_recipe("resolved.yaml") == recipe and "extends" not in recipe.to_dict()
     tests = "datasets: {test: {reviews: null, own: {path: json, data_files: data/test.jsonl}}}\n"
     Path("below/own.yaml").write_text(own + tests)
-    assert list(load_recipe("below/own.yaml").datasets.test) == ["own"]
+    assert list(load_recipe("below/own.yaml", ["--push.arm", "a"]).datasets.test) == ["own"]
 
 
 @pytest.mark.parametrize(
