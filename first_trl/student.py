@@ -91,9 +91,9 @@ def closing_calibration(
         is_label_NC: which choice is right.
 
     Returns:
-        "temperature", what `predict` divides log-probabilities by: "fitted", the minimum of the NLL, or 1 where its
-        bootstrap 95 % "interval" contains 1, where the NLL falls towards temperature 0 (no answer is wrong), or where
-        there are too few examples; "why" says which. NLL (nats) and ECE, among the choices: at 1, at "temperature".
+        "temperature", what `predict` divides log-probabilities by: "fitted", the minimum of the NLL, or 1 for a reason
+        that "why" gives: the bootstrap 95 % "interval" contains 1, the NLL falls towards temperature 0 (no answer is
+        wrong), or too few examples. NLL (nats) and ECE, among the choices: at 1, at "temperature".
     """
     if not is_label_NC.any(axis=1).all():
         raise FirstTrlError(
@@ -168,11 +168,10 @@ def _wilson_lower_bound(share: np.ndarray, size: np.ndarray, z: float = 1.2816) 
 
 
 def threshold_for_accuracy(confidence, correct, target_accuracy: float, slack: float | None = None) -> float | None:
-    """The lowest confidence such that the examples at or above it are right at least `target_accuracy` of the time.
+    """The lowest confidence at or above which at least `target_accuracy` of the examples are right; None if none is.
 
-    None if no threshold reaches the target: then abstain always. Of many thresholds the lowest does so partly by luck:
-    with `slack` the lower bound of the accuracy (Wilson, one-sided, 90 %) must also reach `target_accuracy` - `slack`,
-    which a handful of right answers cannot.
+    Of many thresholds the lowest does so partly by luck: with `slack` the lower bound of the accuracy (Wilson,
+    one-sided, 90 %) must also reach `target_accuracy` - `slack`, which a handful of right answers cannot.
     """
     if not 0 < target_accuracy <= 1:
         raise FirstTrlError(f"target_accuracy is {target_accuracy!r}; it must be in (0, 1].")
@@ -195,10 +194,7 @@ def selective(confidence, correct, threshold: float | None) -> dict:
 
 
 def mean_selective(fitted: list[dict]) -> dict:
-    """The mean over seeds of their thresholds and of what those do; "seeds" has each where there are several.
-
-    Args: `fitted`: one dict per seed, with "threshold", "coverage" and "accuracy".
-    """
+    """The mean over seeds of `selective` and its "threshold"; "seeds" has each where there are several."""
     if len(fitted) == 1:
         return fitted[0]
     mean = {}
@@ -219,11 +215,9 @@ def fit_thresholds(confidence, correct) -> list[dict]:
 
 
 def describe_student(arm: str, task: TaskConfig, section: dict, validation: dict, temperature: float = 1.0) -> dict:
-    """The content of `predict.json`.
+    """The content of `predict.json`, from the section that the student was trained with.
 
-    Args:
-        section: the settings that the student was trained with.
-        validation: its predictions on validation, under its closing `temperature`; among the choices, if there are.
+    `validation` has its predictions on validation, under its closing `temperature`; among the choices, if there are.
     """
     view = "choice_" if "choice_confidence" in validation else ""
     confidence = validation[f"{view}confidence"]
@@ -243,8 +237,7 @@ def read_student(folder: str | Path, closed: bool = True) -> tuple[TaskConfig, S
     """(task, the whole content) of a student's `predict.json`.
 
     Raises:
-        FirstTrlError: it is not there, not as this version writes it, or its task has closed answers and is to have
-            none, or the other way round.
+        FirstTrlError: it is not there, not as this version writes it, or its task has closed answers against `closed`.
     """
     file = Path(folder) / PREDICT_FILE
     if not file.is_file():

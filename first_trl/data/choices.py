@@ -31,11 +31,10 @@ _ANSWERS = ("yes", "No", "good", "bad", "a", "B", "1", "2")
 
 
 def choice_token_ids(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> list[list[int]]:
-    """The tokens of each choice after the prompt of a row, which needs no answer, in the order of `task.choices`.
+    """The tokens of each of `task.choices` after the prompt of a row, which needs no answer.
 
     Where every choice is one token, that token is the answer. Otherwise an answer is the whole completion, as training
-    supervises it: what the template writes after the choice and the end of sequence too, so that no answer is the
-    beginning of another.
+    supervises it, with what the template writes after the choice and the end of sequence, so that none begins another.
 
     Raises:
         FirstTrlError: a choice is unknown to the tokenizer, or the tokens of one choice begin or are another's.
@@ -106,11 +105,7 @@ def single_token_ids(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> lis
 def encode_answer_row(
     row: Mapping[str, Any], index: int, task: TaskConfig, tokenizer, choice_ids: list[int], place: str = ""
 ) -> dict[str, list[int]]:
-    """As `encode_row`, for a cache that keeps the tokens of the choices alone: the answer is all that is supervised.
-
-    Raises:
-        FirstTrlError: as `encode_row`; or more than the answer is supervised, or it is none of `choice_ids`.
-    """
+    """As `encode_row`, for a cache that keeps the tokens of the choices alone; refuses a row that learns others."""
     example = encode_row(row, index, task, tokenizer, place)
     supervised = [label for label in example["labels"] if label != IGNORED]
     if len(supervised) != 1 or supervised[0] not in choice_ids:
@@ -129,11 +124,9 @@ def encode_answer_row(
 def forced_tokens(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> dict[str, Any]:
     """What every answer to this row begins and ends with, of what is learned, as plain data for a manifest.
 
-    Returns:
-        `opening` and `closing`, lists of token ids: common to the learned tokens of all the choices, or without
-        choices of unlike answers. A reasoning template opens with `<think>`; an end of turn closes. `answer` is the
-        number of learned tokens before the one that says the answer: with choices the first in which they differ,
-        without them 0.
+    `opening` and `closing` are token ids, common to the completions of all the choices, or without choices to those
+    of unlike answers: a reasoning template opens with `<think>`, an end of turn closes. `answer` is the number of
+    learned tokens before the one that says the answer: with choices the first in which they differ, without them 0.
     """
     known = [word for word in _ANSWERS if tokenizer.unk_token_id not in text_ids(tokenizer, word)]
     answers = []
@@ -161,11 +154,10 @@ def forced_positions(labels: np.ndarray, starts: np.ndarray, forced: Mapping[str
     Args:
         labels (T,): labels of examples one after the other, -100 where nothing is learned.
         starts (E,): where each example begins.
-        forced: from `forced_tokens`.
 
     Returns:
-        (T,) bool, False outside the learned tokens. Of an opening or a closing that an answer has in part (thoughts
-        follow `<think>`, a cut ended the row) that part is forced.
+        (T,) bool. Of an opening or a closing that an answer has in part (thoughts follow `<think>`, a cut ended the
+        row) that part is forced.
     """
     learned = np.concatenate([[False], labels != IGNORED, [False]])
     edges = learned[1:] != learned[:-1]
@@ -185,8 +177,7 @@ def forced_positions(labels: np.ndarray, starts: np.ndarray, forced: Mapping[str
 def refuse_forced(task: TaskConfig, tokenizer, target_ids: np.ndarray) -> None:
     """Refuse to calibrate where one token is nearly always right: that measures a template, not a teacher.
 
-    Raises:
-        FirstTrlError: one token fills 99 % of the targets; with declared choices, whose shares may be so, all of them.
+    That is 99 % of the targets, or with declared choices, whose shares may be so, all of them.
     """
     ids, counts = np.unique(target_ids, return_counts=True)
     if len(target_ids) < 20 or counts.max() < (1 if task.choices else 0.99) * len(target_ids):
@@ -200,11 +191,7 @@ def refuse_forced(task: TaskConfig, tokenizer, target_ids: np.ndarray) -> None:
 
 
 def marked_text(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> str:
-    """The text that a model sees of a row: ⟦learned⟧ and, where no answer could differ, ⟪learned but never measured⟫.
-
-    Raises:
-        FirstTrlError: as `encode_example`.
-    """
+    """The text of a row as a model sees it: ⟦learned⟧, and ⟪learned, never measured⟫ where no answer could differ."""
     example = encode_example(task, tokenizer, row)
     labels = np.array(example["labels"])
     forced = forced_positions(labels, np.array([0]), forced_tokens(task, tokenizer, row))
@@ -256,11 +243,8 @@ def room_to_write(task: TaskConfig, write: WriteAnswers) -> TaskConfig:
 def unlabelled_encoder(task: TaskConfig, tokenizer, first_row: Mapping[str, Any], place: str):
     """How rows without answers become examples, and the answers that a teacher may give them.
 
-    Returns:
-        A function from a row and its number to an example that ends in the first choice, and the answers as a pair:
-        the tokens by which the choices are compared, and their completions.
-    Raises:
-        FirstTrlError: there are no choices.
+    Returns a function from a row and its number to an example that ends in the first choice, and the answers as a
+    pair: the tokens by which the choices are compared, and their completions.
     """
     choices = choices_of(task, place)
     answers = choice_token_ids(task, tokenizer, first_row)

@@ -36,10 +36,7 @@ def message_column(row: Mapping[str, Any]) -> str | None:
 
 
 def split_messages(row: Mapping[str, Any], labelled: bool = True) -> tuple[list[dict], list[dict]]:
-    """(messages of the prompt, messages of the completion, empty if the row has no answer and needs none).
-
-    Of a whole conversation the last turn is the completion.
-    """
+    """(messages of the prompt, of the completion); without an answer, where none is needed, the latter is empty."""
     if (column := message_column(row)) is not None:
         messages = clean_messages(row[column], column)
         answers = messages[-1]["role"] == "assistant"
@@ -58,11 +55,7 @@ def split_messages(row: Mapping[str, Any], labelled: bool = True) -> tuple[list[
 
 
 def clean_messages(messages: Any, column: str) -> list[dict]:
-    """New messages of `role` and text `content`, without the empty keys that a table adds to rows of other shapes.
-
-    Raises:
-        FirstTrlError: there are no messages, or one has no role, no content, or a part that is not text.
-    """
+    """New messages of `role` and text `content`, without the empty keys that a table adds; refuses what is no text."""
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise FirstTrlError(f"the column {column!r} holds no messages; write a list of {{role, content}}")
     cleaned = [_without_empty(message) for message in messages]
@@ -94,11 +87,7 @@ def _without_empty(value: Any) -> Any:
 
 
 def chat_arguments(task: TaskConfig, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the chat template is given besides the messages: the recipe's arguments, the row's, and its tools.
-
-    Raises:
-        FirstTrlError: an argument is ours to set, or `tools` cannot be read.
-    """
+    """What the chat template is given besides the messages: the recipe's arguments, the row's, and its tools."""
     arguments = {**(task.chat_template_kwargs or {}), **_without_empty(row.get("chat_template_kwargs") or {})}
     if reserved := sorted(_RESERVED_CHAT_KWARGS & arguments.keys()):
         raise FirstTrlError(f"task.chat_template_kwargs: {', '.join(reserved)} cannot be set here; remove it")
@@ -174,9 +163,8 @@ def _reads_parts_alone(tokenizer, template: str) -> bool:
 def assistant_mask(tokenizer, messages: list[dict], arguments: dict[str, Any], input_ids: list[int]) -> list[bool]:
     """Which tokens of a whole conversation the assistant wrote: every one of its turns, with what ends it.
 
-    By the `{% generation %}` marks of the template, as `assistant_only_loss` of TRL, and where it has none by the
-    difference that each turn makes: it begins where inference would begin, and ends where the conversation up to it
-    ends.
+    By the `{% generation %}` marks of the template, as `assistant_only_loss` of TRL, without them by the difference
+    that each turn makes: it begins where inference would begin, and ends where the conversation up to it ends.
 
     Raises:
         FirstTrlError: the template writes an earlier turn otherwise than it would be written at inference.

@@ -66,10 +66,7 @@ def local_files(config: DatasetConfig) -> list[Path]:
 
 
 def source_identity(config: DatasetConfig, role: str) -> dict[str, Any]:
-    """What decides the rows of a split, as plain data without a path of this machine; equal data mean equal rows.
-
-    `files_sha256` is over the names and the contents of the local files, `commit` as `source_commit`.
-    """
+    """What decides the rows of a split, as plain data without a path of this machine; equal data mean equal rows."""
     files = local_files(config)
     return {
         "path": Path(config.path).name if Path(config.path).exists() else config.path,
@@ -101,10 +98,7 @@ def _digest(file: Path, *state: int) -> str:
 
 @lru_cache(maxsize=64)
 def hub_commit(repo: str, revision: str | None, kind: str) -> str | None:
-    """The commit that a revision of a `model` or `dataset` of the Hub stands for, None where nothing is known of it.
-
-    Without a network it is that of the copy which is here.
-    """
+    """The commit of a `model` or `dataset` of the Hub, offline that of the copy which is here; None where unknown."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -196,9 +190,7 @@ def _builder(config: DatasetConfig, files: list[Path], place: str) -> str:
 def _csv_options(files: list[Path], place: str) -> dict[str, Any]:
     """How CSV files are read: every cell as the text it holds, so that `NA` is a word and no digit is lost.
 
-    Raises:
-        FirstTrlError: a header names a column twice, files differ in their columns, or a row has more or fewer cells
-            than its header; pandas would shift or rename columns without an error.
+    Refused is what pandas would shift or rename without an error.
     """
     import datasets
 

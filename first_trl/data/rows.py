@@ -77,9 +77,7 @@ def usable_rows(
 ) -> UsableRows:
     """Encode every row, in order, and drop those that the task and `bad_rows` let go.
 
-    Args:
-        place: where the rows come from, such as `datasets.train`, for the messages of errors.
-        labelled: False where rows may have no answers; a declared choice then stands in for each.
+    `place` says where the rows come from, for messages; unless `labelled`, a declared choice stands in for answers.
 
     Raises:
         FirstTrlError: rows that cannot be used, or none that can; the first is named with its problem.
