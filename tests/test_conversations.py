@@ -6,7 +6,6 @@ from importlib.resources import files
 import numpy as np
 import pytest
 from datasets import Dataset
-from trl.data_utils import maybe_convert_to_chatml
 
 from first_trl.__main__ import main
 from first_trl.constants import IGNORED
@@ -19,7 +18,8 @@ from tests.test_trainer import cache_of, trainer_for
 from tests.tiny import build_model, byte_level_tokenizer
 
 TEMPLATES = {path.name.removesuffix(".jinja"): path.read_text() for path in files("trl.chat_templates").iterdir()}
-MARKED = sorted(name for name in TEMPLATES if name.endswith("_training"))
+# Those that write today's date are refused
+MARKED = sorted(name for name, text in TEMPLATES.items() if name.endswith("_training") and "strftime_now(" not in text)
 ONE = [{"role": "user", "content": "a good film ?"}, {"role": "assistant", "content": "good"}]
 TWO = [*ONE, {"role": "user", "content": "and a bad one ?"}, {"role": "assistant", "content": "bad film"}]
 TOOLS = [
@@ -67,12 +67,17 @@ SHAPES = {
 }
 
 
+def pinned(template, **task):
+    """A task, with the argument that this template needs."""
+    if template == "llama3_2":
+        task["chat_template_kwargs"] = {"date_string": "1 Jan 2025"}
+    return TaskConfig(**task)
+
+
 @pytest.mark.parametrize("template", ["qwen3", "llama3_2", "gemma3", "qwen2_5", "qwen3_training"])
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_every_shape_of_a_row_becomes_the_same_tokens(template, shape):
-    tokenizer = chat_tokenizer(template)
-    arguments = {"date_string": "1 Jan 2025"} if template == "llama3_2" else None
-    task = TaskConfig(chat_template_kwargs=arguments)
+    tokenizer, task = chat_tokenizer(template), pinned(template)
     row = Dataset.from_list([SHAPES[shape]])[0]  # with the keys that a table adds
     example = encode_example(task, tokenizer, row)
     assert example == encode_example(task, tokenizer, {"messages": ONE})
@@ -80,26 +85,15 @@ def test_every_shape_of_a_row_becomes_the_same_tokens(template, shape):
     assert example["input_ids"][: example["num_prompt_tokens"]] == encode_prompt(task, tokenizer, row)
 
 
-def test_a_conversation_of_from_and_value_is_converted_as_trl_converts_it():
-    tokenizer, row = chat_tokenizer("qwen2_5"), SHAPES["from and value"]
-    converted = maybe_convert_to_chatml(json.loads(json.dumps(row)))
-    assert encode_example(TaskConfig(), tokenizer, row) == encode_example(TaskConfig(), tokenizer, converted)
-
-
 @pytest.mark.parametrize("template", ["qwen3", "qwen2_5", "llama3_2", "qwen3_training"])
-@pytest.mark.parametrize("as_text", [False, True])
-def test_tools_and_tool_calls_reach_the_template_as_trl_hands_them_over(template, as_text):
-    tokenizer = chat_tokenizer(template)
-    arguments = {"date_string": "1 Jan 2025"} if template == "llama3_2" else {}
-    row = {"messages": CALLED, "tools": json.dumps(TOOLS) if as_text else TOOLS}
-    example = encode_example(TaskConfig(chat_template_kwargs=arguments or None), tokenizer, row)
-    expected = tokenizer.apply_chat_template(
-        [{**message, "content": message.get("content", "")} for message in CALLED], tools=TOOLS, **arguments
-    )["input_ids"]
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["list", "text"])
+def test_tools_and_tool_calls_reach_the_template_as_trl_hands_them_over(template, tools):
+    tokenizer, task = chat_tokenizer(template), pinned(template)
+    example = encode_example(task, tokenizer, {"messages": CALLED, "tools": tools})
+    messages = [{**message, "content": message.get("content", "")} for message in CALLED]
+    expected = tokenizer.apply_chat_template(messages, tools=TOOLS, **(task.chat_template_kwargs or {}))["input_ids"]
     assert example["input_ids"] == expected and "Rates a film." in tokenizer.decode(expected)
-    ends_in_a_call = encode_example(
-        TaskConfig(chat_template_kwargs=arguments or None), tokenizer, {"messages": CALLED[:2], "tools": TOOLS}
-    )
+    ends_in_a_call = encode_example(task, tokenizer, {"messages": CALLED[:2], "tools": TOOLS})
     assert '"rate"' in learned(tokenizer, ends_in_a_call)[0]
 
 
@@ -107,8 +101,6 @@ def test_tools_and_tool_calls_reach_the_template_as_trl_hands_them_over(template
 @pytest.mark.parametrize("messages", [ONE, TWO], ids=["one turn", "two turns"])
 def test_all_turns_are_those_of_trls_assistant_only_loss(template, messages):
     tokenizer = chat_tokenizer(template)
-    if "strftime_now(" in TEMPLATES[template]:
-        pytest.skip("writes today's date: refused, see below")
     if template.startswith(("idefics3", "smolvlm", "llava", "qwen2_5_vl", "qwen3_vl")):
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     trl = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
@@ -121,25 +113,15 @@ def test_all_turns_are_those_of_trls_assistant_only_loss(template, messages):
 @pytest.mark.parametrize("template", ["qwen2_5", "gemma3", "llama3_2"])
 def test_without_marks_all_turns_are_found_by_the_difference_that_each_makes(template):
     tokenizer = chat_tokenizer(template)
-    task = TaskConfig(supervise="all", chat_template_kwargs={"date_string": "1 Jan 2025"})
-    example = encode_example(task, tokenizer, {"messages": TWO})
     end = {"qwen2_5": "<|im_end|>\n", "gemma3": "<end_of_turn>\n", "llama3_2": "<|eot_id|>"}[template]
-    assert learned(tokenizer, example) == [f"good{end}", f"bad film{end}"]
-    last = encode_example(TaskConfig(chat_template_kwargs=task.chat_template_kwargs), tokenizer, {"messages": TWO})
-    assert last["input_ids"] == example["input_ids"] and learned(tokenizer, last) == [f"bad film{end}"]
-
-
-def test_in_a_completion_of_several_messages_the_assistants_are_learned_as_trl_masks_them():
-    tokenizer = chat_tokenizer("qwen2_5")
-    row = {"prompt": TWO[:1], "completion": TWO[1:]}
-    assert learned(tokenizer, encode_example(TaskConfig(supervise="all"), tokenizer, row)) == [
-        "good<|im_end|>\n",
-        "bad film<|im_end|>\n",
-    ]
-    with_prompt = {"prompt": TWO[:3], "completion": TWO[3:]}
-    assert learned(tokenizer, encode_example(TaskConfig(supervise="all"), tokenizer, with_prompt)) == [
-        "bad film<|im_end|>\n"
-    ]
+    for row, supervise, turns in (
+        ({"messages": TWO}, "all", ["good", "bad film"]),
+        ({"messages": TWO}, "last", ["bad film"]),
+        ({"prompt": TWO[:1], "completion": TWO[1:]}, "all", ["good", "bad film"]),
+        ({"prompt": TWO[:3], "completion": TWO[3:]}, "all", ["bad film"]),
+    ):
+        example = encode_example(pinned(template, supervise=supervise), tokenizer, row)
+        assert learned(tokenizer, example) == [turn + end for turn in turns]
 
 
 def test_a_template_that_writes_earlier_turns_otherwise_is_refused_with_trls_own_as_the_remedy():
@@ -159,8 +141,8 @@ def test_a_template_that_writes_todays_date_is_refused_with_what_pins_it(templat
     with pytest.raises(FirstTrlError, match=f"today's date.*{remedy}"):
         encode_example(TaskConfig(), tokenizer, {"messages": ONE})
     if template == "llama3_2":
-        pinned = TaskConfig(chat_template_kwargs={"date_string": "26 Jul 2024"})
-        assert "26 Jul 2024" in tokenizer.decode(encode_example(pinned, tokenizer, {"messages": ONE})["input_ids"])
+        ids = encode_example(pinned(template), tokenizer, {"messages": ONE})["input_ids"]
+        assert "1 Jan 2025" in tokenizer.decode(ids)
 
 
 # Forced tokens
@@ -249,23 +231,14 @@ def test_another_chat_template_beginning_or_normaliser_is_refused_with_both_text
         ("gemma3", {}, {"messages": ONE}, "<start_of_turn>model\n⟦good⟧⟪<end_of_turn>\n⟫"),
         ("qwen3", {"choices": ["good", "bad"]}, {"messages": ONE}, "⟪<think>\n\n</think>\n\n⟫⟦good⟧⟪<|im_end|>\n⟫"),
         ("qwen2_5", {"supervise": "all"}, {"messages": TWO}, "assistant\n⟦good⟧⟪<|im_end|>\n⟫<|im_start|>user"),
-        (
-            None,
-            {"prompt": "{q}:", "completion": " {a}", "choices": ["good", "bad"]},
-            {"q": "a", "a": "bad"},
-            "a:⟦ bad⟧⟪</s>⟫",
-        ),
-        (
-            None,
-            {"prompt": "{q}:", "completion": " {a}", "max_length": 12},
-            {"q": "a", "a": "a good film"},
-            "a:⟦ a good",
-        ),
+        (None, {"choices": ["good", "bad"]}, {"q": "a", "a": "bad"}, "a:⟦ bad⟧⟪</s>⟫"),
+        (None, {"max_length": 12}, {"q": "a", "a": "a good film"}, "a:⟦ a good"),
     ],
     ids=["chat", "closed chat", "all turns", "closed question", "cut"],
 )
 def test_a_row_is_shown_with_what_is_learned_and_what_is_forced_marked(template, task, row, shown):
     tokenizer = chat_tokenizer(template) if template else byte_level_tokenizer()
+    task = task | ({} if template else {"prompt": "{q}:", "completion": " {a}"})
     if task.get("max_length"):
         task["max_length"] = len(encode_example(TaskConfig(**task), tokenizer, row)["input_ids"]) - 2
     text = marked_text(TaskConfig(**task), tokenizer, row)
@@ -287,9 +260,7 @@ def test_the_command_shows_a_row_of_a_split(tmp_path, capsys):
 @pytest.mark.parametrize("template", ["qwen3", "llama3_2", "gemma3", "qwen3_training"])
 @pytest.mark.parametrize("supervise", ["last", "all"])
 def test_a_student_equal_to_its_teacher_has_no_loss_on_conversations(template, supervise, tmp_path):
-    tokenizer = chat_tokenizer(template)
-    arguments = {"date_string": "1 Jan 2025"} if template == "llama3_2" else None
-    task = TaskConfig(supervise=supervise, chat_template_kwargs=arguments)
+    tokenizer, task = chat_tokenizer(template), pinned(template, supervise=supervise)
     rows = list(SHAPES.values())
     if (template, supervise) != ("qwen3", "all"):  # refused: it writes earlier turns otherwise
         rows += [{"messages": TWO}, *[{"messages": CALLED, "tools": TOOLS}] * (template != "gemma3")]

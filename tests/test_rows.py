@@ -8,6 +8,7 @@ from datasets import Dataset, concatenate_datasets
 
 from first_trl.cache import arrays
 from first_trl.cache.arrays import Rows, calibration_rows, row_blocks, summary
+from first_trl.errors import FirstTrlError
 from first_trl.stages import cache, calibrate
 from tests.cache_recipe import write_recipe
 
@@ -22,25 +23,37 @@ CACHE = Dataset.from_dict(
 
 
 FORCED = {"opening": [], "closing": [0], "answer": 0}
+OPENED = {"opening": [8], "closing": [0], "answer": 1}
 
 
-def test_answer_positions_are_the_first_supervised_token_of_each_example():
-    rows = calibration_rows(CACHE, "answer", FORCED)
-    np.testing.assert_allclose(rows.log_probs, [[-0.1, -3, -3.5], [-0.7, -0.8, -2.5], [-0.5, -1.5, -1.8]], atol=1e-6)
-    assert rows.target.tolist() == [0, 1, 2]  # the teacher's first, its second, and neither
-    assert rows.label_ids.tolist() == [7, 8, 6] and rows.examples.tolist() == [0, 1, 2]
+@pytest.mark.parametrize(
+    ("positions", "forced", "targets", "examples"),
+    [
+        ("answer", FORCED, [0, 1, 2], [0, 1, 2]),  # the teacher's first, its second, and neither
+        ("answer", OPENED, [0, 2], [0, 1]),  # where the choices differ; the last has no second token
+        ("all", FORCED, [0, 1, 2, 2], [0, 1, 1, 2]),
+        ("all", OPENED, [0, 2, 2], [0, 1, 2]),
+        ("all", None, [0, 0, 1, 2, 0, 2], [0, 0, 1, 1, 1, 2]),
+    ],
+)
+def test_positions_are_the_answers_or_every_learned_token_that_no_template_forces(
+    positions, forced, targets, examples
+):
+    rows = calibration_rows(CACHE, positions, forced)
+    assert rows.target.tolist() == targets and rows.examples.tolist() == examples
+    if forced is FORCED and positions == "answer":
+        expected = [[-0.1, -3, -3.5], [-0.7, -0.8, -2.5], [-0.5, -1.5, -1.8]]
+        np.testing.assert_allclose(rows.log_probs, expected, atol=1e-6)
+        assert rows.label_ids.tolist() == [7, 8, 6]
+        selected = calibration_rows(CACHE.select([2, 0]), "answer")
+        np.testing.assert_array_equal(selected.log_probs, rows.log_probs[[2, 0]])
 
 
-def test_answer_positions_are_those_in_which_the_choices_differ():
-    rows = calibration_rows(CACHE, "answer", {"opening": [8], "closing": [0], "answer": 1})
-    assert rows.label_ids.tolist() == [0, 9] and rows.examples.tolist() == [0, 1]  # the last has no second token
-
-
-def test_all_positions_leave_out_what_the_template_forces():
-    assert calibration_rows(CACHE, "all", FORCED).target.tolist() == [0, 1, 2, 2]
-    assert calibration_rows(CACHE, "all", FORCED).examples.tolist() == [0, 1, 1, 2]
-    assert calibration_rows(CACHE, "all", {"opening": [8], "closing": [0], "answer": 1}).target.tolist() == [0, 2, 2]
-    assert calibration_rows(CACHE, "all").target.tolist() == [0, 0, 1, 2, 0, 2]
+def test_no_position_that_is_left_and_unknown_ones_are_refused():
+    with pytest.raises(FirstTrlError, match="No supervised position is left under positions='all'"):
+        list(row_blocks(CACHE.select([2]), "all", {**FORCED, "closing": [6]}))
+    with pytest.raises(FirstTrlError, match="positions is 'last'; choose one of answer, all"):
+        calibration_rows(CACHE, "last")
 
 
 @pytest.fixture
@@ -76,12 +89,6 @@ def test_a_token_that_is_always_right_is_refused_by_name(tmp_path, on_cpu, capsy
     assert remedy in str(raised.value) and "positions: all" in str(raised.value)
 
 
-def test_a_selection_of_rows_reads_its_own_teacher():
-    rows = calibration_rows(CACHE.select([2, 0]), "answer")
-    np.testing.assert_allclose(rows.log_probs[0], [-0.5, -1.5, -1.8], atol=1e-6)
-    assert rows.target.tolist() == [2, 0]
-
-
 @pytest.mark.parametrize("size", [1, 2, 100])
 def test_the_summary_is_accuracy_beside_confidence(monkeypatch, size):
     monkeypatch.setattr(arrays, "BLOCK", size)
@@ -94,12 +101,8 @@ def test_the_summary_is_accuracy_beside_confidence(monkeypatch, size):
 @pytest.mark.parametrize("positions", ["answer", "all"])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_blocks_are_the_rows_in_their_order_whatever_their_size(monkeypatch, positions, size):
-    without_answer = {
-        "labels": [[-100]],
-        "teacher_ids": [[]],
-        "teacher_log_probs": [[]],
-        "teacher_tail_log_prob": [[]],
-    }
+    columns = ("teacher_ids", "teacher_log_probs", "teacher_tail_log_prob")
+    without_answer = {"labels": [[-100]], **{name: [[]] for name in columns}}
     empty = Dataset.from_dict(without_answer, features=CACHE.features)
     dataset = concatenate_datasets([CACHE, empty, empty, empty, CACHE.select([2, 0])])
     whole = calibration_rows(dataset, positions, FORCED)
@@ -110,11 +113,6 @@ def test_blocks_are_the_rows_in_their_order_whatever_their_size(monkeypatch, pos
     for rows in (again, *(Rows(*map(np.concatenate, zip(*blocks, strict=True))),)):
         np.testing.assert_array_equal(rows.log_probs, whole.log_probs)
         np.testing.assert_array_equal(rows.target, whole.target)
-
-
-def test_no_position_that_is_left_is_an_error_after_the_last_block():
-    with pytest.raises(ValueError, match="No supervised position is left under positions='all'"):
-        list(row_blocks(CACHE.select([2]), "all", {**FORCED, "closing": [6]}))
 
 
 @pytest.mark.parametrize("smoothed", [False, True])
@@ -146,8 +144,3 @@ def test_the_stage_never_has_the_rows_to_learn_from_in_memory_at_once(tmp_path, 
     assert found["teacher"].pop("cached_rows") == pytest.approx(expected["teacher"].pop("cached_rows"))
     assert found["teacher"].pop("validation") == pytest.approx(expected["teacher"].pop("validation"))
     assert found == expected
-
-
-def test_unknown_positions_are_refused():
-    with pytest.raises(ValueError, match="positions is 'last'; choose one of answer, all"):
-        calibration_rows(CACHE, "last")
