@@ -102,15 +102,19 @@ def _own_code_refused(path):
 
 def _load_base(path, revision, options: dict) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        model_class = AutoModelForCausalLM
-    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        model_class = AutoModelForImageTextToText
-    else:  # a text model that was saved on its own, such as Mllama's
-        model_class = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
-    model = model_class.from_pretrained(path, revision=revision, trust_remote_code=False, **options)
+    model = class_of(config).from_pretrained(path, revision=revision, trust_remote_code=False, **options)
     settle_names(model)
     return model
+
+
+def class_of(config):
+    """The class of transformers by which a checkpoint is loaded."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    # a text model that was saved on its own, such as Mllama's
+    return getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
 
 
 def _load_adapter(path, revision, options: dict) -> "PeftModel":

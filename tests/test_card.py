@@ -1,6 +1,3 @@
-"""The card tells what was measured, controls included; the folder to upload holds what it should and leaks nothing."""
-
-import dataclasses
 import json
 import re
 
@@ -12,9 +9,10 @@ from hypothesis import strategies as st
 
 from first_trl.errors import FirstTrlError
 from first_trl.hub.card import (
-    CardFacts,
+    _fields,
     build_card,
     check_license,
+    check_weights,
     collect_facts,
     escape_markdown,
     prepare_upload_folder,
@@ -22,39 +20,40 @@ from first_trl.hub.card import (
 )
 from first_trl.redaction import refuse_leaks, without_local_paths
 from tests.finished_run import CALIBRATION, CLOSING, MANIFEST, PROMPT, SENTENCES, TABLE, make_base, make_run, measured
+from tests.tiny import build_tokenizer
+
+SOURCE = {"hub_id": "google/boolq", "config": None, "split": "validation", "revision": None, "out_of_domain": True}
+FACTS = {
+    "title": "tiny-student",
+    "repo_id": "me/tiny-student",
+    "arm": "first",
+    "student": "first",
+    "seeds": None,
+    "base_model": "Qwen/Qwen3-0.6B",
+    "base_is_local": False,
+    "is_adapter": True,
+    "loader": "AutoModelForCausalLM",
+    "license": "apache-2.0",
+    "figures": {"boolq": measured(0.79, 0.042)},
+    "test_sets": {"boolq": SOURCE},
+    "hub_datasets": ["google/boolq"],
+    "table": TABLE,
+    "sentences": SENTENCES,
+    "diagrams": ["reliability_boolq.png"],
+    "described": {"loading": {"dtype": "float32"}, "thresholds": []},
+    "closing": CLOSING,
+    "calibration": CALIBRATION,
+    "cache": MANIFEST,
+    "recipe": {"name": "tiny", "task": {"prompt": PROMPT, "choices": ["good", "bad"]}, "evaluate": {"num_bins": 10}},
+    "fields": {"prompt": "Review: ... Sentiment :", "row": {"text": "..."}},
+    "method": "temperature",
+    "value": None,
+}
 
 
 def facts(**changes):
-    known = CardFacts(
-        title="tiny-student",
-        arm="first",
-        base_model="Qwen/Qwen3-0.6B",
-        base_is_local=False,
-        is_adapter=True,
-        figures={"boolq": measured(0.79, 0.042)},
-        table=TABLE,
-        sentences=SENTENCES,
-        license="apache-2.0",
-        closing=CLOSING,
-        test_sets={
-            "boolq": {
-                "hub_id": "google/boolq",
-                "config": None,
-                "split": "validation",
-                "revision": None,
-                "out_of_domain": True,
-            }
-        },
-        recipe={"name": "tiny", "task": {"prompt": PROMPT, "choices": ["good", "bad"]}, "evaluate": {"num_bins": 10}},
-        recalibration_method="temperature",
-        calibration=CALIBRATION,
-        cache=MANIFEST,
-        hub_datasets=["google/boolq"],
-        diagrams=["reliability_boolq.png"],
-        repo_id="me/tiny-student",
-        prompt_example="Review: ... Sentiment :",
-    )
-    return dataclasses.replace(known, **changes)
+    assert changes.keys() <= FACTS.keys()
+    return FACTS | changes
 
 
 def test_the_metadata_is_what_the_hub_reads():
@@ -88,13 +87,17 @@ def test_the_licence_is_in_the_metadata_or_asked_for_and_derivatives_of_llama_ar
 
 def test_recalibration_provenance_recipe_and_citation_are_told():
     card = build_card(facts())
-    assert "recalibrated by temperature, value 1.7 (95 % interval 1.5 to 1.9)" in card
-    assert "from 12.0 % to 2.0 %" in card and MANIFEST["manifest_sha256"] in card
-    assert "prompt: 'Review: {text} Sentiment :'" in card
-    assert "title     = {{FIRST}: Teach A Reliable" in card and "2408.12168" in card
-    assert "![Reliability diagram: accuracy against confidence](reliability_boolq.png)" in card
+    for words in (
+        "recalibrated by temperature, value 1.7 (95 % interval 1.5 to 1.9)",
+        "from 12.0 % to 2.0 %",
+        MANIFEST["manifest_sha256"],
+        "prompt: 'Review: {text} Sentiment :'",
+        "title     = {{FIRST}: Teach A Reliable",
+        "![Reliability diagram: accuracy against confidence](reliability_boolq.png)",
+    ):
+        assert words in card
     for method, words in ((None, "trained on the labels, as a control"), ("none", "used as they are")):
-        assert words in build_card(facts(recalibration_method=method))
+        assert words in build_card(facts(method=method))
 
 
 def test_a_local_base_is_named_and_said_to_be_local_and_is_no_hub_id():
@@ -104,22 +107,61 @@ def test_a_local_base_is_named_and_said_to_be_local_and_is_no_hub_id():
     assert "The base model is a local folder named small-llama" in card
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_the_usage_is_python_that_loads_the_base_as_it_was_measured(quantized):
-    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": None, "bnb_4bit_compute_dtype": "bfloat16"}
-    code = usage_code(facts(quantization=settings if quantized else None))
+@pytest.mark.parametrize(
+    ("loading", "arguments", "lines"),
+    [
+        ({"dtype": "float32"}, 'dtype="float32")', 7),
+        ({"dtype": "auto"}, '"me/tiny-student")', 7),
+        (
+            {"dtype": "bfloat16", "load_in_4bit": True},
+            'bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")',
+            8,
+        ),
+        ({"load_in_8bit": True}, "load_in_8bit=True)", 8),
+    ],
+)
+def test_the_usage_is_python_that_loads_the_base_as_it_was_measured(loading, arguments, lines):
+    code = usage_code(facts(described={"loading": loading, "thresholds": []}))
     compile(code, "usage", "exec")
-    assert len(code.partition("\n\n")[2].splitlines()) == (8 if quantized else 7)
+    assert arguments in code and len(code.partition("\n\n")[2].splitlines()) == lines
     assert "temperature, choices = 1.3, [11, 12]" in code and "/ temperature" in code
-    assert "temperature" not in usage_code(facts(closing=None))
-    assert ('bnb_4bit_compute_dtype="bfloat16"' in code.replace("'", '"')) == quantized
     assert '"Review: ... Sentiment :"' in code and '"me/tiny-student"' in code
+    assert "temperature" not in usage_code(facts(closing=None))
+
+
+def test_the_usage_of_an_adapter_of_a_model_that_sees_images_gives_its_answers(tmp_path, capsys):
+    """Llava has no text class of its own: AutoPeftModelForCausalLM cannot load it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    from first_trl.modeling import class_of, load_model
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = LlamaConfig(**size, vocab_size=27, initializer_range=0.3)
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**size), text_config=text)
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained(base)
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    lora = LoraConfig(target_modules=r".*language_model.*q_proj", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(adapter)
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(adapter)
+    usage = usage_code(facts(loader=class_of(config).__name__, base_model=base, repo_id=adapter))
+    assert "AutoPeft" not in usage
+    exec(usage, {})
+    with torch.no_grad():
+        logits = load_model(adapter)(**tokenizer("Review: ... Sentiment :", return_tensors="pt")).logits[0, -1]
+    shares = (logits[[11, 12]] / 1.3).softmax(-1)
+    assert capsys.readouterr().out.strip().endswith(f"{shares.max():.1%}")
 
 
 @pytest.mark.parametrize(("prompt", "row"), [(PROMPT, "{'text': '...'}"), (None, "'messages': [{'role': 'user'")])
 def test_a_student_of_whole_answers_is_used_through_predict(prompt, row):
     closing = CLOSING | {"choice_token_ids": None}
-    changed = facts(closing=closing, recipe={"task": {"prompt": prompt, "choices": ["very good", "bad"]}})
+    fields = {"prompt": None, "row": _fields(prompt)["row"]}
+    changed = facts(closing=closing, fields=fields, recipe={"task": {"choices": ["very good", "bad"]}})
     code, card = usage_code(changed), build_card(changed)
     compile(code, "usage", "exec")
     assert code.startswith("from first_trl import predict") and row in code and "logits" not in code
@@ -132,10 +174,10 @@ def test_a_student_without_its_closing_file_is_published_as_trained(tmp_path):
     metrics = json.loads(file.read_text())
     metrics["arms"]["first_post_hoc"] = {name: measured(0.79, 0.011) for name in metrics["arms"]["first"]}
     file.write_text(json.dumps(metrics))
-    assert collect_facts(run, "first", recipe, {}).figures["reviews"]["ece"] == 0.011
+    assert collect_facts(run, "first", recipe, {})["figures"]["reviews"]["ece"] == 0.011
     (run / "students" / "first" / "calibration.json").unlink()
     known = collect_facts(run, "first", recipe, {})
-    assert known.figures["reviews"]["ece"] == 0.042
+    assert known["figures"]["reviews"]["ece"] == 0.042
     assert "as shipped, under its closing temperature" not in build_card(known)
 
 
@@ -149,7 +191,7 @@ def test_an_arms_own_recalibration_is_what_its_card_says(tmp_path):
 
 def test_the_usage_of_a_chat_student_goes_through_its_chat_template():
     task = {"chat_template_kwargs": {"enable_thinking": False}}
-    code = usage_code(facts(prompt_example=None, recipe={"task": task}))
+    code = usage_code(facts(fields=_fields(None), recipe={"task": task}))
     compile(code, "usage", "exec")
     assert "apply_chat_template" in code and "enable_thinking=False" in code
 
@@ -158,16 +200,15 @@ HOSTILE = "x | <script>alert(1)</script> [a](javascript:b) `c` **d** \n# e\n---\
 
 
 def test_hostile_names_and_templates_stay_text():
-    sets = {HOSTILE: {"hub_id": None, "config": None, "split": None, "revision": None, "out_of_domain": False}}
     card = build_card(
         facts(
             title=HOSTILE,
             base_model=HOSTILE,
             base_is_local=True,
-            test_sets=sets,
+            test_sets={HOSTILE: SOURCE | {"hub_id": None}},
             figures={HOSTILE: measured(0.5, 0.1)},
             sentences=[{"kind": "win", "set": "x", "text": f"{HOSTILE} `{HOSTILE}`"}],
-            prompt_example=HOSTILE,
+            fields={"prompt": HOSTILE, "row": {}},
             recipe={"task": {"prompt": HOSTILE, "choices": [HOSTILE, "b"]}},
         )
     )
@@ -262,13 +303,23 @@ def test_a_secret_in_a_file_stops_everything_and_is_not_repeated(finished, tmp_p
 )
 def test_an_unfinished_run_is_refused_with_the_stage_to_run(finished, tmp_path, missing, message):
     run, recipe = finished
-    kept = (run / missing).read_bytes()
-    (run / missing).unlink()
+    (run / missing).rename(tmp_path / "kept")
     try:
         with pytest.raises(ValueError, match=message):
             prepare_upload_folder(run, "first", recipe, tmp_path / "push")
     finally:
-        (run / missing).write_bytes(kept)
+        (tmp_path / "kept").rename(run / missing)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "adapter_model.safetensors is damaged"), (b"\2\0\0\0\0\0\0\0{}", "holds no weights")],
+)
+def test_weights_that_cannot_be_read_are_refused(tmp_path, content, message):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(FirstTrlError, match=f"{message}.*run the distill stage again"):
+        check_weights(tmp_path)
 
 
 def test_an_arm_outside_the_report_and_a_link_out_of_the_folder_are_refused(finished, tmp_path):

@@ -329,7 +329,7 @@ def test_no_name_or_template_becomes_markup_of_the_card(cases):
                 test_sets=sets,
                 figures={name: measured(0.5, 0.1)},
                 sentences=[{"kind": "win", "set": "x", "text": f"{name} `x`"}],
-                prompt_example=name,
+                fields={"prompt": name, "row": {}},
                 recipe={"task": {"prompt": name, "choices": [name, "b"]}},
             )
         )

@@ -1,15 +1,14 @@
 """The folder that is uploaded for a student: its weights, its card, and the measurements behind it.
 
 Everything in it comes from the run folder, is chosen by name, and is reduced to what a reader elsewhere may see. The
-card repeats the report's table and verdict; what it says besides is in `model_card.md`. Every value is escaped, since
-names and templates come from recipes, data and models.
+card repeats the report's table and verdict; its words are in `model_card.md` and `usage.jinja`. Every value is
+escaped, since names and templates come from recipes, data and models.
 """
 
 import json
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -28,41 +27,14 @@ MODEL_FILES = (
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
 )  # fmt: skip
 TEXT_SUFFIXES = {".json", ".md", ".yaml", ".jinja", ".txt"}
+RESOLVED = "recipe.resolved.yaml"
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """All that a card says, before it is put in words. Local paths are already reduced to names."""
-
-    title: str
-    arm: str
-    base_model: str  # Hub id, or the name of a local folder
-    base_is_local: bool
-    is_adapter: bool
-    figures: dict[str, dict]  # {test set: its metrics as shipped}
-    test_sets: dict[str, dict]  # test set -> {"hub_id", "config", "split", "revision", "out_of_domain"}
-    table: str  # report/table.md
-    sentences: list[dict]  # the report's verdict on this student
-    recipe: dict  # the resolved recipe
-    recalibration_method: str | None  # None for a student trained on the labels
-    recalibration_value: float | None = None  # the recipe's own; None for the one that calibrate found
-    license: str | None = None
-    closing: dict | None = None  # the student's calibration.json
-    calibration: dict | None = None  # the teacher's
-    cache: dict | None = None  # manifest of the training cache
-    hub_datasets: list[str] = field(default_factory=list)
-    diagrams: list[str] = field(default_factory=list)  # file names in the repository
-    repo_id: str | None = None
-    student: str = ""  # its folder below students/
-    seeds: list[int] | None = None  # where the figures are means over several; the weights are the first one's
-    thresholds: list[dict] = field(default_factory=list)  # those of predict.json
-    prompt_example: str | None = None  # the prompt template with "..." for its fields; None for conversations
-    dtype: str | None = None  # the type the student was measured in; None leaves it to the checkpoint
-    quantization: dict | None = None  # arguments of BitsAndBytesConfig; strings, True, or None
+# What a card says
 
 
-def collect_facts(run_folder: Path, arm: str, recipe, plain: dict) -> CardFacts:
-    """Read a run folder into the facts of a card.
+def collect_facts(run_folder: Path, arm: str, recipe, plain: dict) -> dict:
+    """All that the card of a student says, from its run folder; local paths are reduced to names.
 
     Args:
         plain: the resolved recipe as plain data, local paths already reduced.
@@ -70,60 +42,54 @@ def collect_facts(run_folder: Path, arm: str, recipe, plain: dict) -> CardFacts:
     Raises:
         FirstTrlError: the arm is not finished or was not evaluated.
     """
-    section, name = recipe.arm_section(arm), recipe.students_of(arm)[0]  # of several seeds, the first
-    student, report = run_folder / "students" / name, _read_json(run_folder / "report/metrics.json", "evaluate")
+    section, name, data = recipe.arm_section(arm), recipe.students_of(arm)[0], recipe.datasets
+    student, base = run_folder / "students" / name, section["model_name_or_path"]  # of several seeds, the first
+    report = _read_json(run_folder / "report/metrics.json", "evaluate")
     check_weights(student)
     if arm not in report["arms"]:
-        known = ", ".join(report["arms"])
-        raise FirstTrlError(f"push.arm = {arm!r} is not in the report, which has {known}; run evaluate again")
-    closing = student / "calibration.json"
-    shipped = report["arms"][arm]
-    if closing.is_file():  # without it nobody ships `<arm>_post_hoc`: the report alone fitted its temperature
-        shipped = report["arms"].get(arm + POST_HOC, shipped)
-    view = "choices" if report.get("view") == "choices" else None
-    calibration, manifest = (
-        _read_json(run_folder / "calibration.json", "calibrate"),
-        run_folder / "cache/train/manifest.json",
-    )
-    base, data = section["model_name_or_path"], recipe.datasets
+        raise FirstTrlError(
+            f"push.arm = {arm!r} is not in the report ({', '.join(report['arms'])}); run evaluate again"
+        )
+    closing, manifest = student / "calibration.json", run_folder / "cache/train/manifest.json"
+    # without the closing file nobody ships `<arm>_post_hoc`: the report alone fitted its temperature
+    shipped = report["arms"][arm] if not closing.is_file() else report["arms"].get(arm + POST_HOC, report["arms"][arm])
     splits = [data.train, data.transfer, data.validation, *data.test.values()]
-    base_is_local = is_local_path(base)
-    dtype, four_bit = section.get("dtype", "float32"), section.get("load_in_4bit")
-    value = section.get("recalibration_value")  # alone, it is a temperature
-    method = section.get("recalibration_method") or (calibration["method"] if value is None else "temperature")
-    return CardFacts(
-        title=(recipe.push.hub_model_id or f"{recipe.name}-{arm}").rpartition("/")[2],
-        arm=arm,
-        base_model=path_name(base) if base_is_local else base,
-        base_is_local=base_is_local,
-        is_adapter=(student / "adapter_config.json").is_file(),
-        figures={name: values[view] if view else values for name, values in shipped.items()},
-        test_sets={name: _source(config) for name, config in data.test.items()},
-        table=(run_folder / "report" / "table.md").read_text("utf-8"),
-        sentences=report["verdicts"][arm],
-        recipe=plain,
-        recalibration_method=None if recipe.arm_trainer(arm) == "sft" else method,
-        recalibration_value=value,
-        license=recipe.push.license or _base_license(base),
-        closing=_read_json(closing, "distill") if closing.is_file() and recipe.task.choices else None,
-        calibration=calibration,
-        cache=without_local_paths(json.loads(manifest.read_text("utf-8"))) if manifest.is_file() else None,
-        hub_datasets=sorted({_source(one)["hub_id"] for one in splits if one} - {None}),
-        diagrams=[file.name for file in sorted((run_folder / "report").glob("reliability*.png"))],
-        repo_id=recipe.push.hub_model_id,
-        student=name,
-        seeds=recipe.seeds if len(recipe.students_of(arm)) > 1 else None,
-        thresholds=_read_json(student / PREDICT_FILE, "distill")["thresholds"],
-        prompt_example=_prompt_example(recipe.task.prompt),
-        dtype=None if dtype == "auto" else dtype,
-        quantization={
-            "bnb_4bit_quant_type": section.get("bnb_4bit_quant_type", "nf4"),
-            "bnb_4bit_use_double_quant": True if section.get("use_bnb_nested_quant") else None,
-            "bnb_4bit_compute_dtype": dtype,
-        }
-        if four_bit
-        else None,
-    )
+    return {
+        "title": (recipe.push.hub_model_id or f"{recipe.name}-{arm}").rpartition("/")[2],
+        "repo_id": recipe.push.hub_model_id,
+        "arm": arm,
+        "student": name,  # its folder below students/
+        "seeds": recipe.seeds if len(recipe.students_of(arm)) > 1 else None,
+        "base_model": path_name(base) if is_local_path(base) else base,
+        "base_is_local": is_local_path(base),
+        "is_adapter": (student / "adapter_config.json").is_file(),
+        "loader": _loader(student, base, section.get("model_revision")),
+        "license": recipe.push.license or _base_license(base),
+        "figures": {test: figures.get("choices", figures) for test, figures in shipped.items()}
+        if report.get("view") == "choices"
+        else shipped,
+        "test_sets": {test: _source(config) for test, config in data.test.items()},
+        "hub_datasets": sorted({_source(config)["hub_id"] for config in splits if config} - {None}),
+        "table": (run_folder / "report" / "table.md").read_text("utf-8"),
+        "sentences": report["verdicts"][arm],
+        "diagrams": [file.name for file in sorted((run_folder / "report").glob("reliability*.png"))],
+        "described": _read_json(student / PREDICT_FILE, "distill"),  # how it is loaded, and its thresholds
+        "closing": _read_json(closing, "distill") if closing.is_file() and recipe.task.choices else None,
+        "cache": without_local_paths(_read_json(manifest, "cache")) if manifest.is_file() else None,
+        "recipe": plain,
+        "fields": _fields(recipe.task.prompt),
+        **_recalibration(recipe, arm, _read_json(run_folder / "calibration.json", "calibrate")),
+    }
+
+
+def _recalibration(recipe, arm: str, calibration: dict) -> dict:
+    """How an arm's teacher was recalibrated: its method (None on labels), the recipe's own value, or the one found."""
+    section = recipe.arm_section(arm)
+    method, value = section.get("recalibration_method"), section.get("recalibration_value")
+    if method is None:  # a value alone is a temperature
+        method = calibration["method"] if value is None else "temperature"
+    on_labels = recipe.arm_trainer(arm) == "sft"
+    return {"method": None if on_labels else method, "value": value, "calibration": calibration}
 
 
 def check_weights(student: Path) -> None:
@@ -138,13 +104,14 @@ def check_weights(student: Path) -> None:
     if not files or not any((student / name).is_file() for name in ("adapter_config.json", "config.json")):
         raise FirstTrlError(f"there is no finished student in {student}; run the distill stage first, or set push.arm")
     for file in files:
+        problem = "holds no weights"
         try:
             with safe_open(file, framework="numpy") as weights:
-                whole = bool(weights.keys())
+                if weights.keys():
+                    continue
         except (SafetensorError, OSError) as error:
-            raise FirstTrlError(f"{file} is damaged ({error}); run the distill stage again") from error
-        if not whole:
-            raise FirstTrlError(f"{file} holds no weights; run the distill stage again")
+            problem = f"is damaged ({error})"
+        raise FirstTrlError(f"{file} {problem}; run the distill stage again")
 
 
 def _read_json(file: Path, stage: str) -> dict:
@@ -159,10 +126,16 @@ def _source(config) -> dict:
     return {"hub_id": config.path if on_hub else None, **known, "out_of_domain": config.out_of_domain}
 
 
-def _prompt_example(template: str | None) -> str | None:
-    if template is None:
-        return None
-    return "".join(piece.literal + ("..." if piece.column is not None else "") for piece in parse_template(template))
+def _loader(student: Path, base: str, revision: str | None) -> str:
+    """The class of transformers that `load_model` takes for a student, or for the base of its adapter."""
+    from transformers import AutoConfig
+
+    from ..modeling import class_of
+
+    whole = (student / "config.json").is_file()
+    return class_of(
+        AutoConfig.from_pretrained(student if whole else base, revision=None if whole else revision)
+    ).__name__
 
 
 def _base_license(base: str) -> str | None:
@@ -178,39 +151,42 @@ def _base_license(base: str) -> str | None:
     return loaded.data.to_dict().get("license")
 
 
-def _fields(template: str | None) -> dict[str, object]:
-    """A row as `predict` wants it, "..." for its texts; a conversation without a template."""
+def _fields(template: str | None) -> dict:
+    """ "prompt", the template with "..." for its fields, and "row", as `predict` wants it; a conversation without."""
     if template is None:
-        return {"messages": [{"role": "user", "content": "..."}]}
-    return {piece.column: "..." for piece in parse_template(template) if piece.column is not None}
+        return {"prompt": None, "row": {"messages": [{"role": "user", "content": "..."}]}}
+    pieces = parse_template(template)
+    row = {piece.column: "..." for piece in pieces if piece.column is not None}
+    return {"prompt": "".join(piece.literal + "..." * (piece.column is not None) for piece in pieces), "row": row}
 
 
-def check_license(facts: CardFacts) -> None:
+def check_license(facts: dict) -> None:
     """Refuse an upload whose licence nobody knows, and a derivative of Llama under another name.
 
     Raises:
         FirstTrlError: with the setting that remedies it.
     """
-    if facts.license is None:
+    license, title, repo_id = facts["license"], facts["title"], facts["repo_id"]
+    if license is None:
         raise FirstTrlError(
-            f"push.license is missing: the card of {facts.base_model} names none; set it, e.g. apache-2.0"
+            f"push.license is missing: the card of {facts['base_model']} names none; set it, e.g. apache-2.0"
         )
-    if facts.license.startswith("llama") and not facts.title.startswith("Llama"):
+    if license.startswith("llama") and not title.startswith("Llama"):
         raise FirstTrlError(
-            f"push.hub_model_id = {facts.repo_id!r}: the licence {facts.license} wants names of derivatives to begin "
-            f"with Llama; write e.g. {(facts.repo_id or 'me/').partition('/')[0]}/Llama-{facts.title}"
+            f"push.hub_model_id = {repo_id!r}: the licence {license} wants names of derivatives to begin with Llama; "
+            f"write e.g. {(repo_id or 'me/').partition('/')[0]}/Llama-{title}"
         )
 
 
 # The card
 
 
-def build_card(facts: CardFacts) -> str:
+class Raw(str):
+    """Text that is Markdown already."""
+
+
+def build_card(facts: dict) -> str:
     """The README.md of the repository: metadata for the Hub, then the card."""
-
-    class Raw(str):
-        """Text that is Markdown already."""
-
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -219,24 +195,10 @@ def build_card(facts: CardFacts) -> str:
         keep_trailing_newline=True,
         finalize=lambda value: value if isinstance(value, Raw) else escape_markdown(str(value)),
     )
-    environment.filters |= {"raw": Raw, "fence": lambda code: Raw(_fence(code)), "code": lambda text: Raw(_code(text))}
-    environment.filters["url"] = lambda name: Raw(quote(name))
-    family = ((facts.calibration or {}).get("families") or {}).get(facts.recalibration_method or "none")
-    body = environment.get_template("model_card.md").render(
-        vars(facts)
-        | {
-            "usage": usage_code(facts),
-            "choices": facts.recipe.get("task", {}).get("choices"),
-            "family": family if family and family.get("value") is not None else None,
-            "reached": [fitted for fitted in facts.thresholds if fitted["threshold"] is not None],
-            "num_bins": facts.recipe.get("evaluate", {}).get("num_bins", 10),
-            "marked_table": facts.table.replace(f"| `{facts.arm}` |", f"| **`{facts.arm}`** |").strip(),
-            "said": [one["text"] for one in facts.sentences if one["kind"] != "headline" and one["set"]],
-            "arms": ARMS,
-            "teacher": [str(part) for part in _teacher(facts) if part],
-            "recipe_yaml": yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True, width=100).rstrip(),
-        }
-    )
+    environment.filters |= {"raw": Raw, "code": _code, "fence": _fence, "url": lambda name: Raw(quote(name))}
+    recipe_yaml = yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True, width=100).rstrip()
+    more = {"usage": usage_code(facts), "arms": ARMS, "recipe_yaml": recipe_yaml}
+    body = environment.get_template("model_card.md").render(facts | more)
     return f"---\n{_metadata(facts).to_yaml()}\n---\n\n{body}"
 
 
@@ -246,23 +208,18 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~$!#])", r"\\\1", text)
 
 
-def _code(text: str) -> str:
+def _code(text: str) -> Raw:
     """A sentence of the report: names between backticks as code, everything else escaped."""
     parts = re.split(r"(`[\w./-]+`)", text)
-    return "".join(part if place % 2 else escape_markdown(f"x{part}x")[1:-1] for place, part in enumerate(parts))
+    return Raw("".join(part if place % 2 else escape_markdown(f"x{part}x")[1:-1] for place, part in enumerate(parts)))
 
 
-def _fence(code: str) -> str:
+def _fence(code: str) -> Raw:
     """Backticks that open and close a block of code: more of them than stand together inside."""
-    return "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return Raw("`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0)))
 
 
-def _teacher(facts: CardFacts) -> list:
-    teacher = (facts.cache or {}).get("teacher") or {}
-    return [teacher.get(name) for name in ("base", "id", "revision", "weights_sha256")]
-
-
-def _metadata(facts: CardFacts):
+def _metadata(facts: dict):
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -275,50 +232,33 @@ def _metadata(facts: CardFacts):
             dataset_revision=source["revision"],
             metric_type=metric,
             metric_name=metric_name,
-            metric_value=round(facts.figures[name][metric], 6),
+            metric_value=round(facts["figures"][name][metric], 6),
         )
-        for name, source in facts.test_sets.items()
+        for name, source in facts["test_sets"].items()
         for metric, metric_name in (("accuracy", "Accuracy"), ("ece", "ECE"), ("trust_score", "Trust score"))
-        if facts.figures.get(name, {}).get(metric) is not None
+        if facts["figures"].get(name, {}).get(metric) is not None
     ]
-    known_base = not facts.base_is_local
+    relation = "adapter" if facts["is_adapter"] else "finetune"
     return ModelCardData(
-        license=facts.license,
-        library_name="peft" if facts.is_adapter else "transformers",
-        base_model=facts.base_model if known_base else None,
-        base_model_relation=("adapter" if facts.is_adapter else "finetune") if known_base else None,
-        datasets=facts.hub_datasets or None,
+        license=facts["license"],
+        library_name="peft" if facts["is_adapter"] else "transformers",
+        base_model=None if facts["base_is_local"] else facts["base_model"],
+        base_model_relation=None if facts["base_is_local"] else relation,
+        datasets=facts["hub_datasets"] or None,
         pipeline_tag="text-generation",
         tags=["trl", "first-trl", "calibration", "distillation"],
-        model_name=facts.title if results else None,
+        model_name=facts["title"] if results else None,
         eval_results=results or None,
     )
 
 
-def usage_code(facts: CardFacts) -> str:
+def usage_code(facts: dict) -> str:
     """Code that prints an answer with its confidence as shipped: imports, and a line for each step."""
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["literal"] = lambda value: (
         json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
     )
-    task, closing = facts.recipe.get("task") or {}, facts.closing or {}
-    whole_answers = bool(closing) and not closing.get("choice_token_ids")
-    return (
-        environment.from_string((Path(__file__).parent / "usage.jinja").read_text("utf-8"))
-        .render(
-            vars(facts)
-            | {
-                "repo": facts.repo_id or ".",
-                "loader": "AutoPeftModelForCausalLM" if facts.is_adapter else "AutoModelForCausalLM",
-                "chat": task.get("chat_template_kwargs") or {},
-                "temperature": closing.get("temperature", 1.0),
-                "choice_ids": closing.get("choice_token_ids"),
-                "whole_answers": whole_answers,
-                "fields": _fields(task.get("prompt")) if whole_answers else {},
-            }
-        )
-        .strip()
-    )
+    return environment.from_string((Path(__file__).parent / "usage.jinja").read_text("utf-8")).render(facts).strip()
 
 
 # The folder
@@ -336,14 +276,13 @@ def prepare_upload_folder(run_folder: str | Path, arm: str, recipe, destination:
             holds something else.
     """
     run_folder, destination = Path(run_folder), Path(destination)
-    if destination.exists() and not (destination / "recipe.resolved.yaml").is_file() and any(destination.iterdir()):
+    if destination.exists() and not (destination / RESOLVED).is_file() and any(destination.iterdir()):
         raise FirstTrlError(f"{destination} holds something that is no prepared upload; move it away")
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".push-") as temporary:
         folder = Path(temporary) / "upload"
         folder.mkdir()
-        recipe.write_resolved(folder / "recipe.resolved.yaml")
-        plain = without_local_paths(yaml.safe_load((folder / "recipe.resolved.yaml").read_text("utf-8")))
+        plain = without_local_paths(yaml.safe_load(recipe.to_yaml()))
         _write_folder(folder, run_folder, collect_facts(run_folder, arm, recipe, plain))
         for file in sorted(folder.iterdir()):
             if file.suffix in TEXT_SUFFIXES:
@@ -354,24 +293,23 @@ def prepare_upload_folder(run_folder: str | Path, arm: str, recipe, destination:
     return destination
 
 
-def _write_folder(folder: Path, run_folder: Path, facts: CardFacts) -> None:
-    student = run_folder / "students" / facts.student
+def _write_folder(folder: Path, run_folder: Path, facts: dict) -> None:
+    student, report = run_folder / "students" / facts["student"], run_folder / "report"
     for file in sorted({file for pattern in MODEL_FILES for file in student.glob(pattern)}):
         if not file.resolve().is_relative_to(student.resolve()):
             raise FirstTrlError(f"{file} is a link out of the run folder; replace it by the file itself")
         if file.suffix == ".json" and file.name != "tokenizer.json":
-            _write_json(folder / file.name, without_local_paths(json.loads(file.read_text("utf-8")), MODEL_PATH_KEYS))
+            _write_json(folder / file.name, without_local_paths(_read_json(file, "distill"), MODEL_PATH_KEYS))
         else:
             shutil.copyfile(file, folder / file.name)
-    _write_json(folder / PREDICT_FILE, without_local_paths(_read_json(student / PREDICT_FILE, "distill")))
-    if facts.closing is not None:
-        _write_json(folder / "calibration.json", facts.closing)
-    metrics = _read_json(run_folder / "report" / "metrics.json", "evaluate")
-    _write_json(folder / "metrics.json", without_local_paths(metrics))
-    for diagram in facts.diagrams:
-        shutil.copyfile(run_folder / "report" / diagram, folder / diagram)
-    recipe_text = yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True, width=100)
-    (folder / "recipe.resolved.yaml").write_text(recipe_text, "utf-8")
+    for file, stage in ((student / PREDICT_FILE, "distill"), (report / "metrics.json", "evaluate")):
+        _write_json(folder / file.name, without_local_paths(_read_json(file, stage)))
+    if facts["closing"] is not None:
+        _write_json(folder / "calibration.json", facts["closing"])
+    for diagram in facts["diagrams"]:
+        shutil.copyfile(report / diagram, folder / diagram)
+    recipe_text = yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True, width=100)
+    (folder / RESOLVED).write_text(recipe_text, "utf-8")
     (folder / "README.md").write_text(build_card(facts), "utf-8")
 
 
