@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # The heavy imports are in the functions: the command line reads this page and must answer `--help` at once.
@@ -174,22 +175,23 @@ def check_keys(cache) -> None:
     """
     import pyarrow.parquet as pq
 
-    from .cache.format import CacheError, dataset_fingerprint, row_key
+    from .cache.format import CacheError, row_key
     from .cache.reader import check_cache
-    from .cache.shard import Statistics
+    from .cache.shard import summarize
 
-    statistics, keys = Statistics(), []
-    for shard in cache.manifest["shards"]:
-        table = pq.read_table(cache.path / shard["name"])
-        statistics.add(cache.path / shard["name"], table)
-        for row in table.select(["input_ids", "labels", "row_key"]).to_pylist():
-            keys.append(row_key(row["input_ids"], row["labels"]))
-            if row["row_key"] != keys[-1]:
-                raise CacheError(
-                    f"{cache.path / shard['name']}: row {len(keys) - 1} has row_key {row['row_key']}, its tokens give "
-                    f"{keys[-1]}. Make the cache again."
-                )
-    check_cache(cache, dataset_fingerprint=dataset_fingerprint(keys), totals=statistics.totals())
+    def shards() -> Iterator[tuple]:
+        for shard in cache.manifest["shards"]:
+            file = cache.path / shard["name"]
+            table = pq.read_table(file)
+            for number, row in enumerate(table.select(["input_ids", "labels", "row_key"]).to_pylist()):
+                key = row_key(row["input_ids"], row["labels"])
+                if row["row_key"] != key:
+                    raise CacheError(
+                        f"{file}: row {number} has row_key {row['row_key']}, its tokens give {key}. Make it again."
+                    )
+            yield file, table
+
+    check_cache(cache, **summarize(shards()))
 
 
 def compare_with_teacher(cache, model, vocab_limit: int, num_rows: int = 32) -> str:

@@ -20,6 +20,13 @@ def make_model():
 
 
 @pytest.fixture
+def arrow_files(tmp_path, monkeypatch):
+    """The folder of memory-mapped rows, one for each test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
+    return tmp_path / "arrow" / "first_trl"
+
+
+@pytest.fixture
 def hub(monkeypatch):
     """A hub that this process is logged in to, with no waiting between the client's own retries."""
     from tests.loopback_hub import TOKEN, loopback_hub

@@ -16,22 +16,20 @@ from first_trl.cache.format import (
     CacheError,
     cache_schema,
     dataset_fingerprint,
-    read_manifest,
     render_manifest,
     row_key,
+    tokenizer_fingerprint,
 )
 from first_trl.cache.identity import chat_template_fingerprint
 from first_trl.cache.reader import check_cache, check_vocabulary, open_cache
+from first_trl.cache_tools import teacher_bytes
 from first_trl.files import file_digest
 from tests.cache_samples import VOCABULARY, FakeTokenizer, contents, description, make_row, make_rows, write_cache
 
 COLUMNS = ["input_ids", "labels", "teacher_ids", "teacher_log_probs", "teacher_tail_log_prob"]
 
 
-@pytest.fixture(autouse=True)
-def arrow_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
-    return tmp_path / "arrow" / "first_trl"
+pytestmark = pytest.mark.usefixtures("arrow_files")
 
 
 @pytest.fixture
@@ -49,7 +47,7 @@ def assert_same_rows(dataset, rows, dtype=np.float16):
         assert found["row_key"] == row_key(row["input_ids"], row["labels"])
 
 
-@pytest.mark.parametrize("rows_per_shard", [1, 2, 3, 7, 10, 11])
+@pytest.mark.parametrize("rows_per_shard", [1, 3, 10, 11])
 def test_rows_come_back_in_order_whatever_the_size_of_a_shard(path, rows_per_shard):
     rows = make_rows(10)
     manifest = write_cache(path, rows, rows_per_shard=rows_per_shard)
@@ -77,24 +75,15 @@ def test_columns_have_the_types_of_the_format_on_disk_and_in_memory(path, dtype,
     assert_same_rows(cache.dataset, rows, np.dtype(dtype))
 
 
-def test_a_row_with_one_supervised_position_keeps_one_teacher_row(path):
-    rows = [
-        make_row(0, supervised=1, length=30),
-        make_row(1, supervised=0, length=4),
-        make_row(2, supervised=3, length=4),
-    ]
-    write_cache(path, rows)
-    dataset = open_cache(path).dataset
-    assert [len(row["teacher_ids"]) for row in dataset] == [1, 0, 3]
-    assert_same_rows(dataset, rows)
-
-
-def test_a_first_token_in_the_loss_has_no_teacher_row(path):
+def test_a_teacher_row_stands_for_each_supervised_token_but_a_first_one(path):
+    rows = [make_row(0, supervised=1, length=30), make_row(1, supervised=0, length=4), make_row(2, supervised=3)]
     row = make_row(0, supervised=3, length=4)
     row |= {"input_ids": row["input_ids"][1:], "labels": row["labels"][1:]}
-    row |= {name: row[name][1:] for name in COLUMNS[2:]}  # three labels, of which nobody predicts the first
-    write_cache(path, [row])
-    assert len(open_cache(path).dataset[0]["teacher_ids"]) == 2
+    row |= {name: row[name][1:] for name in COLUMNS[2:]}  # three labels, of which nothing predicts the first
+    write_cache(path, [*rows, row])
+    dataset = open_cache(path).dataset
+    assert [len(row["teacher_ids"]) for row in dataset] == [1, 0, 3, 2]
+    assert_same_rows(dataset, [*rows, row])
 
 
 def test_infinities_survive_and_what_float16_cannot_hold_becomes_one(path):
@@ -122,66 +111,48 @@ def test_the_manifest_has_the_totals_and_the_job(path):
     assert (manifest["top_k"], manifest["dtype"], manifest["rows_per_shard"]) == (5, "float16", 4)
 
 
-@pytest.mark.parametrize("name", ["train", "validation", "odd [name]*"])
+@pytest.mark.parametrize("name", ["validation", "odd [name]*"])
 def test_datasets_loads_the_folder_as_it_is(tmp_path, name):
     path, rows = tmp_path / name, make_rows(9)
     write_cache(path, rows)
     (path / "README.md").write_text("# A cache")
     if name.isalpha():  # `datasets` reads brackets and stars as patterns
-        assert_same_rows(datasets.load_dataset("parquet", data_dir=str(path), split="train"), rows)
-        loaded = datasets.load_dataset("parquet", data_files=str(path / "*.parquet"), split="train")
+        loaded = datasets.load_dataset("parquet", data_dir=str(path), split="train")
         assert_same_rows(loaded, rows)
         assert loaded.features == open_cache(path).dataset.features
     assert_same_rows(open_cache(path).dataset, rows)
 
 
-def test_rows_are_memory_mapped_and_made_once(path, arrow_files):
-    write_cache(path, make_rows(9))
-    files = [file["filename"] for file in open_cache(path).dataset.cache_files]
-    assert len(files) == 1 and files[0].startswith(str(arrow_files))
-    before = os.stat(files[0]).st_mtime_ns
-    open_cache(path)
-    assert os.stat(files[0]).st_mtime_ns == before
-
-
-def test_another_cache_in_the_same_folder_gives_its_own_rows(path):
+def test_rows_are_memory_mapped_once_and_never_those_of_an_earlier_cache(path, arrow_files):
     write_cache(path, make_rows(4))
-    times = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    (file,) = open_cache(path).dataset.cache_files
+    before, times = os.stat(file["filename"]), {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    assert file["filename"].startswith(str(arrow_files))
     open_cache(path)
+    assert os.stat(file["filename"]).st_mtime_ns == before.st_mtime_ns
     shutil.rmtree(path)
     rows = make_rows(8)[4:]
     write_cache(path, rows)
-    for name, time in times.items():
-        os.utime(path / name, ns=(time, time))
+    for name, at in times.items():
+        os.utime(path / name, ns=(at, at))
     assert_same_rows(open_cache(path).dataset, rows)
+    assert len(list(arrow_files.rglob("*.arrow"))) == 1
 
 
-@pytest.mark.parametrize(
-    ("make", "positions"),
-    [
-        (lambda i: make_row(i, vocabulary=151_936, supervised=63, length=64), 512 * 63),
-        (lambda i: make_row(i, vocabulary=151_936, supervised=1, length=64), 512),
-    ],
-)
-def test_the_teacher_costs_at_most_24_bytes_per_supervised_position(path, make, positions):
-    import pyarrow.parquet as pq
-
+@pytest.mark.parametrize("supervised", [63, 1])
+def test_the_teacher_costs_at_most_24_bytes_per_supervised_position(path, supervised):
     # ids without any pattern and log-probabilities spread widely: nothing that real text has to compress
-    manifest = write_cache(path, [make(i) for i in range(512)], rows_per_shard=512)
-    group = pq.read_metadata(path / manifest["shards"][0]["name"]).row_group(0)
-    columns = [group.column(i) for i in range(group.num_columns)]
-    size = sum(column.total_compressed_size for column in columns if column.path_in_schema.startswith("teacher"))
-    assert manifest["totals"]["supervised_positions"] == positions
-    assert size / positions <= 24
+    rows = [make_row(i, vocabulary=151_936, supervised=supervised, length=64) for i in range(512)]
+    manifest = write_cache(path, rows, rows_per_shard=512)
+    assert manifest["totals"]["supervised_positions"] == 512 * supervised
+    assert teacher_bytes(open_cache(path)) / (512 * supervised) <= 24
 
 
 def test_every_flipped_bit_is_refused_with_a_clear_error(path):
     write_cache(path, make_rows(10))
     originals = contents(path)
-    bits = [(name, bit) for name, content in originals.items() for bit in range(8 * len(content))]
-    # three quarters of the bytes are in the shards; the manifest gets its half of the trials all the same
-    chosen = random.Random(0).sample([bit for bit in bits if bit[0] == "manifest.json"], 100)
-    chosen += random.Random(1).sample([bit for bit in bits if bit[0] != "manifest.json"], 100)
+    bits = {name: random.Random(0).sample(range(8 * len(content)), 40) for name, content in originals.items()}
+    chosen = [(name, bit) for name in bits for bit in bits[name]]
     for name, bit in chosen:
         changed = bytearray(originals[name])
         changed[bit // 8] ^= 1 << bit % 8
@@ -189,7 +160,7 @@ def test_every_flipped_bit_is_refused_with_a_clear_error(path):
         with pytest.raises(CacheError, match=str(path)):
             open_cache(path)
         (path / name).write_bytes(originals[name])
-    assert len(chosen) == 200 and len(open_cache(path).dataset) == 10
+    assert len(chosen) == 160 and len(open_cache(path).dataset) == 10
 
 
 def swapped_tokenizer():
@@ -198,39 +169,23 @@ def swapped_tokenizer():
     return tokenizer
 
 
-def other_template():
-    tokenizer = FakeTokenizer()
-    tokenizer.chat_template += "\n"
-    return {"chat_template_sha256": chat_template_fingerprint(tokenizer)}
-
-
 MISMATCHES = {
-    "two token ids swapped": lambda: {"tokenizer": swapped_tokenizer()},
-    "one more token": lambda: {"tokenizer": FakeTokenizer(VOCABULARY + 1)},
-    "another chat template": other_template,
-    "no chat template": lambda: {"chat_template_sha256": None},
-    "another K": lambda: {"top_k": 7},
-    "another dtype": lambda: {"dtype": "float32"},
-    "another shard size": lambda: {"rows_per_shard": 1024},
-    "another teacher": lambda: {"teacher": {"id": "org/other"}},
-    "another revision": lambda: {"teacher": {"revision": "def456"}},
-    "other weights": lambda: {"teacher": {"weights_sha256": "33" * 32}},
-    "another adapter": lambda: {"teacher": {"adapter_sha256": "44" * 32}},
-    "no adapter": lambda: {"teacher": {"adapter_sha256": None}},
-    "another teacher dtype": lambda: {"teacher": {"dtype": "float32"}},
-    "quantisation": lambda: {"teacher": {"quantization": "nf4"}},
-    "an entry that the cache lacks": lambda: {"teacher": {"attn_implementation": "sdpa"}},
-    "other rows": lambda: {"dataset_fingerprint": "55" * 32},
-    "another split": lambda: {"dataset": {"split": "validation"}},
-    "another dataset": lambda: {"dataset": {"path": "org/reviews"}},
-    "another dataset revision": lambda: {"dataset": {"revision": "v2"}},
-    "another prompt": lambda: {"task": {"prompt": "{text}"}},
-    "another completion": lambda: {"task": {"completion": "{label}"}},
-    "no end of sequence": lambda: {"task": {"append_eos": False}},
-    "another max_length": lambda: {"task": {"max_length": 128}},
-    "other template arguments": lambda: {"task": {"chat_template_kwargs": {"enable_thinking": True}}},
-    "fewer template arguments": lambda: {"task": {"chat_template_kwargs": {}}},
-    "another library": lambda: {"library_versions": {"torch": "2.11.0"}},
+    "two token ids swapped": {"tokenizer": swapped_tokenizer()},
+    "one more token": {"tokenizer": FakeTokenizer(VOCABULARY + 1)},
+    "no chat template": {"chat_template_sha256": None},
+    "another K": {"top_k": 7},
+    "another dtype": {"dtype": "float32"},
+    "another teacher": {"teacher": {"id": "org/other"}},
+    "no adapter": {"teacher": {"adapter_sha256": None}},
+    "quantisation": {"teacher": {"quantization": "nf4"}},
+    "an entry that the cache lacks": {"teacher": {"attn_implementation": "sdpa"}},
+    "other rows": {"dataset_fingerprint": "55" * 32},
+    "another split": {"dataset": {"split": "validation"}},
+    "another prompt": {"task": {"prompt": "{text}"}},
+    "no end of sequence": {"task": {"append_eos": False}},
+    "other template arguments": {"task": {"chat_template_kwargs": {"enable_thinking": True}}},
+    "fewer template arguments": {"task": {"chat_template_kwargs": {}}},
+    "another library": {"library_versions": {"torch": "2.11.0"}},
 }
 
 
@@ -245,20 +200,18 @@ def sound_cache(tmp_path_factory):
 
 @pytest.mark.parametrize("name", MISMATCHES)
 def test_a_cache_that_does_not_fit_is_refused_with_both_values(sound_cache, name):
-    expected = MISMATCHES[name]()
     with pytest.raises(CacheError) as raised:
-        check_cache(sound_cache, **expected)
-    message = str(raised.value)
-    assert str(sound_cache.path) in message and "make the cache again" in message or "make the cache with" in message
-    if "tokenizer" in expected:
-        assert f"tokenizer_sha256 is {sound_cache.manifest['tokenizer_sha256']!r}, expected '" in message
-        return
-    (entry, value), found = next(iter(expected.items())), sound_cache.manifest
+        check_cache(sound_cache, **MISMATCHES[name])
+    message, found = str(raised.value), sound_cache.manifest
+    assert str(sound_cache.path) in message and "To fix it, " in message and "make the cache again" in message
+    ((entry, value),) = MISMATCHES[name].items()
+    if entry == "tokenizer":
+        entry, value = "tokenizer_sha256", tokenizer_fingerprint(value)
+    place = entry
     if isinstance(value, dict):
-        (key, value), found, entry = next(iter(value.items())), found[entry], f"{entry}."
-        assert f"{entry}{key} is {found.get(key, 'absent')!r}, expected {value!r}" in message
-    else:
-        assert f"{entry} is {found[entry]!r}, expected {value!r}" in message
+        ((key, value),) = value.items()
+        found, entry, place = found[entry], key, f"{place}.{key}"
+    assert f"{place} is {found.get(entry, 'absent')!r}, expected {value!r}" in message
 
 
 def test_a_cache_that_fits_is_accepted(sound_cache):
@@ -275,9 +228,13 @@ def test_a_cache_that_fits_is_accepted(sound_cache):
     check_vocabulary(sound_cache, VOCABULARY, tokenizer)
 
 
-def test_every_mismatch_is_named_at_once(sound_cache):
+def test_every_mismatch_is_named_at_once_and_hostile_values_are_cut_and_cleaned(sound_cache, path):
     with pytest.raises(CacheError, match=r"top_k is 5, expected 3; task.max_length is 64, expected 9"):
         check_cache(sound_cache, top_k=3, task={"max_length": 9})
+    write_cache(path, make_rows(4), teacher={"id": "\x1b[2J" + "a" * 100_000})
+    with pytest.raises(CacheError) as raised:
+        check_cache(open_cache(path), teacher={"id": "org/teacher"})
+    assert len(str(raised.value)) < 1000 and "\x1b" not in str(raised.value)
 
 
 @pytest.mark.parametrize("column", ["teacher_ids", "input_ids"])
@@ -324,42 +281,34 @@ def swap(path):
     (path / "x").rename(second)
 
 
-def shard_of_another_cache(path):
-    write_cache(path.parent / "other", make_rows(10)[::-1])
-    shutil.copy(path.parent / "other" / "train-000000.parquet", path)
-
-
+CHANGED = r"is damaged, or was changed after it was written"
+K_IS_5 = '"top_k": 5'
 DAMAGES = {
     "no folder": (shutil.rmtree, r"no such folder"),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), r"has no manifest.json: the cache was never finished"),
-    "empty manifest": (lambda p: (p / "manifest.json").write_bytes(b""), r"not JSON"),
-    "manifest of another kind": (lambda p: (p / "manifest.json").write_text("[]"), r"holds a list, not an object"),
-    "manifest not in UTF-8": (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe"), r"not JSON"),
-    "manifest cut short": (lambda p: truncate(p / "manifest.json", 900), r"not JSON"),
-    "an edited value": (lambda p: edit(p, lambda t: t.replace('"top_k": 5', '"top_k": 7')), r"was changed "),
-    "a key given twice": (lambda p: edit(p, lambda t: t.replace('"top_k": 5', '"top_k": 7, "top_k": 5')), r"changed"),
-    "other blanks": (lambda p: edit(p, lambda t: t.replace('"top_k": 5', '"top_k":  5')), r"was changed"),
-    "not a number": (lambda p: edit(p, lambda t: t.replace('"top_k": 5', '"top_k": NaN')), r"was changed"),
-    "other version": (lambda p: reseal(p, lambda m: m.update(schema_version=9)), r"schema_version 9, .* knows 1"),
+    "empty manifest": (lambda p: (p / "manifest.json").write_bytes(b""), CHANGED),
+    "manifest of another kind": (lambda p: (p / "manifest.json").write_text("[]"), CHANGED),
+    "manifest not in UTF-8": (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe"), CHANGED),
+    "nested manifest": (lambda p: (p / "manifest.json").write_text("[" * 10**5), CHANGED),
+    "an edited value": (lambda p: edit(p, lambda t: t.replace(K_IS_5, '"top_k": 7')), CHANGED),
+    "a key given twice": (lambda p: edit(p, lambda t: t.replace(K_IS_5, '"top_k": 7, "top_k": 5')), CHANGED),
+    "other blanks": (lambda p: edit(p, lambda t: t.replace(K_IS_5, '"top_k":  5')), CHANGED),
+    "not a number": (lambda p: edit(p, lambda t: t.replace(K_IS_5, '"top_k": NaN')), CHANGED),
+    "other version": (lambda p: reseal(p, lambda m: m.update(schema_version=9)), r"schema_version is 9: .* 1"),
     "a wrong type": (lambda p: reseal(p, lambda m: m.update(top_k="5")), r"top_k is '5': .* integer"),
     "a truth for a number": (lambda p: reseal(p, lambda m: m.update(top_k=True)), r"top_k is True: .* integer"),
     "an entry missing": (lambda p: reseal(p, lambda m: m.pop("task")), r"task is absent"),
-    "an unknown dtype": (
-        lambda p: reseal(p, lambda m: m.update(dtype="int8")),
-        r"dtype is 'int8': .*'float32'",
-    ),
+    "an unknown dtype": (lambda p: reseal(p, lambda m: m.update(dtype="int8")), r"dtype is 'int8': .*'float32'"),
     "a shard without a hash": (lambda p: reseal(p, lambda m: m["shards"][1].pop("sha256")), r"sha256 is absent"),
     "shards listed out of order": (lambda p: reseal(p, lambda m: m["shards"].reverse()), r"named 'train-000002"),
     "a shard outside": (lambda p: reseal(p, lambda m: m["shards"][0].update(name="../x")), r"named '../x'"),
     "other totals": (lambda p: reseal(p, lambda m: m["totals"].update(rows=11)), r"rows is 11, its shards have 10"),
     "other K": (lambda p: reseal(p, lambda m: m.update(top_k=7)), r"columns is .*\[5\].*, the manifest has .*\[7\]"),
     "truncated shard": (lambda p: truncate(p / "train-000001.parquet", 99), r"size in bytes is 99, the manifest has"),
-    "empty shard": (lambda p: truncate(p / "train-000001.parquet", 0), r"size in bytes is 0, the manifest has"),
     "missing shard": (lambda p: (p / "train-000001.parquet").unlink(), r"3 shards and lacks 1: train-000001.parquet"),
     "extra shard": (lambda p: shutil.copy(p / "train-000000.parquet", p / "train-000003.parquet"), r"has 4 Parquet"),
     "extra file below": (lambda p: shutil.copytree(p, p / "copy"), r"has 6 Parquet files .* lists 3"),
     "shards swapped": (swap, r"sha256 is|size in bytes is"),
-    "shard of another cache": (shard_of_another_cache, r"sha256 is .* has|size in bytes is .* has"),
 }
 
 
@@ -381,11 +330,6 @@ def test_without_hashing_presence_and_size_are_still_compared(path):
         open_cache(path, verify=False)
 
 
-def test_a_manifest_is_rendered_in_one_way(path):
-    write_cache(path, make_rows(3))
-    assert render_manifest(read_manifest(path)) == (path / "manifest.json").read_bytes()
-
-
 # Contents that no teacher gives, under a manifest that fits them: name -> (what is done to a shard's table, message).
 FALSIFIED = {
     "nan": (lambda columns: columns["teacher_log_probs"][2][0].__setitem__(1, float("nan")), "do not sum to 1"),
@@ -401,7 +345,7 @@ FALSIFIED = {
         lambda columns: columns["teacher_ids"][2][0].__setitem__(1, columns["teacher_ids"][2][0][0]),
         "the same token kept twice",
     ),
-    "a position less": (lambda columns: [columns[name][2].pop() for name in COLUMNS[2:]], "without an entry"),
+    "a position less": (lambda columns: [columns[name][2].pop() for name in COLUMNS[2:]], "without an entry in tea"),
     "a tail less": (lambda columns: columns["teacher_tail_log_prob"][2].pop(), "teacher_tail_log_prob"),
     "a row that is null": (lambda columns: columns["teacher_ids"].__setitem__(2, None), "teacher_ids holds a null"),
     "a value that is null": (lambda columns: columns["teacher_ids"][2][0].__setitem__(1, None), "ids holds a null"),
@@ -448,7 +392,7 @@ def test_a_shard_of_few_bytes_and_many_values_is_refused_before_it_is_read(path)
     found = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
     reseal(path, lambda manifest: manifest["shards"][1].update(found))
     assert found["bytes"] < 10_000
-    with pytest.raises(CacheError, match=r"train-000001.parquet has 24,.* values in .* bytes"):
+    with pytest.raises(CacheError, match=r"train-000001.parquet: 24,.* values in .* bytes"):
         open_cache(path)
 
 
@@ -465,17 +409,3 @@ def test_what_is_no_regular_file_is_refused_and_never_read(path, name, kind):
         (path / name).mkdir()
     with pytest.raises(CacheError, match="not a regular file"):
         open_cache(path)
-
-
-def test_long_and_unprintable_values_are_cut_and_cleaned_in_messages(path):
-    write_cache(path, make_rows(4), teacher={"id": "\x1b[2J" + "a" * 100_000})
-    with pytest.raises(CacheError) as raised:
-        check_cache(open_cache(path), teacher={"id": "org/teacher"})
-    assert len(str(raised.value)) < 1000 and "\x1b" not in str(raised.value)
-
-
-def test_the_rows_of_an_earlier_cache_in_the_folder_are_removed(path, arrow_files):
-    for start in (0, 4):
-        write_cache(path, make_rows(8)[start : start + 4], overwrite=True, tokenizer_sha256=str(start))
-        open_cache(path)
-        assert len(list(arrow_files.rglob("*.arrow"))) == 1

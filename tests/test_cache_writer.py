@@ -1,16 +1,15 @@
 """A cache is written once, by one job, and survives whatever happens to that job."""
 
 import errno
-import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import time
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +19,7 @@ from first_trl.cache.format import CacheError
 from first_trl.cache.reader import open_cache
 from first_trl.cache.writer import CacheWriter
 from first_trl.errors import FirstTrlError
+from first_trl.failures import explain
 from tests.cache_samples import (
     contents,
     description,
@@ -32,10 +32,7 @@ from tests.cache_samples import (
     write_share,
 )
 
-
-@pytest.fixture(autouse=True)
-def arrow_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+pytestmark = pytest.mark.usefixtures("arrow_files")
 
 
 @pytest.fixture
@@ -75,8 +72,8 @@ def num_shards(path):
 @pytest.mark.parametrize(
     ("kills", "shards", "by"),
     [
-        (5, 150, signal.SIGKILL),
-        (5, 150, signal.SIGTERM),
+        (4, 60, signal.SIGKILL),
+        (2, 30, signal.SIGTERM),
         pytest.param(30, 300, signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
@@ -102,17 +99,6 @@ def test_a_job_killed_again_and_again_ends_with_the_same_bytes(tmp_path, path, p
     assert len(set(computed)) == shards and len(computed) <= shards + kills
     assert not list(path.glob(".*.tmp"))
     open_cache(path)
-
-
-def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path, processes):
-    for count in (1, 2, 3):
-        path = tmp_path / str(count)
-        with small_job(path).hold() as writer:
-            ranks = [processes(write_share, path, tmp_path / "log", 39, rank, count) for rank in range(count)]
-            for rank in ranks:
-                rank.join()
-            writer.finish(39)
-    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
 
 
 def test_a_job_that_lost_one_of_three_processes_is_finished_by_two(tmp_path, path, processes):
@@ -144,13 +130,6 @@ def test_a_second_writer_is_refused_with_the_pid_and_host_of_the_first(tmp_path,
     assert len(open_cache(path).dataset) == 5
 
 
-def test_a_second_writer_in_the_same_process_is_refused_until_the_first_lets_go(path):
-    with small_job(path).hold():
-        with pytest.raises(FirstTrlError, match=f"written by process {os.getpid()} "):
-            small_job(path).hold().__enter__()
-    small_job(path).hold().__enter__()
-
-
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_manifest_comes_last(tmp_path, path, monkeypatch):
     events, fsync, replace = [], os.fsync, os.replace
 
@@ -177,45 +156,34 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_manifest_comes_las
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace", "file size"])
-def test_a_full_disk_leaves_the_finished_shards_and_says_what_to_do(path, monkeypatch, failing):
+def test_a_full_disk_leaves_the_finished_shards_and_can_be_finished(path, monkeypatch, failing):
     def no_space(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     rows, limits = make_rows(8), resource.getrlimit(resource.RLIMIT_FSIZE)
-    with CacheWriter(path, description(), top_k=5, rows_per_shard=4).hold() as writer:
-        writer.write_shard(0, rows[:4])
+
+    def fails(write, *arguments):
         before = {file: file.read_bytes() for file in path.iterdir()}
         try:
             if failing == "file size":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
             else:
                 monkeypatch.setattr(os, failing, no_space)
-            with pytest.raises(
-                CacheError, match=r"(?s)train-000001.*Free space .* finished shards are kept"
-            ) as raised:
-                writer.write_shard(1, rows[4:])
+            with pytest.raises(OSError, match="No space left|File too large") as raised:
+                write(*arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        monkeypatch.undo()
-        assert isinstance(raised.value.__cause__, OSError)
+            monkeypatch.undo()
+        assert "finished work is kept" in explain(raised.value, "cache")
         assert {file: file.read_bytes() for file in path.iterdir()} == before
-        assert writer.shard_is_complete(0) and not writer.shard_is_complete(1)
-        writer.write_shard(1, rows[4:])
-        writer.finish(8)
-
-
-def test_a_full_disk_at_the_manifest_leaves_a_cache_that_can_be_finished(path, monkeypatch):
-    def no_space(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with CacheWriter(path, description(), top_k=5, rows_per_shard=4).hold() as writer:
-        writer.write_shard(0, make_rows(4))
-        monkeypatch.setattr(os, "replace", no_space)
-        with pytest.raises(CacheError, match="No space left on device"):
-            writer.finish(4)
-        monkeypatch.undo()
-        assert sorted(file.name for file in path.glob("*") if file.name[0] != ".") == ["train-000000.parquet"]
-        writer.finish(4)
+        writer.write_shard(0, rows[:4])
+        fails(writer.write_shard, 1, rows[4:])
+        assert writer.shard_is_complete(0) and not writer.shard_is_complete(1)
+        writer.write_shard(1, rows[4:])
+        fails(writer.finish, 8)
+        writer.finish(8)
 
 
 OTHER_JOBS = {
@@ -247,7 +215,7 @@ def test_the_work_of_another_job_is_refused_with_what_differs(path, name, finish
     assert contents(path) == before
 
 
-def test_the_work_of_another_job_is_removed_when_told_to_with_a_word_about_it(path, caplog):
+def test_the_work_of_another_job_is_removed_and_reported_when_asked_for(path, caplog):
     write_cache(path, make_rows(9))
     write_cache(path, make_rows(4), overwrite=True, tokenizer_sha256="0" * 64)
     assert "held the cache of another job, which is removed: tokenizer_sha256 is" in caplog.text
@@ -268,7 +236,7 @@ def test_work_of_other_versions_alone_is_never_removed(path, finished, changes, 
         (path / "manifest.json").unlink()
     before, changes = contents(path), {"backend": {"name": "vllm", "version": "0.10"}, **changes}
     for overwrite in (False, True):
-        with pytest.raises(CacheError, match=f"{remedy}.* Install those versions again .* or delete the folder"):
+        with pytest.raises(CacheError, match=f"{remedy}.* install those versions again, or delete the folder"):
             write_cache(path, make_rows(9), overwrite=overwrite, **changes)
     assert contents(path) == before
     write_cache(path, make_rows(9), overwrite=True, tokenizer_sha256="0" * 64, **changes)
@@ -286,9 +254,10 @@ def test_foreign_parquet_files_are_never_overwritten(path):
 
 
 def test_a_finished_cache_of_the_same_job_is_known_and_kept(path):
-    write_cache(path, make_rows(9))
+    task = {"max_length": 64, "choices": ("good", "bad")}  # a list after its way through JSON
+    write_cache(path, make_rows(9), task=task)
     before = contents(path)
-    with CacheWriter(path, description(), top_k=5, rows_per_shard=4).hold() as writer:
+    with CacheWriter(path, description(task=task), top_k=5, rows_per_shard=4).hold() as writer:
         assert (path / "manifest.json").exists() and all(writer.shard_is_complete(i) for i in range(3))
     assert contents(path) == before
 
@@ -344,17 +313,11 @@ def test_a_flipped_bit_in_unfinished_work_never_ends_in_a_traceback(path):
     assert len(outcomes) == 100 and outcomes.count(False) > 10
 
 
-def test_leftovers_of_a_killed_job_are_cleared(path):
-    path.mkdir()
-    (path / ".train-000000.parquet.0123.tmp").write_bytes(b"half a shard")
-    with small_job(path).hold():
-        assert not list(path.glob(".*.tmp"))
-
-
 def test_finish_counts_the_rows(path):
+    path.mkdir()
+    (path / ".train-000000.parquet.0123.tmp").write_bytes(b"half a shard of a killed job")
     with CacheWriter(path, description(), top_k=5, rows_per_shard=4).hold() as writer:
-        with pytest.raises(CacheError, match="The dataset has 0 rows"):
-            writer.finish(0)
+        assert not list(path.glob(".*.tmp"))
         writer.write_shard(0, make_rows(4))
         writer.write_shard(1, make_rows(3))
         with pytest.raises(CacheError, match="000001.parquet has 3 rows; expected 4"):
@@ -363,15 +326,9 @@ def test_finish_counts_the_rows(path):
             writer.finish(4)
         assert not (path / "manifest.json").exists()
         assert writer.finish(7)["totals"]["rows"] == 7
-
-
-def test_one_process_writes_while_the_main_one_holds_the_lock(path):
-    main = CacheWriter(path, description(), top_k=5, rows_per_shard=4)
-    other = CacheWriter(path, description(), top_k=5, rows_per_shard=4)
-    with main.hold():
-        other.write_shard(0, make_rows(4))
-        main.finish(4)
-    assert len(open_cache(path).dataset) == 4
+    with CacheWriter(path / "none", description(), top_k=5).hold() as writer:
+        with pytest.raises(CacheError, match="shards is"):
+            writer.finish(0)
 
 
 def broken(**changes):
@@ -380,22 +337,19 @@ def broken(**changes):
 
 
 BROKEN_ROWS = {
-    "one teacher row too few": (broken(teacher_ids=lambda v: v[1:]), r"teacher_ids has shape \(1, 5\); 2 supervised"),
-    "another K": (broken(teacher_log_probs=lambda v: v[:, :4]), r"teacher_log_probs has shape \(2, 4\)"),
-    "no tail": (broken(teacher_tail_log_prob=lambda v: v[:0]), r"teacher_tail_log_prob has shape \(0,\)"),
-    "labels of another length": (
-        broken(labels=lambda v: v[1:]),
-        r"of shape \(3,\) and labels of shape \(2,\)",
-    ),
-    "shifted labels": (broken(labels=lambda v: [v[0], v[1] + 1, v[2]]), r"labels are -100 or the token itself"),
-    "not a number": (broken(teacher_log_probs=lambda v: v * np.nan), r"do not sum to 1"),
-    "probabilities": (broken(teacher_log_probs=np.exp), r"do not sum to 1"),
-    "no softmax": (broken(teacher_log_probs=lambda v: v + 1), r"do not sum to 1"),
-    "tail that is a probability": (broken(teacher_tail_log_prob=np.exp), r"do not sum to 1"),
-    "unsorted": (broken(teacher_log_probs=lambda v: v[:, ::-1]), r"not sorted"),
-    "the same token twice": (broken(teacher_ids=lambda v: v[:, [0, 1, 2, 3, 0]]), r"the same token kept twice"),
-    "negative ids": (broken(teacher_ids=lambda v: v - 100), r"ids outside 0"),
-    "ids of 64 bits": (broken(teacher_ids=lambda v: v + 2**32), r"ids outside 0"),
+    "one teacher row too few": (broken(teacher_ids=lambda v: v[1:]), "without an entry in teacher_ids"),
+    "another K": (broken(teacher_log_probs=lambda v: v[:, :4]), "cannot reshape"),
+    "no tail": (broken(teacher_tail_log_prob=lambda v: v[:0]), "without an entry in teacher_tail"),
+    "labels of another length": (broken(labels=lambda v: v[1:]), "more tokens than labels"),
+    "shifted labels": (broken(labels=lambda v: [v[0], v[1] + 1, v[2]]), "labels other than -100 and its tokens"),
+    "not a number": (broken(teacher_log_probs=lambda v: v * np.nan), "do not sum to 1"),
+    "probabilities": (broken(teacher_log_probs=np.exp), "do not sum to 1"),
+    "no softmax": (broken(teacher_log_probs=lambda v: v + 1), "do not sum to 1"),
+    "tail that is a probability": (broken(teacher_tail_log_prob=np.exp), "do not sum to 1"),
+    "unsorted": (broken(teacher_log_probs=lambda v: v[:, ::-1]), "not sorted"),
+    "the same token twice": (broken(teacher_ids=lambda v: v[:, [0, 1, 2, 3, 0]]), "the same token kept twice"),
+    "negative ids": (broken(teacher_ids=lambda v: v - 100), "ids outside 0"),
+    "ids of 64 bits": (broken(teacher_ids=lambda v: v + 2**32), "not in range"),
 }
 
 
@@ -405,7 +359,7 @@ def test_a_row_that_no_teacher_gives_is_refused_by_number(path, name):
     with small_job(path).hold() as writer:
         with pytest.raises(CacheError, match=message) as raised:
             writer.write_shard(3, [make_row(1), row])
-        assert "ow 7" in str(raised.value) and num_shards(path) == 0
+        assert re.search("Row 7 has|Rows 6 to 7 fit no shard", str(raised.value)) and num_shards(path) == 0
 
 
 def test_lists_and_arrays_make_the_same_bytes(tmp_path):
@@ -423,17 +377,10 @@ def test_lists_and_arrays_make_the_same_bytes(tmp_path):
         ({"tokenizer_sha256": None}, "tokenizer_sha256 is None: .* string"),
         ({"task": "prompt"}, "task is 'prompt': .* dictionary"),
         ({"top_k": 0}, "top_k is 0"),
-        ({"rows_per_shard": 0}, "rows_per_shard 0"),
-        ({"dtype": "bfloat16"}, "dtype 'bfloat16' is no type of log-probabilities; choose float16 or float32"),
+        ({"rows_per_shard": 0}, "rows_per_shard is 0"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16': .*'float16' or 'float32'"),
     ],
 )
 def test_a_job_that_does_not_say_what_it_is_is_refused(path, changes, message):
     with pytest.raises(CacheError, match=message):
         write_cache(path, make_rows(4), **changes)
-
-
-def test_the_same_job_is_the_same_after_a_round_trip_through_json(path):
-    write_cache(path, make_rows(4), task={"max_length": 64, "choices": ("good", "bad")})
-    task = json.loads((path / "manifest.json").read_text())["task"]
-    with CacheWriter(path, description(task=task), top_k=5, rows_per_shard=4).hold():
-        assert (path / "manifest.json").exists()

@@ -2,7 +2,6 @@
 
 The manifest seals the shards by SHA-256 and itself by one more, and has one rendering only: whatever changes a byte of
 it is noticed. Two things with the same digest are the same for distillation: same token ids, same prompts, same rows.
-Writer and reader both take the format from here; neither is here.
 """
 
 import hashlib
@@ -17,12 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import FirstTrlError, shorten
 
-SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
-TAIL_DTYPE = "float32"
+SCHEMA_VERSION = 1
+RESULTS = ("dataset_fingerprint", "shards", "totals", SEAL)  # what a manifest says beyond its job and layout
 MAKE_AGAIN = "Delete the folder and make the cache again, or fetch a whole copy of it."
-_DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
 
 
 class CacheError(FirstTrlError):
@@ -34,14 +32,18 @@ class _Part(BaseModel):
 
 
 class Job(_Part):
-    """What the job that writes a cache says about itself."""
+    """What the job that writes a cache says about itself, and the layout of its shards."""
 
+    schema_version: Literal[1]
     teacher: dict  # id, revision, weights or adapter digest, dtype, quantisation
     tokenizer_sha256: str
     chat_template_sha256: str | None
     dataset: dict  # where the rows came from, with the split
     task: dict  # the templates and max_length
     library_versions: dict
+    top_k: int = Field(ge=1, lt=2**31)
+    dtype: Literal["float16", "float32"]
+    rows_per_shard: int = Field(ge=1)
 
 
 class ShardEntry(_Part):
@@ -64,14 +66,10 @@ class Totals(_Part):
 
 
 class Manifest(Job):
-    """`manifest.json`: the job, the layout, and what came out."""
+    """`manifest.json`: the job, and what came out."""
 
-    schema_version: int
-    top_k: int = Field(ge=1, lt=2**31)
-    dtype: Literal["float16", "float32"]
-    rows_per_shard: int = Field(ge=1)
     dataset_fingerprint: str
-    shards: list[ShardEntry]
+    shards: list[ShardEntry] = Field(min_length=1)
     totals: Totals
     manifest_sha256: str
 
@@ -87,10 +85,6 @@ class Manifest(Job):
         return self
 
 
-# What a manifest says beyond its job and layout.
-RESULTS = ("dataset_fingerprint", "shards", "totals", SEAL)
-
-
 def check_entries(model: type[BaseModel], content: dict, place: str) -> None:
     """Refuse a manifest, or the description of a job, that lacks an entry or holds one of another kind."""
     try:
@@ -100,31 +94,18 @@ def check_entries(model: type[BaseModel], content: dict, place: str) -> None:
         entry = ".".join(map(str, first["loc"]))
         found = "absent" if first["type"] == "missing" else shorten(repr(first["input"]))
         problem = f"{entry} is {found}: {first['msg']}" if entry else str(first["ctx"]["error"])
-        raise CacheError(f"{place}: {problem}. {MAKE_AGAIN}") from error
-
-
-def refuse_special_file(file: Path) -> None:
-    """Refuse what is there and is no regular file: reading a pipe or a device may never end."""
-    if file.exists() and not file.is_file():
-        raise CacheError(f"{file} is not a regular file. {MAKE_AGAIN}")
-
-
-def manifest_schema(manifest: dict) -> pa.Schema:
-    """The columns of the cache with this manifest, or of the job with this description and layout."""
-    return cache_schema(manifest["top_k"], manifest["dtype"])
+        raise CacheError(f"{place}: {problem}. {MAKE_AGAIN if model is Manifest else ''}".rstrip()) from error
 
 
 def cache_schema(top_k: int, dtype: str = "float16") -> pa.Schema:
-    """The columns of a cache, for the writer and the reader alike. `dtype` is that of the K log-probabilities."""
-    if dtype not in _DTYPES:
-        raise CacheError(f"dtype {dtype!r} is no type of log-probabilities; choose {' or '.join(_DTYPES)}.")
+    """The columns of a cache. `dtype` is that of the K log-probabilities."""
     # The tail keeps float32: losses and searches take 1 - tau from it, and it costs 1.5 bytes after compression.
     columns = {
         "input_ids": pa.list_(pa.int32()),
         "labels": pa.list_(pa.int32()),
         "teacher_ids": pa.list_(pa.list_(pa.int32(), top_k)),
-        "teacher_log_probs": pa.list_(pa.list_(_DTYPES[dtype], top_k)),
-        "teacher_tail_log_prob": pa.list_(_DTYPES[TAIL_DTYPE]),
+        "teacher_log_probs": pa.list_(pa.list_(pa.float16() if dtype == "float16" else pa.float32(), top_k)),
+        "teacher_tail_log_prob": pa.list_(pa.float32()),
         "row_key": pa.string(),
     }
     return pa.schema(columns)
@@ -148,36 +129,29 @@ def read_manifest(path: Path) -> dict:
         CacheError: it is missing, damaged or edited, of another version, or lacks an entry.
     """
     file = path / MANIFEST
-    refuse_special_file(file)
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
+    if not file.exists():
         raise CacheError(
             f"{path} has no {MANIFEST}: the cache was never finished. Run the cache stage again with the same "
             "settings: it keeps the finished shards and makes the others."
-        ) from None
-    except OSError as error:
-        raise CacheError(f"{file} cannot be read: {error}. Correct what the system reports.") from error
+        )
+    refuse_special_file(file)
+    content = file.read_bytes()
     try:
-        manifest = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CacheError(f"{file} is damaged: it is not JSON ({error}). {MAKE_AGAIN}") from error
-    if not isinstance(manifest, dict):
-        raise CacheError(f"{file} is damaged: it holds a {type(manifest).__name__}, not an object. {MAKE_AGAIN}")
-    try:
-        rendered = render_manifest(manifest)
-    except ValueError:  # NaN and infinities, which no manifest holds
-        rendered = b""
+        manifest = dict(json.loads(content))
+        rendered: bytes | None = render_manifest(manifest)
+    except (ValueError, TypeError, RecursionError):  # not JSON, no object, or NaN, which no manifest holds
+        rendered = None
     # One rendering per content: this refuses edits that JSON would not notice, such as a key given twice.
     if rendered != content:
-        raise CacheError(f"{file} was changed after it was written: its {SEAL} does not fit. {MAKE_AGAIN}")
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise CacheError(
-            f"{file} has schema_version {shorten(repr(manifest.get('schema_version')))}, this reader knows "
-            f"{SCHEMA_VERSION}. Use the version of first-trl that wrote it, or make the cache again."
-        )
+        raise CacheError(f"{file} is damaged, or was changed after it was written. {MAKE_AGAIN}")
     check_entries(Manifest, manifest, str(file))
     return manifest
+
+
+def refuse_special_file(file: Path) -> None:
+    """Refuse what is there and is no regular file: reading a pipe or a device may never end."""
+    if file.exists() and not file.is_file():
+        raise CacheError(f"{file} is not a regular file. {MAKE_AGAIN}")
 
 
 def canonical_json(content) -> str:
@@ -191,13 +165,10 @@ def fingerprint(content) -> str:
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """SHA-256 of the whole token -> id mapping, added and special tokens included.
+    """SHA-256 of the whole token -> id mapping of a tokenizer, added and special tokens included.
 
     Which of them ends or pads a sequence is left out: a cache stores ids, and a base model and its chat version, which
     share every id, may end their turns differently.
-
-    Args:
-        tokenizer: a `transformers` tokenizer.
     """
     return fingerprint(tokenizer.get_vocab())
 

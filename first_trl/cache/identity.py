@@ -20,14 +20,8 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
 
 LIBRARIES = ("first-trl", "torch", "transformers", "peft", "bitsandbytes", "datasets", "pyarrow")
-WEIGHT_FILES = (
-    "*.safetensors",
-    "pytorch_model*.bin",
-    "adapter_model*.bin",
-    "config.json",
-    "adapter_config.json",
-    "*.index.json",
-)
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+CONFIGURATION = ("config.json", "adapter_config.json", "*.index.json")
 
 
 def cached_split(recipe: "Recipe", role: str) -> DatasetConfig:
@@ -88,17 +82,13 @@ def _commit(model_id: str, revision: str) -> str | None:
 
 
 def cache_identity(recipe: "Recipe", role: str, tokenizer, teacher: dict, backend: dict) -> dict:
-    """The entries of `first_trl.cache.format.Job` for one split of a recipe, and some more.
+    """The entries of `first_trl.cache.format.Job` for one split of a recipe, and what else tells its rows apart.
 
     Args:
         tokenizer: the teacher's.
         teacher: from `teacher_identity`.
-        backend: `name`, `model` and `version` of what runs it; only `hf` sums the tail, the others take what the K
-            tokens leave of 1.
-
-    Returns:
-        Those entries, `support`, `eos_token_id`, `vocab_size` (the end of the tokenizer's ids), `backend` and `tail`
-        (`exact` or `from_top_k`).
+        backend: `name`, `model` and `version` of what runs it; only `hf` sums the tail (`tail: exact`), a server's is
+            what the K tokens leave of 1 (`from_top_k`).
     """
     return {
         "teacher": teacher,
@@ -169,14 +159,13 @@ def weights_fingerprint(folder: str | Path) -> str:
     Raises:
         ValueError: the folder holds no weights.
     """
-    folder = Path(folder)
-    files = sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)})
-    if not any(file.suffix in (".safetensors", ".bin") for file in files):
+    weights = [file for pattern in WEIGHTS for file in Path(folder).glob(pattern)]
+    if not weights:
         raise FirstTrlError(
-            f"{folder} holds no model weights (*.safetensors, pytorch_model*.bin, adapter_model*.bin). "
-            "Name the folder that save_pretrained wrote."
+            f"{folder} holds no model weights ({', '.join(WEIGHTS)}). Name what save_pretrained wrote."
         )
-    return fingerprint([[file.name, file_digest(file)] for file in files])
+    configuration = [file for pattern in CONFIGURATION for file in Path(folder).glob(pattern)]
+    return fingerprint([[file.name, file_digest(file)] for file in sorted({*weights, *configuration})])
 
 
 def library_versions() -> dict[str, str]:

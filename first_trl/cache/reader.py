@@ -3,8 +3,6 @@
 A cache is a folder of Parquet shards and a `manifest.json` that says what they were made from and seals them. Whatever
 is wrong (a flipped bit, a missing shard, a row that no teacher gives, another tokenizer) is a `CacheError` with what
 was found, what was expected and what to do; nothing is ever a warning. Writing is `first_trl.cache.writer`.
-
-Shapes: N supervised positions, K kept tokens. Log-probabilities are in nats, at temperature 1, over the vocabulary.
 """
 
 import glob
@@ -13,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -25,9 +24,9 @@ from .format import (
     MANIFEST,
     SEAL,
     CacheError,
+    cache_schema,
     canonical_json,
     fingerprint,
-    manifest_schema,
     read_manifest,
     refuse_special_file,
     tokenizer_fingerprint,
@@ -37,14 +36,13 @@ from .shard import check_table
 # Decoded values for each byte of a shard; every row has 32 bytes of its key, which nothing compresses. More is a bomb.
 _MOST_VALUES_PER_BYTE = 4096
 _REMEDIES = {
-    "tokenizer_sha256": "train a student with the teacher's tokenizer, or make the cache with a teacher that has the "
-    "student's",
-    "top_k": "set cache.top_k to what the cache holds, or make the cache again",
-    "support": "set cache.support to what the cache holds, or make the cache again",
-    "teacher": "point to the teacher that the cache was made with, or make the cache again",
-    "dataset": "use the data that the cache was made from, or make the cache again",
-    "dataset_fingerprint": "use the rows that the cache was made from, in their order, or make the cache again",
-    "task": "use the templates and lengths that the cache was made with, or make the cache again",
+    "tokenizer_sha256": "train a student with the teacher's tokenizer",
+    "top_k": "set cache.top_k to what the cache holds",
+    "support": "set cache.support to what the cache holds",
+    "teacher": "point to the teacher that the cache was made with",
+    "dataset": "use the data that the cache was made from",
+    "dataset_fingerprint": "use the rows that the cache was made from, in their order",
+    "task": "use the templates and lengths that the cache was made with",
 }
 
 
@@ -69,17 +67,13 @@ def open_cache(path: str | Path, verify: bool = True, *, revision: str | None = 
     Raises:
         CacheError: the folder is not a whole, unchanged, finished cache, or the Hub does not give it.
     """
-    path = local_folder(path, revision)
+    path = _local_folder(path, revision)
     manifest = read_manifest(path)
-    try:
-        check_shards(path, manifest, verify)
-        dataset = _memory_mapped(path, manifest)
-    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-        raise CacheError(f"The cache {path} cannot be read: {error}. Correct what the system reports.") from error
-    return TeacherCache(path, manifest, dataset)
+    _check_shards(path, manifest, verify)
+    return TeacherCache(path, manifest, _memory_mapped(path, manifest))
 
 
-def local_folder(path: str | Path, revision: str | None = None) -> Path:
+def _local_folder(path: str | Path, revision: str | None = None) -> Path:
     """The folder of a cache, downloaded if `path` is no folder here and may be an id on the Hub."""
     if Path(path).is_dir():
         if revision is not None:
@@ -89,12 +83,9 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
         raise CacheError(f"There is no cache at {path}: no such folder. Run the cache stage, or correct the path.")
     from huggingface_hub import snapshot_download
 
+    wanted = {"repo_type": "dataset", "revision": revision, "allow_patterns": [MANIFEST, "*.parquet"]}
     try:
-        return Path(
-            snapshot_download(
-                str(path), repo_type="dataset", revision=revision, allow_patterns=[MANIFEST, "*.parquet"]
-            )
-        )
+        return Path(snapshot_download(str(path), **wanted))
     except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub raises no narrower family
         raise CacheError(
             f"There is no folder {path} here, and the Hub does not give a data set {path}"
@@ -109,12 +100,8 @@ def parquet_files(path: Path) -> list[str]:
     return sorted(str(name) for name in names if not any(part.startswith(".") for part in name.parts))
 
 
-def check_shards(path: Path, manifest: dict, verify: bool = True) -> None:
-    """Compare the shards on disk with the manifest: which there are, their sizes, their bytes, their rows.
-
-    Raises:
-        CacheError: one is missing, there is one too many, or one differs.
-    """
+def _check_shards(path: Path, manifest: dict, verify: bool) -> None:
+    """Compare the shards on disk with the manifest: which there are, their sizes, their bytes, their rows."""
     listed, found = {shard["name"] for shard in manifest["shards"]}, set(parquet_files(path))
     if missing := sorted(listed - found):
         raise CacheError(
@@ -126,7 +113,7 @@ def check_shards(path: Path, manifest: dict, verify: bool = True) -> None:
             f"The cache {path} has {len(found)} Parquet files where its manifest lists {len(listed)}; the others "
             f"are {', '.join(extra[:3])}. Move them out of the folder."
         )
-    schema, first_row = manifest_schema(manifest), 0
+    first_row = 0
     for shard in manifest["shards"]:
         file = path / shard["name"]
         refuse_special_file(file)
@@ -135,27 +122,25 @@ def check_shards(path: Path, manifest: dict, verify: bool = True) -> None:
             _compare(file, "sha256", file_digest(file), shard["sha256"])
         try:
             with pq.ParquetFile(file) as parquet:
-                columns = parquet.schema_arrow.remove_metadata()
-                _compare(file, "number of rows", parquet.metadata.num_rows, shard["rows"])
-                if not columns.equals(schema):
-                    _compare(file, "columns", columns.to_string(), schema.to_string())
-                _refuse_bomb(file, parquet.metadata)
-                batches = parquet.iter_batches(batch_size=1024) if verify else ()
-                for batch in batches:
+                _check_layout(file, parquet, shard["rows"], cache_schema(manifest["top_k"], manifest["dtype"]))
+                for batch in parquet.iter_batches(batch_size=1024) if verify else ():
                     check_table(pa.Table.from_batches([batch]), first_row, manifest.get("vocab_size"))
                     first_row += len(batch)
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise CacheError(f"{file} is not a readable Parquet file ({error}). {MAKE_AGAIN}") from error
         except CacheError as error:
             raise error if str(file) in str(error) else CacheError(f"{file}: {error}") from error
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise CacheError(f"{file} is not a readable Parquet file ({error}). {MAKE_AGAIN}") from error
 
 
-def _refuse_bomb(file: Path, metadata: pq.FileMetaData) -> None:
-    """Refuse a file whose few bytes decode to more than any text does."""
+def _check_layout(file: Path, parquet: pq.ParquetFile, rows: int, schema: pa.Schema) -> None:
+    columns, metadata = parquet.schema_arrow.remove_metadata(), parquet.metadata
+    _compare(file, "number of rows", metadata.num_rows, rows)
+    if not columns.equals(schema):
+        _compare(file, "columns", columns.to_string(), schema.to_string())
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     values = sum(group.column(index).num_values for group in groups for index in range(group.num_columns))
     if values > _MOST_VALUES_PER_BYTE * file.stat().st_size:
-        raise CacheError(f"{file} has {values:,} values in {file.stat().st_size:,} bytes: no text does. {MAKE_AGAIN}")
+        raise CacheError(f"{values:,} values in {file.stat().st_size:,} bytes, as no text has. {MAKE_AGAIN}")
 
 
 def _compare(file: Path, what: str, found, expected) -> None:
@@ -193,11 +178,10 @@ def describe_differences(found: dict, expected: dict) -> dict[str, str]:
     """
     differences = {}
     for name, wanted in expected.items():
-        have = found.get(name)
+        have = found.get(name, "absent")
+        pairs = {name: (have, wanted)}
         if isinstance(wanted, dict) and isinstance(have, dict):
             pairs = {f"{name}.{key}": (have.get(key, "absent"), value) for key, value in wanted.items()}
-        else:
-            pairs = {name: (found.get(name, "absent"), wanted)}
         for place, (left, right) in pairs.items():
             if canonical_json(left) != canonical_json(right):
                 differences[place] = f"{place} is {shorten(repr(left))}, expected {shorten(repr(right))}"
@@ -217,13 +201,12 @@ def check_cache(cache: TeacherCache, *, tokenizer=None, **expected) -> None:
     """
     if tokenizer is not None:
         expected["tokenizer_sha256"] = tokenizer_fingerprint(tokenizer)
-    differences = describe_differences(cache.manifest, expected)
-    if differences:
-        sections = dict.fromkeys(name.partition(".")[0] for name in differences)
-        remedies = dict.fromkeys(_REMEDIES.get(name, "make the cache again with these settings") for name in sections)
+    if differences := describe_differences(cache.manifest, expected):
+        sections = (name.partition(".")[0] for name in differences)
+        remedies = dict.fromkeys(_REMEDIES[name] for name in sections if name in _REMEDIES)
         raise CacheError(
             f"The cache {cache.path} does not fit: {'; '.join(differences.values())}. "
-            f"To fix it, {'; '.join(remedies)}."
+            f"To fix it, {''.join(f'{remedy}, or ' for remedy in remedies)}make the cache again."
         )
 
 
@@ -243,21 +226,14 @@ def check_vocabulary(cache: TeacherCache, vocab_size: int, tokenizer=None) -> No
         if end < limit:
             limit, whose = end, f"the student's tokenizer ends at id {end - 1}"
     for column in ("teacher_ids", "input_ids"):
-        first_row = 0
-        for chunk in cache.dataset.data.column(column).chunks:
-            if _largest_id(chunk) >= limit:
-                row = next(i for i in range(len(chunk)) if _largest_id(chunk.slice(i, 1)) >= limit)
-                token_id = _largest_id(chunk.slice(row, 1))
-                token = None if tokenizer is None else tokenizer.convert_ids_to_tokens(token_id)
-                raise CacheError(
-                    f"{column} of row {first_row + row} of the cache {cache.path} has token id {token_id} "
-                    f"({'a token without a name' if token is None else repr(token)}), but {whose}. Take a "
-                    "student with the teacher's vocabulary, or make the cache with a teacher that has the student's."
-                )
-            first_row += len(chunk)
-
-
-def _largest_id(lists: pa.Array) -> int:
-    """The largest token id in nested lists, -1 if they are empty."""
-    largest = pc.max(pc.list_flatten(lists, recursive=True)).as_py()
-    return -1 if largest is None else largest
+        lists = cache.dataset.data.column(column)
+        if (pc.max(pc.list_flatten(lists, recursive=True)).as_py() or 0) < limit:
+            continue
+        largest = (max(np.ravel(ids.as_py()), default=-1) for ids in lists)
+        row, token_id = next((row, int(found)) for row, found in enumerate(largest) if found >= limit)
+        token = None if tokenizer is None else tokenizer.convert_ids_to_tokens(token_id)
+        raise CacheError(
+            f"{column} of row {row} of the cache {cache.path} has token id {token_id} "
+            f"({'a token without a name' if token is None else repr(token)}), but {whose}. Take a student with the "
+            "teacher's vocabulary, or make the cache with a teacher that has the student's."
+        )

@@ -2,9 +2,7 @@
 
 Shard i holds the dataset's rows from i * rows_per_shard on, so its bytes do not depend on who writes it or when. Each
 carries the description of its job, by which a restart knows the finished ones. The manifest comes last and makes a
-folder of shards a cache. What a teacher is, is not known here; reading is `first_trl.cache.reader`.
-
-Shapes: E examples of one shard, N their supervised positions, K kept tokens.
+folder of shards a cache. Reading is `first_trl.cache.reader`.
 """
 
 import json
@@ -28,21 +26,19 @@ from .format import (
     SCHEMA_VERSION,
     CacheError,
     Job,
+    cache_schema,
     canonical_json,
     check_entries,
-    dataset_fingerprint,
-    manifest_schema,
     read_manifest,
     render_manifest,
     row_key,
     shard_name,
 )
 from .reader import describe_differences, parquet_files
-from .shard import Statistics, encode_shard
+from .shard import encode_shard, summarize
 
 LOGGER = logging.getLogger(__name__)
 
-_BACKEND = "backend.version"  # of the server, beside those of the libraries
 _SHARD_NAME = re.compile(r"train-\d{6,}\.parquet")
 _JOB_KEY, _SHARD_KEY = b"first_trl.job", b"first_trl.shard"
 
@@ -75,13 +71,11 @@ class CacheWriter:
         self, path: str | Path, manifest: dict, *, top_k: int, dtype: str = "float16", rows_per_shard: int = 1024
     ):
         self.path = Path(path)
-        check_entries(Job, manifest, "the description of the caching job")
-        if top_k < 1 or rows_per_shard < 1:
-            raise CacheError(f"top_k is {top_k} and rows_per_shard {rows_per_shard}; both must be at least 1.")
         layout = {"schema_version": SCHEMA_VERSION, "top_k": top_k, "dtype": dtype, "rows_per_shard": rows_per_shard}
+        check_entries(Job, {**manifest, **layout}, "the description of the caching job")
         self.job = json.loads(canonical_json({**manifest, **layout}))
         self.rows_per_shard = rows_per_shard
-        self.schema = manifest_schema(self.job)
+        self.schema = cache_schema(top_k, dtype)
 
     @contextmanager
     def hold(self, overwrite: bool = False) -> Iterator["CacheWriter"]:
@@ -95,48 +89,42 @@ class CacheWriter:
             FirstTrlError: another process holds the folder; its pid and host are named.
             CacheError: the folder has another job's shards, or this one's of other versions.
         """
-        with _os_errors_as_cache_errors(f"to open the folder {self.path}"):
-            self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path / ".lock", f"The cache {self.path}"):
-            with _os_errors_as_cache_errors(f"to open the folder {self.path}"):
-                for leftover in self.path.glob(".*.tmp"):
-                    leftover.unlink()
-                self._resume_or_refuse(overwrite)
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink()
+            self._resume_or_refuse(overwrite)
             yield self
 
     def _resume_or_refuse(self, overwrite: bool) -> None:
         """Refuse or remove the shards of another job; remove what was damaged of a finished cache of this one."""
-        manifest, damage = None, None
+        manifest: dict = {}
+        damage = None
         if (self.path / MANIFEST).exists():
             try:
                 manifest = read_manifest(self.path)
             except CacheError as error:
-                damage = error
+                damage = str(error)
         names = parquet_files(self.path)
-        jobs = [manifest, *(self._job_of(self.path / name) for name in names)]
-        differences: dict[str, str] = next(filter(None, (self._differences(job) for job in jobs if job)), {})
-        if differences:
+        jobs = filter(None, [manifest, *(self._job_of(self.path / name) for name in names)])
+        if differences := next(filter(None, map(self._differences, jobs)), {}):
             self._refuse_or_announce(differences, "finished" if manifest else "unfinished", overwrite)
             unwanted = [name for name in names if _SHARD_NAME.fullmatch(name)]
         else:
-            shards = manifest["shards"] if manifest else []
-            unwanted = [shard["name"] for shard in shards if not self._has(shard["name"], shard["sha256"])]
-            if damage or unwanted:
-                found = damage or ", ".join(unwanted)
-                LOGGER.warning(
-                    "%s was finished and is damaged: %s. What is damaged is computed again.", self.path, found
-                )
-        if differences or damage or unwanted:
+            shards = {shard["name"]: shard["sha256"] for shard in manifest.get("shards", [])}
+            unwanted = [name for name in shards if name not in names or file_digest(self.path / name) != shards[name]]
+            if damage := damage or ", ".join(unwanted):
+                LOGGER.warning("%s was finished and is damaged, and is repaired: %s", self.path, damage)
+        if differences or damage:
             for name in (MANIFEST, *unwanted):
                 (self.path / name).unlink(missing_ok=True)
 
     def _refuse_or_announce(self, differences: dict[str, str], state: str, overwrite: bool) -> None:
         found = "; ".join(differences.values())
-        if all(name.startswith("library_versions.") or name == _BACKEND for name in differences):
+        # The version of a server stands beside those of the libraries
+        if all(name.startswith("library_versions.") or name == "backend.version" for name in differences):
             raise CacheError(
-                f"{self.path} holds the {state} cache of this job, made with other versions than are here now: "
-                f"{found}. Install those versions again to continue it, for two would give one cache two roundings, "
-                "or delete the folder to run the teacher from the start."
+                f"{self.path} holds the {state} cache of this job, made with other versions: {found}. Two would give "
+                "one cache two roundings: install those versions again, or delete the folder to start anew."
             )
         if not overwrite:
             raise CacheError(
@@ -144,9 +132,6 @@ class CacheWriter:
                 "one, or go back to that job's settings."
             )
         LOGGER.warning("%s held the cache of another job, which is removed: %s.", self.path, found)
-
-    def _has(self, name: str, sha256: str) -> bool:
-        return (self.path / name).is_file() and file_digest(self.path / name) == sha256
 
     def _differences(self, job: dict) -> dict[str, str]:
         """What a job or a manifest has that this job has not, and the other way round: dotted name -> both values."""
@@ -169,9 +154,9 @@ class CacheWriter:
             f"{file} is a Parquet file that is no part of a teacher cache. Choose an empty folder for the cache."
         )
 
-    def _signature(self, index: int) -> list[bytes]:
+    def _signature(self, index: int) -> dict[bytes, bytes]:
         """What a shard of this job says of itself: the job, and its place in it."""
-        return [canonical_json(self.job).encode(), str(index).encode()]
+        return {_JOB_KEY: canonical_json(self.job).encode(), _SHARD_KEY: str(index).encode()}
 
     def shard_is_complete(self, index: int, row_keys: Sequence[str] | None = None) -> bool:
         """Whether a shard of this very job is on disk, whole (every page's checksum is compared), with these rows."""
@@ -179,13 +164,10 @@ class CacheWriter:
         return table is not None and (row_keys is None or table.column("row_key").to_pylist() == list(row_keys))
 
     def _read_shard(self, index: int) -> pa.Table | None:
-        file = self.path / shard_name(index)
         try:
-            with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-                metadata = parquet.metadata.metadata or {}
-                if [metadata.get(key) for key in (_JOB_KEY, _SHARD_KEY)] != self._signature(index):
-                    return None
-                return parquet.read().cast(self.schema)
+            with pq.ParquetFile(self.path / shard_name(index), page_checksum_verification=True) as parquet:
+                same = self._signature(index).items() <= (parquet.metadata.metadata or {}).items()
+                return parquet.read().cast(self.schema) if same else None
         except (pa.ArrowException, ValueError, OSError):  # absent or damaged: it is written anew
             return None
 
@@ -193,68 +175,42 @@ class CacheWriter:
         """Write one shard: whole, on the disk and under its name when this returns; absent if it fails.
 
         Args:
-            rows: at most `rows_per_shard` dicts with `input_ids`, `labels`, `teacher_ids` (n, K) most probable first,
-                `teacher_log_probs` (n, K) and `teacher_tail_log_prob` (n,) in nats, for the n supervised positions.
+            rows: at most `rows_per_shard` dicts, see `first_trl.cache.shard.encode_shard`.
 
         Raises:
-            CacheError: a row is not what it should be, or the system refused to write.
+            CacheError: a row is not what it should be.
         """
-        if not 0 < len(rows) <= self.rows_per_shard:
-            raise CacheError(f"Shard {index} is given {len(rows)} rows; it holds 1 to {self.rows_per_shard}.")
-        content = encode_shard(
-            rows,
-            first_row=index * self.rows_per_shard,
-            schema=self.schema,
-            metadata=dict(zip((_JOB_KEY, _SHARD_KEY), self._signature(index), strict=True)),
-        )
-        with _os_errors_as_cache_errors(f"to write {self.path / shard_name(index)}"):
-            write_atomically(self.path / shard_name(index), content)
+        first_row = index * self.rows_per_shard
+        content = encode_shard(rows, first_row=first_row, schema=self.schema, metadata=self._signature(index))
+        write_atomically(self.path / shard_name(index), content)
 
     def finish(self, num_rows: int, count_labels: Callable[[list], dict[str, int]] | None = None) -> dict:
         """Check every shard, seal them in `manifest.json`, and return its content. For the main process, in `hold`.
 
         What `count_labels` counts in the labels of each shard is added to the totals.
 
-        Raises CacheError: a shard is missing, damaged or has the wrong number of rows, or the system refused to write.
+        Raises CacheError: a shard is missing, damaged or has the wrong number of rows.
         """
-        if num_rows < 1:
-            raise CacheError(f"The dataset has {num_rows} rows: nothing to cache. Check the recipe's datasets.")
-        statistics = Statistics(count_labels)
-        with _os_errors_as_cache_errors(f"to finish {self.path}"):
-            digest = dataset_fingerprint(self._finished_keys(num_rows, statistics))
-            results = {"dataset_fingerprint": digest, "shards": statistics.shards, "totals": statistics.totals()}
-            write_atomically(self.path / MANIFEST, render_manifest({**self.job, **results}))
-        return read_manifest(self.path)
-
-    def _finished_keys(self, num_rows: int, statistics: Statistics) -> Iterator[str]:
-        """Read the shards in order, adding each to the statistics; yields the row keys."""
-        names = [shard_name(index) for index in range(-(-num_rows // self.rows_per_shard))]
-        if extra := sorted(set(parquet_files(self.path)) - set(names)):
+        sizes = [min(self.rows_per_shard, num_rows - start) for start in range(0, num_rows, self.rows_per_shard)]
+        if extra := sorted(set(parquet_files(self.path)) - set(map(shard_name, range(len(sizes))))):
             raise CacheError(
-                f"{num_rows} rows make {len(names)} shards, but {self.path} also has {', '.join(extra[:3])}. "
+                f"{num_rows} rows make {len(sizes)} shards, but {self.path} also has {', '.join(extra[:3])}. "
                 "Move them out of the folder and run again."
             )
-        for index, name in enumerate(names):
-            table, expected = self._read_shard(index), min(self.rows_per_shard, num_rows - index * self.rows_per_shard)
-            if table is None or len(table) != expected:
-                state = "is missing, damaged or of another job" if table is None else f"has {len(table)} rows"
-                raise CacheError(
-                    f"{self.path / name} {state}; expected {expected} rows. Delete it if it is there and run again: "
-                    "finished shards are kept."
-                )
-            statistics.add(self.path / name, table)
-            yield from table.column("row_key").to_pylist()
 
+        def shards() -> Iterator[tuple[Path, pa.Table]]:
+            for index, size in enumerate(sizes):
+                file, table = self.path / shard_name(index), self._read_shard(index)
+                if table is None or len(table) != size:
+                    state = "is missing, damaged or of another job" if table is None else f"has {len(table)} rows"
+                    raise CacheError(
+                        f"{file} {state}; expected {size} rows. Delete it if it is there and run again: finished "
+                        "shards are kept."
+                    )
+                yield file, table
 
-@contextmanager
-def _os_errors_as_cache_errors(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CacheError(
-            f"The system refused {doing}: {error}. Free space or correct what it reports, and run again: "
-            "finished shards are kept."
-        ) from error
+        write_atomically(self.path / MANIFEST, render_manifest({**self.job, **summarize(shards(), count_labels)}))
+        return read_manifest(self.path)
 
 
 def write_shards(
