@@ -9,31 +9,31 @@ from first_trl import __main__ as command
 from first_trl.constants import STAGES
 from tests.cache_recipe import write_recipe
 
-HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "accelerate", "numpy")
+HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "numpy"}
 
 
 def imported(*arguments: str) -> set[str]:
     """The top-level modules that a Python process imports; what they are decides how soon it answers."""
-    command = [sys.executable, "-X", "importtime", *arguments]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stderr.splitlines()
-    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith("import time:")}
+    done = subprocess.run([sys.executable, "-X", "importtime", *arguments], check=True, capture_output=True, text=True)
+    lines = (line for line in done.stderr.splitlines() if line.startswith("import time:"))
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
 
 
-@pytest.mark.parametrize("arguments", [["-m", "first_trl", "--help"], ["-m", "first_trl.stages.distill", "--help"]])
-def test_help_answers_without_importing_what_takes_seconds(arguments):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "first_trl", "--help"],
+        ["-m", "first_trl.stages.distill", "--help"],
+        ["-c", "import first_trl, first_trl.__main__, first_trl.recipe, first_trl.checks"],
+    ],
+)
+def test_help_and_recipes_are_read_without_importing_what_takes_seconds(arguments):
     loaded = imported(*arguments)
-    assert "first_trl" in loaded and not set(HEAVY) & loaded
+    assert "first_trl" in loaded and not HEAVY & loaded
 
 
 def test_importing_the_package_costs_almost_nothing():
     assert imported("-c", "import first_trl") - imported("-c", "pass") == {"first_trl"}
-
-
-def test_nothing_heavy_is_imported_to_print_help_or_to_read_a_recipe():
-    code = "import sys, first_trl, first_trl.__main__, first_trl.recipe; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    assert "first_trl.recipe" in loaded
-    assert not set(HEAVY) & set(loaded)
 
 
 def test_names_of_the_package_load_on_first_use():
@@ -45,11 +45,8 @@ def test_names_of_the_package_load_on_first_use():
 def test_a_stage_is_one_process_or_under_accelerate_with_its_configuration(monkeypatch):
     started = []
     monkeypatch.setattr(command, "run_child", lambda arguments, environment: started.append(arguments[1:]) or 0)
-    for stage, arguments, config_file in (
-        ("cache", ["recipe.yaml", "--top_k", "7"], "configs/cpu.yaml"),
-        ("sft", ["recipe.yaml"], None),
-    ):
-        assert command.launch(stage, arguments, config_file) == 0
+    assert command.launch("cache", ["recipe.yaml", "--top_k", "7"], "configs/cpu.yaml") == 0
+    assert command.launch("sft", ["recipe.yaml"], None) == 0
     launcher = ["--config_file=configs/cpu.yaml", "--quiet", "-m"]
     assert started[0][2:] == [*launcher, "first_trl.stages.cache", "recipe.yaml", "--top_k", "7"]
     assert started[1] == ["-m", "first_trl.stages.sft", "recipe.yaml"]
@@ -62,25 +59,21 @@ def test_a_stage_is_one_process_or_under_accelerate_with_its_configuration(monke
         (["run", "nowhere.yaml"], "nowhere.yaml"),
         (["sft", "RECIPE", "--config_file", "nowhere.yaml"], "There is no nowhere.yaml"),
         (["report", "RECIPE"], "no report in"),
+        (["sft", "--config_file"], "--config_file"),
+        (["run"], "recipe"),
+        (["nonsense"], "nonsense"),
+        (["run", "RECIPE", "--config_fil", "x"], "config_fil"),
     ],
 )
-def test_what_cannot_be_run_is_refused_in_one_line(capsys, tmp_path, arguments, message):
+def test_what_cannot_be_run_is_refused_in_a_line(capsys, tmp_path, arguments, message):
     recipe = str(write_recipe(tmp_path, rows=4))
     capsys.readouterr()
-    assert command.main([recipe if argument == "RECIPE" else argument for argument in arguments]) == 2
-    said = capsys.readouterr().err
-    assert message in said and "Traceback" not in said
-
-
-@pytest.mark.parametrize(
-    "arguments", [["sft", "--config_file"], ["run"], ["nonsense"], ["run", "r", "--config_fil", "x"]]
-)
-def test_arguments_that_are_missing_or_misspelt_are_refused(arguments, capsys):
     try:
-        assert command.main(arguments) == 2
+        assert command.main([recipe if argument == "RECIPE" else argument for argument in arguments]) == 2
     except SystemExit as stop:
         assert stop.code == 2
-    assert capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
 
 
 def test_the_command_alone_names_the_stages_and_what_to_type_next(capsys):
@@ -90,8 +83,7 @@ def test_the_command_alone_names_the_stages_and_what_to_type_next(capsys):
 
 
 def test_the_report_of_a_run_is_found(tmp_path, capsys):
-    recipe = write_recipe(tmp_path, rows=4)
-    page = tmp_path / "runs" / "tiny" / "report" / "index.html"
+    recipe, page = write_recipe(tmp_path, rows=4), tmp_path / "runs" / "tiny" / "report" / "index.html"
     page.parent.mkdir(parents=True)
     page.write_text("")
     for argument in (recipe, tmp_path / "runs" / "tiny"):

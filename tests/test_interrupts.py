@@ -29,6 +29,7 @@ from first_trl.interrupts import raise_on_sigterm, run_child
 raise_on_sigterm()
 sys.exit(run_child([sys.executable, "-c", {STAGE!r}, sys.argv[1]], dict(os.environ)))
 """
+ENDS = pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
 
 
 def wait_for(true, seconds=60):
@@ -46,7 +47,7 @@ def gone(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a killed parent is noticed on Linux alone")
-@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
+@ENDS
 def test_a_signal_to_the_command_alone_ends_its_stage_as_well(tmp_path, number, status):
     file = tmp_path / "pid"
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(file)])
@@ -59,13 +60,12 @@ def test_a_signal_to_the_command_alone_ends_its_stage_as_well(tmp_path, number, 
 def test_a_child_that_does_not_end_is_killed_and_the_status_of_a_killed_one_is_a_shells(monkeypatch):
     deaf = "import os, signal, time; signal.signal(2, signal.SIG_IGN); os.kill(os.getppid(), 2); time.sleep(60)"
     monkeypatch.setattr("first_trl.interrupts.GRACE", 1.0)
-    assert run_child([sys.executable, "-c", deaf], dict(os.environ)) == 130
-    killed = "import os; os.kill(os.getpid(), 9)"
-    assert run_child([sys.executable, "-c", killed], dict(os.environ)) == 137
-    assert run_child([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ)) == 3
+    killed, failed = "import os; os.kill(os.getpid(), 9)", "raise SystemExit(3)"
+    codes = [run_child([sys.executable, "-c", code], dict(os.environ)) for code in (deaf, killed, failed)]
+    assert codes == [130, 137, 3]
 
 
-@pytest.mark.parametrize("arguments", [["predict", "s"], ["merge", "a", "b"], ["plan", "r"], ["run", "r"]])
+@pytest.mark.parametrize("arguments", [["predict", "s"], ["plan", "r"], ["cache", "verify", "c"], ["run", "r"]])
 def test_every_command_ends_in_one_line_and_130(monkeypatch, capsys, arguments):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -79,29 +79,24 @@ def test_every_command_ends_in_one_line_and_130(monkeypatch, capsys, arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--config_file", "configs/cpu.yaml"]])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@ENDS
 def test_a_stage_that_trains_ends_with_one_line_and_without_orphans(tmp_path, number, status, options):
-    recipe = write_recipe(tmp_path / "job")
+    recipe, root = write_recipe(tmp_path / "job"), Path(__file__).parent.parent
     log = tmp_path / "job" / "runs" / "tiny" / "log.txt"
     settings = ["--distill.max_steps", "100000", "--distill.logging_steps", "1"]
     for stage in ("cache", "distill"):
-        run = subprocess.Popen(
-            [sys.executable, "-m", "first_trl", stage, str(recipe), *settings, *options],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parent.parent,
-        )
+        command = [sys.executable, "-m", "first_trl", stage, str(recipe), *settings, *options]
+        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root)
         if stage == "cache":
-            assert run.wait(timeout=120) == 0
-    assert wait_for(lambda: "step 2:" in log.read_text(), 120)
-    run.send_signal(number)
+            assert run.wait(timeout=240) == 0
+    assert wait_for(lambda: "step 2:" in log.read_text(), 240)
+    run.send_signal(getattr(signal, number))
     _, said = run.communicate(timeout=60)
     assert run.returncode == status and "Traceback" not in said
     assert said.strip().endswith("interrupted; the same command continues") or status == -9
-    alive = ["ps", "-eo", "args"]
-    assert wait_for(
-        lambda: (
-            f"distill {recipe}" not in subprocess.run(alive, capture_output=True, text=True).stdout.replace(".py", "")
-        ),
-        10,
-    )
+
+    def ended():
+        alive = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+        return f"distill {recipe}" not in alive.replace(".py", "")
+
+    assert wait_for(ended, 10)

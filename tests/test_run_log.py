@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from first_trl import __main__ as command_line
 from first_trl import failures
 from first_trl.interrupts import Terminated
 from first_trl.log import Progress, libraries_into, recording, status
@@ -25,16 +26,22 @@ from tests.cache_recipe import write_recipe
 TOKEN = "hf_" + "a" * 30
 
 
-def test_a_status_line_is_on_the_screen_and_in_the_log_and_what_else_is_printed_in_the_log_alone(tmp_path, capsys):
+def lines_of(log):
+    """The lines of a log without their times."""
+    return [line.split(" ", 2)[2] for line in log.read_text().splitlines()]
+
+
+def test_status_lines_are_shown_and_logged_and_what_else_is_printed_is_logged_alone(tmp_path, capsys):
     with recording(tmp_path / "run" / "log.txt", title="first-trl cache r.yaml"):
         print("{'loss': 3.1}")
         status("cache: wrote \x1b[31mit")
         print("no end of line", end="")
         print(", and its end")
     assert capsys.readouterr() == ("", "[first-trl] cache: wrote ?[31mit\n"), "no escapes of others on a terminal"
-    lines = [line.split(" ", 2)[2] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
-    assert lines[::2] == ["--- first-trl cache r.yaml", "[first-trl] cache: wrote \x1b[31mit"]
-    assert lines[1::2] == ["{'loss': 3.1}", "no end of line, and its end"]
+    assert lines_of(tmp_path / "run" / "log.txt") == [
+        "--- first-trl cache r.yaml", "{'loss': 3.1}", "[first-trl] cache: wrote \x1b[31mit",
+        "no end of line, and its end",
+    ]  # fmt: skip
 
 
 def test_quiet_prints_nothing_and_logs_everything(tmp_path, capsys):
@@ -43,8 +50,7 @@ def test_quiet_prints_nothing_and_logs_everything(tmp_path, capsys):
         status("done")
         with Progress("cache", 3) as progress:
             progress.update(3)
-    assert capsys.readouterr() == ("", "")
-    assert "rows: 3" in (tmp_path / "log.txt").read_text() and "done" in (tmp_path / "log.txt").read_text()
+    assert capsys.readouterr() == ("", "") and lines_of(tmp_path / "log.txt") == ["rows: 3", "[first-trl] done"]
 
 
 def test_of_a_progress_bar_of_others_the_log_keeps_the_last_state(tmp_path, capsys):
@@ -54,9 +60,8 @@ def test_of_a_progress_bar_of_others_the_log_keeps_the_last_state(tmp_path, caps
         for _ in tqdm(range(500), mininterval=0):
             pass
         print("after", file=sys.stderr)
-    lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert len(lines) == 2 and "500/500" in lines[0] and lines[1].endswith("after")
-    assert capsys.readouterr() == ("", "")
+    bar, after = lines_of(tmp_path / "log.txt")
+    assert "500/500" in bar and after == "after" and capsys.readouterr() == ("", "")
 
 
 def test_progress_is_a_line_every_half_minute_without_a_terminal_and_names_its_place(tmp_path, capsys, monkeypatch):
@@ -67,10 +72,9 @@ def test_progress_is_a_line_every_half_minute_without_a_terminal_and_names_its_p
         for _ in range(100):
             now[0] += 0.7
             progress.update(note="loss 0.5")
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert lines[0] == "[first-trl] 3/7 distill.first: 43 of 1000 steps, loss 0.5; 11:09 left"
-    assert lines[1] in (tmp_path / "log.txt").read_text()
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 2 and shown == lines_of(tmp_path / "log.txt")
+    assert shown[0] == "[first-trl] 3/7 distill.first: 43 of 1000 steps, loss 0.5; 11:09 left"
 
 
 def test_progress_is_one_bar_on_a_terminal(tmp_path, monkeypatch):
@@ -82,7 +86,7 @@ def test_progress_is_one_bar_on_a_terminal(tmp_path, monkeypatch):
         status("above it")
     bar = screen.getvalue()
     assert "sft:  75%" in bar and "loss 0.5" in bar and "[first-trl] above it\n" in bar
-    assert "75%" not in (tmp_path / "log.txt").read_text()
+    assert lines_of(tmp_path / "log.txt") == ["[first-trl] above it"]
 
 
 def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capfd):
@@ -93,61 +97,48 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capfd):
     assert capfd.readouterr().err.count("cannot be written") == 1
 
 
-def test_no_secret_reaches_a_log(tmp_path, monkeypatch, capsys):
+def test_no_secret_reaches_a_log(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "correct-horse-battery")
     with recording(tmp_path / "log.txt") as log:
         print(f"logged in with {TOKEN} and correct-horse-battery")
         print("GET https://me:battery@host/x Authorization: Bearer abcdefghijkl")
-        try:
-            raise ValueError(f"bad token {TOKEN}")
-        except ValueError as error:
-            log.add_traceback(error)
+        log.add_traceback(ValueError(f"bad token {TOKEN}"))
     text = (tmp_path / "log.txt").read_text()
     assert TOKEN not in text and "battery" not in text and "abcdefghijkl" not in text
     assert text.count("(not shown)") == 5
     assert redacted("Bearer of news, at http://host:80/x") == "Bearer of news, at http://host:80/x"
 
 
-def test_warnings_of_libraries_go_to_the_log_alone_and_ours_are_shown(tmp_path, capsys):
+def test_warnings_of_libraries_go_to_the_log_alone_ours_are_shown_and_all_is_as_before_afterwards(tmp_path, capsys):
+    import datasets  # noqa: F401  adds its handler
+
+    before = logging.getLogger("datasets").handlers[:], logging.getLogger().handlers[:], sys.stdout, sys.stderr
     with recording(tmp_path / "log.txt") as log, libraries_into(log):
         warnings.warn("theirs is deprecated", FutureWarning, stacklevel=1)
         logging.getLogger("transformers.somewhere").warning("a tip of transformers")
         logging.getLogger("accelerate").warning("a tip of accelerate")
         logging.getLogger("first_trl.trainer").warning("the student's mass is low")
         logging.getLogger("torch").error("a library's error")
-    shown = capsys.readouterr().err
-    kept = (tmp_path / "log.txt").read_text()
+    assert before == (logging.getLogger("datasets").handlers, logging.getLogger().handlers, sys.stdout, sys.stderr)
+    shown, kept = capsys.readouterr().err, (tmp_path / "log.txt").read_text()
     for words in ("theirs is deprecated", "a tip of transformers", "a tip of accelerate"):
         assert words in kept and words not in shown
     for words in ("the student's mass is low", "a library's error"):
         assert words in kept and words in shown
 
 
-def test_loggers_and_streams_are_as_before_afterwards(tmp_path):
-    before = logging.getLogger("datasets").handlers[:], logging.getLogger().handlers[:], sys.stdout, sys.stderr
-    with recording(tmp_path / "log.txt") as log, libraries_into(log):
-        pass
-    assert before == (logging.getLogger("datasets").handlers[:], logging.getLogger().handlers[:], *before[2:])
-    assert (sys.stdout, sys.stderr) == before[2:]
-
-
 def test_only_the_main_process_shows_anything(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
-    with recording(tmp_path / "log.txt") as log:
+    with recording(tmp_path / "log.txt", title="not from here") as log:
         print("rows: 3")
         status("not from here")
         log.add("but this")
-    assert capsys.readouterr() == ("", "")
-    assert [line.split(" ", 2)[2] for line in (tmp_path / "log.txt").read_text().splitlines()] == [
-        "rows: 3",
-        "but this",
-    ]
+    assert capsys.readouterr() == ("", "") and lines_of(tmp_path / "log.txt") == ["rows: 3", "but this"]
 
 
-def run(monkeypatch, tmp_path, error, quiet=False):
+def run(monkeypatch, tmp_path, error):
     """The one line that a stage `cache` ends with when its work raises `error`, and its log."""
-    recipe = SimpleNamespace(run_folder=tmp_path)
-    options = argparse.Namespace(quiet=quiet)
+    recipe, options = SimpleNamespace(run_folder=tmp_path), argparse.Namespace(quiet=False)
     monkeypatch.setattr(command, "parse_stage", lambda stage, argv: (recipe, options))
 
     def work(recipe, options):
@@ -158,13 +149,17 @@ def run(monkeypatch, tmp_path, error, quiet=False):
     return stop.value.code, (tmp_path / "log.txt").read_text()
 
 
-def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_the_log(monkeypatch, tmp_path, capsys):
+def test_an_unexpected_error_is_one_line_that_names_its_process_and_its_traceback_is_in_the_log(
+    monkeypatch, tmp_path, capsys
+):
     line, log = run(monkeypatch, tmp_path, KeyError(f"shape {TOKEN}"))
-    assert line == (
-        f"[first-trl] cache failed: KeyError: 'shape (not shown)' (unexpected; traceback in {tmp_path / 'log.txt'})"
-    )
+    place = f"(unexpected; traceback in {tmp_path / 'log.txt'})"
+    assert line == f"[first-trl] cache failed: KeyError: 'shape (not shown)' {place}"
     assert "Traceback (most recent call last)" in log and "in work" in log and TOKEN not in log
     assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "5")
+    line, log = run(monkeypatch, tmp_path, TypeError("x"))
+    assert line.startswith("[first-trl] cache failed in process 5: TypeError: x") and line in log
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (Terminated(), 143)])
@@ -173,51 +168,28 @@ def test_who_stops_a_run_is_told_that_it_continues(monkeypatch, tmp_path, capsys
     assert capsys.readouterr().err == "[first-trl] interrupted; the same command continues\n"
 
 
-def test_an_error_of_another_process_says_which(monkeypatch, tmp_path):
-    monkeypatch.setenv("RANK", "5")
-    line, log = run(monkeypatch, tmp_path, TypeError("x"))
-    assert line.startswith("[first-trl] cache failed in process 5: TypeError: x") and line in log
-
-
-def test_a_mistake_that_we_name_is_told_without_a_word_more():
-    from first_trl.cache.reader import open_cache
-
-    with pytest.raises(ValueError) as error:
-        open_cache("nowhere at all")
-    assert failures.explain(error.value, "calibrate") == str(error.value)
-    try:
-        json.loads("{")
-    except ValueError as unexpected:
-        assert failures.explain(unexpected, "calibrate") is None  # a ValueError, but nobody here wrote its message
-
-
-def disk_errors():
-    """(what is raised, what it is called) for disks that take no more, as the libraries put it."""
-    yield OSError(errno.ENOSPC, "No space left on device"), "no space is left on the disk"
-    yield OSError(errno.EDQUOT, "Disk quota exceeded"), "quota is used up"
-    yield OSError(errno.EFBIG, "File too large"), "larger than the system allows"
-    yield RuntimeError("SafetensorError: I/O error: Disk quota exceeded (os error 122)"), "quota is used up"
-    yield RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "larger than"
-    yield (
-        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 702848 vs 702740"),
-        "disk is full, or",
-    )
-    yield PermissionError(errno.EROFS, "Read-only file system", "/mnt/teacher"), "/mnt/teacher cannot be"
-
-
-@pytest.mark.parametrize(("error", "name"), list(disk_errors()))
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "no space is left on the disk"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota is used up"),
+        (OSError(errno.EFBIG, "File too large"), "larger than the system allows"),
+        (RuntimeError("SafetensorError: I/O error: Disk quota exceeded (os error 122)"), "quota is used up"),
+        (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), "larger than"),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 702848 vs 702740"), "disk is full"),
+        (PermissionError(errno.EROFS, "Read-only file system", "/mnt/teacher"), "/mnt/teacher cannot be"),
+    ],
+)
 def test_a_disk_that_takes_no_more_is_called_that(error, name):
     told = failures.explain(error, "sft")
-    assert name in told and "output_dir" in told and "damaged" not in told
+    assert name in told and "output_dir" in told and "loaded" not in told
 
 
 @pytest.mark.parametrize(
     ("stage", "advice"),
     [
         ("sft", "halve sft.per_device_train_batch_size and double sft.gradient_accumulation_steps"),
-        ("distill", "halve distill.per_device_train_batch_size and double distill.gradient_accumulation_steps"),
         ("cache", "halve cache.tokens_per_batch"),
-        ("evaluate", "halve evaluate.tokens_per_batch"),
         ("push", "close other programs"),
     ],
 )
@@ -234,26 +206,21 @@ def test_out_of_memory_comes_with_what_to_change(stage, advice):
         assert told.startswith("out of memory (") and advice in told and told.endswith(failures.AGAIN)
 
 
-def first_trl(folder, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(folder.parent), "ACCELERATE_USE_CPU": "true"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, "-m", "first_trl", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+def test_an_error_that_nobody_foresaw_is_not_explained():
+    assert failures.explain(json.JSONDecodeError("Expecting value", "", 0), "calibrate") is None
 
 
 def test_a_mistake_in_the_data_is_one_clear_message_through_the_whole_command(tmp_path):
     recipe = write_recipe(tmp_path / "job", rows=8)
     with open(tmp_path / "job" / "train.jsonl", "a") as file:
         file.write('{"text": "a film", "label": null}\n')
-    done = first_trl(tmp_path, "run", str(recipe), "--stages", "cache", "--skip_checks")
+    command = [sys.executable, "-m", "first_trl", "run", str(recipe), "--stages", "cache", "--skip_checks"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1 and done.stdout == ""
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     *_, told, last = [line for line in done.stderr.splitlines() if line.startswith("[first-trl]")]
-    assert told == (
-        "[first-trl] cache failed: datasets.train, row 8: "
-        "template ' {label}': {label} is missing (None) in this row; fill it or drop "
-        "the row from the dataset"
-    )
+    assert told.startswith("[first-trl] cache failed: datasets.train, row 8: ") and "{label} is missing" in told
     assert last == "[first-trl] cache failed (exit status 1); run the same command again to continue from here"
     log = (tmp_path / "job" / "runs" / "tiny" / "log.txt").read_text()
     assert "Traceback" in log and told in log and last in log
@@ -262,33 +229,25 @@ def test_a_mistake_in_the_data_is_one_clear_message_through_the_whole_command(tm
 def test_a_quiet_stage_prints_nothing_and_its_summary_is_in_the_log(tmp_path, monkeypatch, capsys):
     from first_trl.stages import cache
 
-    recipe = write_recipe(tmp_path / "job", rows=8)
+    folder = tmp_path / "job"
+    recipe = write_recipe(folder, rows=8)
     capsys.readouterr()  # what the tiny teacher printed
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     cache.main([str(recipe), "--quiet"])
     assert capsys.readouterr() == ("", "")
-    log = (tmp_path / "job" / "runs" / "tiny" / "log.txt").read_text()
-    folder = tmp_path / "job"
-    summary = next(line for line in log.splitlines() if "; next: " in line)
+    summary = next(line for line in lines_of(folder / "runs" / "tiny" / "log.txt") if "; next: " in line)
     assert f"read {folder}/teacher, {folder}/train.jsonl, {folder}/validation.jsonl; wrote " in summary
     assert f"wrote {folder}/runs/tiny/cache/train, " in summary and summary.endswith("; next: calibrate")
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
-    [
-        (137, "probably for lack of memory: halve cache.tokens_per_batch"),
-        (1, "with status 1 and no message"),
-        (143, ""),
-    ],
+    ("code", "told"), [(137, "memory: halve cache.tokens_per_batch"), (1, "status 1 and no message"), (143, "")]
 )
 def test_a_stage_that_ends_without_a_message_is_explained_by_its_status(tmp_path, monkeypatch, capsys, code, told):
-    from first_trl import __main__ as command
-
     recipe = write_recipe(tmp_path / "job", rows=8)
-    monkeypatch.setattr(command, "run_child", lambda *_: code)
+    monkeypatch.setattr(command_line, "run_child", lambda *_: code)
     capsys.readouterr()
-    assert command.main(["run", str(recipe), "--stages", "cache", "--skip_checks"]) == code
+    assert command_line.main(["run", str(recipe), "--stages", "cache", "--skip_checks"]) == code
     said = capsys.readouterr().err
     assert told in said and ("memory" in said) == (code == 137) and ("interrupted" in said) == (code == 143)
 
@@ -306,6 +265,4 @@ def test_an_output_dir_that_cannot_be_written_is_one_line(tmp_path, kind):
         place = Path("/proc")
     with pytest.raises(SystemExit) as stop:
         calibrate.main([str(recipe), f"--output_dir={place}"])
-    assert re.fullmatch(
-        r"\[first-trl\] calibrate failed: \S+ cannot be written \(.+\); correct name or output_dir", stop.value.code
-    )
+    assert re.search(r"calibrate failed: \S+ cannot be written \(.+\); correct name or output_dir$", stop.value.code)
