@@ -13,12 +13,8 @@ from first_trl.stages import cache, calibrate, distill, evaluate
 from tests.cache_recipe import write_recipe
 
 LONG = {"text": "good " * 40, "label": "good"}
-ROWS = [
-    {"text": "a film", "label": "good"},
-    LONG,
-    {"text": "a film", "label": "odd"},
-    {"text": "the plot", "label": "bad"},
-]
+ODD = {"text": "a film", "label": "odd"}
+ROWS = [{"text": "a film", "label": "good"}, LONG, ODD, {"text": "the plot", "label": "bad"}]
 TASK = {"prompt": "{text} :", "completion": " {label}", "choices": ["good", "bad"], "max_length": 16}
 
 
@@ -39,8 +35,7 @@ def test_rows_are_dropped_or_cut_as_the_recipe_says_and_counted(tokenizer, too_l
             usable_rows(Dataset.from_list(ROWS), task, tokenizer, **wanted)
         return
     used = usable_rows(Dataset.from_list(ROWS), task, tokenizer, **wanted)
-    assert used.rows.to_list() == [ROWS[number] for number in kept]
-    assert used.lost == {"rows": 4, **lost}
+    assert used.rows.to_list() == [ROWS[number] for number in kept] and used.lost == {"rows": 4, **lost}
     again = usable_rows(used.rows, task, tokenizer)
     assert again.tokenized.to_list() == used.tokenized.to_list() and not again.lost["dropped"]
 
@@ -52,28 +47,23 @@ def test_no_row_that_is_left_is_an_error(tokenizer):
 
 def test_more_than_a_twentieth_dropped_is_a_warning():
     lost = {"rows": 1000, "dropped": {"too_long": 50}, "cut": {"prompt": 3}}
-    assert (
-        describe_lost("train", lost) == "train: of 1,000 rows 50 dropped (too long), 3 with the end of the prompt cut"
-    )
-    assert describe_lost("train", {**lost, "dropped": {"bad": 51}}).startswith(
-        "warning: train: of 1,000 rows 51 dropped"
-    )
+    said = describe_lost("train", lost)
+    assert said == "train: of 1,000 rows 50 dropped (too long), 3 with the end of the prompt cut"
+    assert describe_lost("train", {**lost, "dropped": {"bad": 51}}).startswith("warning: train: of 1,000 rows 51")
     assert describe_lost("train", {"rows": 5, "dropped": {}, "cut": {}}) is None
 
 
 def test_every_stage_reads_the_rows_that_are_left_and_manifest_and_report_count_the_others(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    drop = {"bad_rows": "drop", "path": "json"}
-    files = {role: str(tmp_path / f"{role}.jsonl") for role in ("train", "validation", "test")}
-    datasets = {role: drop | {"data_files": files[role]} for role in ("train", "validation")}
-    datasets["test"] = {"other": drop | {"data_files": files["test"], "overlap": "drop"}}
-    task = {**TASK, "max_length": 60, "too_long": "drop"}
-    path = write_recipe(tmp_path, datasets=datasets, task=task, evaluate={"bootstrap": 0}, calibrate={"bootstrap": 0})
-    train = (tmp_path / "train.jsonl").read_text().splitlines()
-    bad, long = json.dumps({"text": "a film", "label": "odd"}), json.dumps({"text": "good " * 80, "label": "good"})
-    (tmp_path / "train.jsonl").write_text("\n".join([train[0], bad, *train[1:], long]) + "\n")
-    new = json.dumps({"text": "book " * 35, "label": "good"})
-    (tmp_path / "test.jsonl").write_text("\n".join([bad, train[5], new]) + "\n")
+    source = {role: tmp_path / f"{role}.jsonl" for role in ("train", "validation", "test")}
+    datasets = {role: {"bad_rows": "drop", "path": "json", "data_files": str(source[role])} for role in source}
+    datasets["test"] = {"other": datasets["test"] | {"overlap": "drop"}}
+    cheap = {"evaluate": {"bootstrap": 0}, "calibrate": {"bootstrap": 0}}
+    path = write_recipe(tmp_path, datasets=datasets, task={**TASK, "max_length": 60, "too_long": "drop"}, **cheap)
+    train = source["train"].read_text().splitlines()
+    long, new = (json.dumps({"text": text, "label": "good"}) for text in ("good " * 80, "book " * 35))
+    source["train"].write_text("\n".join([train[0], json.dumps(ODD), *train[1:], long]) + "\n")
+    source["test"].write_text("\n".join([json.dumps(ODD), train[5], new]) + "\n")
     for stage in (cache, calibrate, distill, evaluate):
         stage.main([str(path)])
     found = open_cache(tmp_path / "runs/tiny/cache/train")
