@@ -37,7 +37,7 @@ from first_trl.vllm_scoring import (
 from tests.cache_recipe import write_recipe
 from tests.cache_samples import contents
 from tests.test_trainer import random_examples
-from tests.tiny import build_model
+from tests.tiny import WORDS, build_model
 
 # What vLLM 0.32 answered to the tokens 53, 100, 7, with the texts of the tokens taken out.
 RECORDED = json.loads("""{"id": "cmpl-aa70", "object": "text_completion", "model": "teacher", "choices": [{"index": 0,
@@ -480,10 +480,13 @@ HEADS_OF_64 = {"hidden_size": 128, "intermediate_size": 256, "initializer_range"
 @needs_vllm
 def test_a_real_server_caches_what_the_model_itself_does_and_its_death_costs_nothing(tmp_path, arrow_files):
     """200 rows, every token of them, by the model itself, by vLLM, and by a vLLM that is killed and started again."""
-    task = {"prompt": "", "completion": "{text}", "max_length": 60}
+    task = {"prompt": "{text} ", "completion": "{text}", "max_length": 120}
     recipe = write_recipe(
         tmp_path, rows=200, rows_per_shard=20, task=task, model=HEADS_OF_64, cache={"dtype": "float32"}
     )
+    for role, word in zip(("train", "validation"), WORDS.split(), strict=False):  # no prompt is in both
+        file = tmp_path / f"{role}.jsonl"
+        file.write_text(file.read_text().replace('"text": "', f'"text": "{word} '))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
