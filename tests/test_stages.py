@@ -107,6 +107,21 @@ def test_the_report_of_a_run_draws_the_curve_on_validation_and_test_and_the_trai
     assert nearest["ece"] == pytest.approx(metrics["arms"]["teacher"]["test"]["ece"], abs=0.05)
 
 
+def test_a_report_with_other_settings_measures_the_answers_that_are_there_unless_one_is_damaged(whole, monkeypatch):
+    recipe, _ = whole
+    path, asked = str(recipe.run_folder.parent.parent / "recipe.yaml"), []
+    monkeypatch.setattr("first_trl.evaluation.answer_sets", lambda *arguments: asked.append(arguments[3].name))
+    evaluate.main([path, "--num_bins", "5"])
+    report = recipe.run_folder / "report"
+    assert json.loads((report / "metrics.json").read_text())["num_bins"] == 5 and asked == []
+    answers = report / "answers" / "first" / "test.parquet"
+    kept = answers.read_bytes()
+    answers.write_bytes((report / "answers" / "distilled" / "test.parquet").read_bytes())
+    evaluate.main([path])
+    assert set(asked) == {"teacher", "base", *recipe.students}
+    answers.write_bytes(kept)
+
+
 def test_an_existing_model_can_be_calibrated_and_measured_without_a_student(tmp_path):
     path = without(tiny_recipe(tmp_path, arms={}), "datasets.train", "distill")
     recipe, metrics = run_stages(path)

@@ -3,15 +3,19 @@
     accelerate launch -m first_trl.stages.evaluate RECIPE [--key value ...]
 
 Reads the teacher, the students and the test sets; writes `runs/<name>/report/`. The rows are shared out over the
-processes of the job. `teacher_recalibrated` and `<arm>_post_hoc` are the same answers after a recalibration.
+processes of the job. `teacher_recalibrated` and `<arm>_post_hoc` are the same answers after a recalibration. Answers
+are kept: where only settings of the report have changed since, they are measured again and no model is run.
 """
 
+import hashlib
 import json
 from functools import partial
+from pathlib import Path
 
 from first_trl.errors import FirstTrlError
+from first_trl.files import file_digest, files_of, read_json, write_atomically
 from first_trl.log import Progress
-from first_trl.run import LONG, jobs, require, run_job, status, teacher_path
+from first_trl.run import LONG, Run, jobs, require, run_job, status, teacher_path
 from first_trl.stages.command import stage_command
 
 
@@ -24,8 +28,10 @@ def main(recipe, options) -> None:
 def evaluate(recipe) -> None:
     """Score all arms, add the recalibrated controls and write the report."""
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
 
     from first_trl.data.rows import describe_lost
+    from first_trl.evaluation import answer_sets
 
     state, sets = PartialState(), measured_sets(recipe)
     lost = {name: rows.lost for name, (rows, _) in sets.items()}
@@ -33,12 +39,38 @@ def evaluate(recipe) -> None:
         if line := describe_lost(name, lost[name]):
             status(f"evaluate: {line}")
     arms = ["teacher", *(["base"] if "model_name_or_path" in recipe.distill else []), *recipe.students]
-    with Progress("evaluate", len(arms), "models") as progress:
-        for arm in arms:
-            answer_all_sets(recipe, arm, sets)
-            progress.update(note=arm)
+    record = recipe.run_folder / "report" / "answers" / "made_from.json"
+    kept = [state.is_main_process and record.is_file() and read_json(record) == made_from(recipe, record.parent)]
+    if broadcast_object_list(kept)[0]:
+        status("evaluate: the answers of the same models to the same rows are there, and are measured again")
+    else:
+        with Progress("evaluate", len(arms), "models") as progress:
+            for arm in arms:
+                answer_sets(*model_of(recipe, arm), sets, record.parent / arm, recipe)
+                progress.update(note=arm)
     if state.is_main_process:
+        write_atomically(record, json.dumps(made_from(recipe, record.parent)))
         report(recipe, arms, lost)
+
+
+def made_from(recipe, folder: Path) -> dict:
+    """What answers are made from (all but the report's own settings, as one digest), and the files that hold them."""
+    inputs = {"format": 1} | Run(recipe).inputs("evaluate")
+    for name in ("num_bins", "bootstrap", "seed"):
+        inputs["settings"]["evaluate"].pop(name)
+    files = {name: file_digest(folder / name) for name in files_of(folder) if name.endswith(".parquet")}
+    return {"inputs": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), "files": files}
+
+
+def model_of(recipe, arm: str) -> tuple[str | Path, dict]:
+    """The model of an arm, and the settings that it is loaded with."""
+    from first_trl.recipe import teacher_section
+
+    if arm == "teacher":
+        return teacher_path(recipe), teacher_section(recipe)
+    if arm == "base":
+        return recipe.distill["model_name_or_path"], recipe.distill
+    return recipe.run_folder / "students" / arm, recipe.arm_section(arm)
 
 
 def report(recipe, arms: list[str], lost: dict[str, dict]) -> None:
@@ -57,6 +89,8 @@ def report(recipe, arms: list[str], lost: dict[str, dict]) -> None:
         status(f"evaluate: {name} is left out: {reason}; another calibrate.method serves every row")
     predictions = by_arm(found.predictions)
     validation = {arm: sets.pop(VALIDATION) for arm, sets in predictions.items()}
+    logs = {arm: recipe.run_folder / "students" / arm / "trainer_state.json" for arm in recipe.students}
+    training = {arm: json.loads(file.read_text(encoding="utf-8"))["log_history"] for arm, file in logs.items()}
     write_report(
         folder,
         predictions,
@@ -73,7 +107,7 @@ def report(recipe, arms: list[str], lost: dict[str, dict]) -> None:
         lost=lost,
         closing=closing,
         controls=controls,
-        training={arm: training_log(recipe, arm) for arm in recipe.students},
+        training=training,
     )
 
 
@@ -132,26 +166,6 @@ def measured_sets(recipe) -> dict:
             "set, set datasets.test.*.overlap: drop, or evaluate.allow_overlap: true if that is meant."
         )
     return {name: (used[name], task) for name, (_, _, task) in ({VALIDATION: splits[VALIDATION]} | tests).items()}
-
-
-def answer_all_sets(recipe, arm: str, sets: dict) -> None:
-    """One model's answers to validation and to every test set, in `report/answers/<arm>/`."""
-    from first_trl.evaluation import answer_sets
-    from first_trl.recipe import teacher_section
-
-    if arm == "teacher":
-        path, section = teacher_path(recipe), teacher_section(recipe)
-    elif arm == "base":
-        path, section = recipe.distill["model_name_or_path"], recipe.distill
-    else:
-        path, section = recipe.run_folder / "students" / arm, recipe.arm_section(arm)
-    answer_sets(path, section, sets, recipe.run_folder / "report" / "answers" / arm, recipe)
-
-
-def training_log(recipe, arm: str) -> list[dict]:
-    """What the trainer of a student logged, step by step."""
-    file = recipe.run_folder / "students" / arm / "trainer_state.json"
-    return json.loads(file.read_text(encoding="utf-8"))["log_history"]
 
 
 if __name__ == "__main__":
