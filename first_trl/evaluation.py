@@ -31,7 +31,7 @@ from .data.choices import choice_token_ids, forced_positions, forced_tokens
 from .data.encoding import encode_example
 from .errors import FirstTrlError
 from .files import replace_atomically
-from .head import partition_log_probs, selected_logits, top_k_log_probs
+from .head import partition_log_probs
 from .modeling import innermost, language_model_head, load_model, load_tokenizer
 from .recipe import arm_of
 from .scoring import answer_scores, hidden_states_at, sequence_log_probs
@@ -69,10 +69,16 @@ def answer_set(
             or a row.
     """
     examples = [encode_example(task, tokenizer, row) for row in dataset]
-    first_row, top_k = first_row or dataset[0], min(top_k, len(tokenizer) - 1)
+    first_row = first_row or dataset[0]
+    limits = {"tokens_per_batch": tokens_per_batch, "vocab_limit": len(tokenizer)}
+    limits["top_k"] = min(top_k, len(tokenizer) - 1)
     if not task.choices:
-        forced = forced_tokens(task, tokenizer, first_row)
-        return _token_answers(model, examples, forced, tokens_per_batch, start, top_k, len(tokenizer))
+        kept, rows, places = _learned_tokens(examples, forced_tokens(task, tokenizer, first_row))
+        label_ids = [row[at + 1] for row, positions in zip(rows, places, strict=True) for at in positions]
+        scores = answer_scores(model, rows, label_ids, [], places=places, **limits)
+        del scores["choice_log_probs"]
+        numbers = np.repeat([start + i for i in kept], [len(positions) for positions in places])
+        return _as_rows(scores | {"label_id": label_ids, "example": numbers})
     answers = choice_token_ids(task, tokenizer, first_row)
     prompts = [example["input_ids"][: example["num_prompt_tokens"]] for example in examples]
     written = [example["input_ids"][example["num_prompt_tokens"] :] for example in examples]
@@ -84,40 +90,12 @@ def answer_set(
             )
         return _whole_answers(model, prompts, written, answers, tokens_per_batch)
     labels, choices = [ids[0] for ids in written], [ids[0] for ids in answers]
-    limits = {"top_k": top_k, "tokens_per_batch": tokens_per_batch, "vocab_limit": len(tokenizer)}
     scores = answer_scores(model, prompts, labels, choices, keep_choices=support == "choices", **limits)
     return _as_rows(scores | {"label_id": labels, "choice_ids": [choices] * len(prompts)})
 
 
 def _as_rows(columns: dict) -> Dataset:
     return Dataset.from_dict({name: list(values) for name, values in columns.items()})
-
-
-@torch.inference_mode()
-def _token_answers(
-    model, examples, forced: dict, tokens_per_batch: int, start: int, top_k: int, vocab_limit: int
-) -> Dataset:
-    """The columns of `answer_set` for free text: of every learned token, but those that the template forces."""
-    kept, rows, places = _learned_tokens(examples, forced)
-    head, blocks = language_model_head(innermost(model)), []
-    for indices, hidden_ND in hidden_states_at(model, rows, places, tokens_per_batch):
-        labels_N = np.concatenate([np.asarray(rows[i])[places[i] + 1] for i in indices])
-        ids_NK, log_probs_NK1 = top_k_log_probs(hidden_ND, head.weight, top_k, *head[1:], vocab_limit=vocab_limit)
-        wanted_N2 = torch.stack([ids_NK[:, 0], torch.as_tensor(labels_N, device=ids_NK.device)], dim=1)
-        logits_N2 = selected_logits(hidden_ND, head.weight, wanted_N2, *head[1:])
-        is_label_NK = ids_NK.cpu().numpy() == labels_N[:, None]
-        block = {
-            "token_ids": ids_NK.cpu().numpy(),
-            "log_probs": log_probs_NK1.float().cpu().numpy(),
-            "target": np.where(is_label_NK.any(1), is_label_NK.argmax(1), is_label_NK.shape[1]),
-            "label_id": labels_N,
-            "label_log_prob": (logits_N2[:, 1] - logits_N2[:, 0] + log_probs_NK1[:, 0]).float().cpu().numpy(),
-            "example": np.concatenate([np.full(len(places[i]), start + kept[i]) for i in indices]),
-        }
-        blocks.append(block)
-    columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    order = np.argsort(columns["example"], kind="stable")  # batches go by length, a report by rows
-    return _as_rows({name: values[order] for name, values in columns.items()})
 
 
 def _learned_tokens(examples, forced: dict) -> tuple[list[int], list, list]:

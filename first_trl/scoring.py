@@ -137,32 +137,37 @@ def answer_scores(
     tokens_per_batch: int,
     keep_choices: bool = False,
     vocab_limit: int | None = None,
+    places: list | None = None,
 ) -> dict[str, np.ndarray]:
     """What a model answers after each prompt, under its full-vocabulary softmax.
 
     Args:
+        label_ids: (N,) the token that is right at each place.
+        choice_ids: tokens that are asked for besides, at every place.
         keep_choices: the K tokens are those of the choices, and not the most probable ones.
+        places: the positions of each prompt after which it is asked, in order; by default after its last token.
 
     Returns:
-        Arrays over the N prompts: `token_ids` (N, K) most probable first, `log_probs` (N, K+1) with the tail last,
+        Arrays over the N places: `token_ids` (N, K) most probable first, `log_probs` (N, K+1) with the tail last,
         `target` (N,) the column that holds the label (K = the tail), `label_log_prob` (N,) nats, `choice_log_probs`
         (N, C) nats, not normalised over the choices; with `keep_choices`, `tail_max_log_prob` (N,), the likeliest
         token of the tail.
     """
-    head, last = language_model_head(innermost(model)), [[len(prompt) - 1] for prompt in prompts]
-    order: list[int] = []
+    head, places = language_model_head(innermost(model)), places or [[len(prompt) - 1] for prompt in prompts]
+    starts, order = np.cumsum([0, *map(len, places)]), []
     blocks: list[dict[str, torch.Tensor]] = []
-    for indices, hidden_ND in hidden_states_at(model, prompts, last, tokens_per_batch):
+    for indices, hidden_ND in hidden_states_at(model, prompts, places, tokens_per_batch):
         kept_ids = choice_ids if keep_choices else None
         ids_NK, log_probs_NK1, tail_max_N = _kept_log_probs(hidden_ND, head, top_k, kept_ids, vocab_limit)
-        asked = torch.tensor([[label_ids[i], *choice_ids] for i in indices], device=ids_NK.device)
+        numbers = [number for i in indices for number in range(starts[i], starts[i + 1])]
+        asked = torch.tensor([[label_ids[number], *choice_ids] for number in numbers], device=ids_NK.device)
         logits = selected_logits(hidden_ND, head.weight, torch.cat([ids_NK[:, :1], asked], dim=1), *head[1:])
         # log p(w) = z_w - log Z, and log Z = z_1 - log p_1 for the most probable token
         asked_log_probs = logits[:, 1:] - logits[:, :1] + log_probs_NK1[:, :1]
         block = {"token_ids": ids_NK, "log_probs": log_probs_NK1, "label_log_prob": asked_log_probs[:, 0].float()}
         block["choice_log_probs"] = asked_log_probs[:, 1:].float()
         blocks.append(block | ({"tail_max_log_prob": tail_max_N} if keep_choices else {}))
-        order += indices
+        order += numbers
     back = np.argsort(order)
     scores = {name: torch.cat([block[name] for block in blocks]).cpu().numpy()[back] for name in blocks[0]}
     is_label = scores["token_ids"] == np.asarray(label_ids)[:, None]
