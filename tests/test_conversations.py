@@ -172,6 +172,8 @@ def test_forced_tokens_of_a_template_of_text_are_its_text_and_the_end_of_sequenc
     forced = forced_tokens(task, tokenizer, row)
     assert tokenizer.decode(forced["opening"]).startswith(" it is")
     assert tokenizer.decode(forced["closing"]) == ".</s>" and forced["answer"] == 0
+    joins = TaskConfig(prompt="Review: {text} ", completion="{label}.")  # the space with `good`, but not with `1`
+    assert forced_tokens(joins, tokenizer, row) == {"opening": [], "closing": forced["closing"], "answer": 0}
 
 
 def test_forced_positions_are_found_in_labels_whatever_was_cut_or_thought():

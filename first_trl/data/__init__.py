@@ -1,1 +1,1 @@
-"""From the rows of a dataset to tokens: start at `examples`."""
+"""From the rows of a dataset to tokens: start at `encoding`."""

@@ -133,12 +133,9 @@ def forced_tokens(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> dict[s
     for word in task.choices or known:
         try:
             answers.append(last_answer(task, tokenizer, with_answer(row, task, word)))
-        except FirstTrlError:
+        except FirstTrlError:  # a word that this tokenizer joins with the end of the prompt shows nothing
             if task.choices:
                 raise
-            continue  # a word that this tokenizer joins with the end of the prompt does not show what is forced
-    if not answers:
-        return {"opening": [], "closing": [tokenizer.eos_token_id] if task.append_eos else [], "answer": 0}
     opening = _common_prefix(answers)
     closing = _common_prefix([ids[len(opening) :][::-1] for ids in answers])[::-1]
     return {"opening": opening, "closing": closing, "answer": len(opening) if task.choices else 0}

@@ -201,10 +201,7 @@ def _cut_row(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> dict[str, A
 
     def is_too_long(kept: int) -> bool:
         holder[key] = text[:kept].rstrip()
-        try:
-            return len(_tokens(task, tokenizer, cut)[0]) > task.max_length
-        except TooLongError:
-            return True
+        return len(_tokens(task, tokenizer, cut)[0]) > task.max_length
 
     longest = min(len(text), CHARACTERS_PER_TOKEN * task.max_length)
     kept = bisect_left(range(longest + 1), True, key=is_too_long) - 1
