@@ -69,12 +69,15 @@ def _dispatch(argv: list[str]) -> int:
     if not argv:
         print(f"{__doc__.partition('Each stage is')[0]}{NEXT}")
         return 2
-    if argv[0] in OTHERS:
-        return _run_alone(*OTHERS[argv[0]], argv[1:])
-    if argv[0] == "cache" and argv[1:2] and argv[1] in CACHE_COMMANDS:
-        return _run_alone("cache_tools", "main", argv[1:])
-    options, rest = _parser().parse_known_args(argv)
-    return options.call(options, rest)
+    command, *rest = argv
+    if command == "cache" and rest and rest[0] in CACHE_COMMANDS:
+        return _run_alone("cache_tools", "main", rest)
+    if command in OTHERS:
+        return _run_alone(*OTHERS[command], rest)
+    if command in STAGES:
+        return run_stage(command, rest)
+    options, overrides = _parser().parse_known_args(argv)
+    return options.call(options, overrides)
 
 
 def _run_alone(module: str, name: str, arguments: list[str]) -> int:
@@ -86,33 +89,24 @@ def _run_alone(module: str, name: str, arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Of the commands that are no stage and have no parser of their own; it names the others."""
     from .stages.command import add_run_options
 
-    parser = argparse.ArgumentParser(
-        prog="first-trl",
-        description=__doc__.partition("Each stage is")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    launched = argparse.ArgumentParser(add_help=False)
-    launched.add_argument("--config_file", help="an accelerate configuration, such as configs/multi_gpu.yaml")
-    whole = argparse.ArgumentParser(add_help=False, parents=[launched])
-    add_run_options(whole)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def add(name: str, call, **options) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, allow_abbrev=False, **options)
-        command.set_defaults(call=call)
-        return command
-
-    run = add("run", run_recipe, parents=[whole])
+    about = {"description": __doc__.partition("Each stage is")[0], "formatter_class": argparse.RawTextHelpFormatter}
+    parser = argparse.ArgumentParser(prog="first-trl", **about)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    run, demo, report = (commands.add_parser(name, allow_abbrev=False) for name in ("run", "demo", "report"))
+    run.set_defaults(call=run_recipe)
     run.add_argument("recipe", help="the experiment's YAML file")
     run.add_argument("--stages", help="only these, such as calibrate,distill,evaluate")
-    demo = add("demo", run_demo, parents=[whole])
+    demo.set_defaults(call=run_demo)
     demo.add_argument("--output_dir", default="runs", help="where the run folder goes (default: runs)")
-    report = add("report", print_report)
+    for whole in (run, demo):
+        add_run_options(whole)
+    report.set_defaults(call=print_report)
     report.add_argument("recipe", help="the experiment's YAML file, or its run folder")
-    for stage in STAGES:
-        add(stage, run_stage, add_help=False, parents=[launched])
+    for name in (*STAGES, *OTHERS):
+        commands.add_parser(name)
     return parser
 
 
@@ -132,16 +126,16 @@ def launch(stage: str, arguments: list[str], config_file: str | None, position: 
     return code
 
 
-def run_stage(options: argparse.Namespace, arguments: list[str]) -> int:
+def run_stage(stage: str, arguments: list[str]) -> int:
     """One stage by itself, after the checks that concern it."""
     from .checks import passed
     from .stages.command import parse_stage
 
-    stage, config_file = options.command, options.config_file
     recipe, options = parse_stage(stage, arguments)
-    if stage != "push" and not options.skip_checks and not passed(recipe, [stage], config_file, options.quiet):
+    checked = stage == "push" or options.skip_checks
+    if not checked and not passed(recipe, [stage], options.config_file, options.quiet):
         return 2
-    return launch(stage, arguments, config_file)
+    return launch(stage, arguments, options.config_file)
 
 
 def run_demo(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -160,22 +154,24 @@ def run_recipe(options: argparse.Namespace, overrides: list[str]) -> int:
     """Every stage of a recipe in order, each in its own process, skipping what is current."""
     from .checks import passed
     from .recipe import load_recipe
-    from .run import is_current, jobs_of
+    from .run import Run
 
     recipe, started = load_recipe(options.recipe, overrides), time.monotonic()
     wanted = options.stages.split(",") if options.stages else [stage for stage in STAGES if stage != "push"]
     if unknown := [stage for stage in wanted if stage not in STAGES]:
         raise FirstTrlError(f"Unknown stage {unknown[0]!r} in --stages; choose from {', '.join(STAGES)}.")
-    jobs = [job for stage in STAGES if stage in wanted for job in jobs_of(recipe, stage)] + ["push"] * (
-        "push" in wanted
-    )
-    if not options.skip_checks and not all(job != "push" and is_current(recipe, job) for job in jobs):
+    jobs = [job.name for job in Run(recipe).jobs.values() if job.stage in wanted] + ["push"] * ("push" in wanted)
+
+    def is_current(job: str) -> bool:
+        return job != "push" and Run(recipe).stale(job) is None
+
+    if not (options.skip_checks or all(map(is_current, jobs))):
         if not passed(recipe, wanted, options.config_file, options.quiet):
             return 2
     flags = [f"--{name}" for name in ("quiet", "overwrite", "skip_checks") if getattr(options, name)]
     log, report = recipe.run_folder / "log.txt", recipe.run_folder / "report"
     for number, job in enumerate(jobs, start=1):
-        if job != "push" and is_current(recipe, job):
+        if is_current(job):
             with recording(log, quiet=options.quiet):
                 status(f"{number}/{len(jobs)} {job}: up to date, nothing to do")
             continue

@@ -293,7 +293,7 @@ def _section_problems(place: str, section: dict, machine: Machine, rows: dict[st
             yield f"{place}.report_to: {name} is not installed; run `pip install {modules[0]}`, or set report_to: none"
     if str(section.get("attn_implementation")).startswith("flash_attention_2") and find_spec("flash_attn") is None:
         yield f"{place}.attn_implementation: flash_attn is not installed; run `pip install flash-attn`, or write sdpa"
-    if machine.shards > 1:
+    if machine.shards() > 1:
         from .training import missing_quant_storage
 
         if problem := missing_quant_storage(section):

@@ -43,15 +43,9 @@ class Machine:
     accelerator: str = "h100"
     utilisation: float = UTILISATION
 
-    @property
-    def shards(self) -> int:
-        """Over how many devices the weights are sharded."""
-        return self.processes if self.kind == "FSDP" or self.zero_stage == 3 else 1
-
-    @property
-    def gradient_shards(self) -> int:
-        """Over how many devices gradients and optimizer are sharded."""
-        return self.processes if self.kind == "FSDP" or self.zero_stage >= 2 else 1
+    def shards(self, gradients: bool = False) -> int:
+        """Over how many devices the weights are sharded, or gradients and optimizer."""
+        return self.processes if self.kind == "FSDP" or self.zero_stage >= (2 if gradients else 3) else 1
 
     def hours(self, flops: float, dtype: str | None) -> float | None:
         """Hours on all devices together; None where the accelerator has no such type."""
@@ -61,11 +55,7 @@ class Machine:
 
 
 def read_machine(config_file: str | None) -> Machine:
-    """The devices of an accelerate configuration; one process without a file.
-
-    Raises:
-        FirstTrlError: there is no such file, or it is no accelerate configuration.
-    """
+    """The devices of an accelerate configuration; one process without a file."""
     if config_file is None:
         return Machine()
     if not Path(config_file).is_file():
@@ -108,11 +98,7 @@ class Cost:
 
 
 def build_on_meta(config, dtype: str | None = None, peft_config=None):
-    """The model of a configuration, with its adapter, without storage.
-
-    Raises:
-        FirstTrlError: the configuration describes no model, or the adapter does not fit it.
-    """
+    """The model of a configuration, with its adapter, without storage; a FirstTrlError where there is none such."""
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -136,35 +122,30 @@ class Size(NamedTuple):
     trained_bytes: int
 
 
-def size_of(model, bits: int = 16, trained_dtype: str | None = None) -> Size:
-    """Parameters and bytes of a model whose matrices are held in `bits`, and what is trained in `trained_dtype`."""
-    import torch
-
+def size_of(model, bits: int = 16, trained_itemsize: int | None = None) -> Size:
+    """Parameters and bytes of a model: frozen matrices in `bits`, each trained number in `trained_itemsize` bytes."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     outside = {*base.get_input_embeddings().parameters(), *base.get_output_embeddings().parameters()}
-    matrices = {module.weight for module in base.modules() if isinstance(module, torch.nn.Linear)} - outside
     packed = {8: 1.0, 4: 0.5 + 4 / 64}.get(bits)  # bytes, with the scales
     text = base.config.get_text_config()
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
     passed = (getattr(text, "num_experts_per_tok", None) or experts) / experts
     active = trained = frozen_bytes = trained_bytes = 0.0
     for name, weight in model.named_parameters():
-        count = weight.numel()
-        active += 0 if weight in outside else count * (passed if ".experts." in name else 1)
+        count, is_outside = weight.numel(), weight in outside
+        active += 0 if is_outside else count * (passed if ".experts." in name else 1)
         if weight.requires_grad:
             trained += count
-            trained_bytes += count * (getattr(torch, trained_dtype) if trained_dtype else weight.dtype).itemsize
+            trained_bytes += count * (trained_itemsize or weight.itemsize)
         else:
-            frozen_bytes += count * (packed if packed and weight in matrices else weight.itemsize)
+            frozen_bytes += count * (packed if packed and weight.ndim > 1 and not is_outside else weight.itemsize)
     return Size(round(active), round(trained), round(frozen_bytes), round(trained_bytes))
 
 
 def block_elements(config, dropout: bool = False) -> int:
-    """Numbers that one block keeps of each token for its backward: 17 D for the classic block of I = 4 D.
-
-    Two norms and two residuals, queries, keys, values and the output of attention, and the middle of the MLP, which a
-    gated one keeps four times. With `dropout` an adapter keeps its own copy of the input of every matrix.
-    """
+    """Numbers that one block keeps of each token for its backward: 17 D for the classic block of I = 4 D."""
+    # Two norms and two residuals, queries, keys, values and the output of attention, and the middle of the MLP, four
+    # times where it is gated. With `dropout` an adapter keeps its own copy of the input of every matrix.
     text = config.get_text_config()
     hidden, heads = text.hidden_size, getattr(text, "num_attention_heads", 1)
     head = getattr(text, "head_dim", None) or hidden // heads
@@ -192,14 +173,7 @@ def training_steps(args, rows: int, processes: int) -> int:
 def costs(
     recipe: Recipe, jobs: Iterable[Any], machine: Machine, splits: dict[str, Split], configs: dict, vocab_size: int
 ) -> list[Cost]:
-    """The cost of every job of a recipe, in order.
-
-    Args:
-        jobs: those of `first_trl.run.jobs`.
-        splits: `train`, `transfer`, `validation` and `test.NAME`, those that could be loaded.
-        configs: model's id or folder -> its configuration, of those that could be read.
-        vocab_size: of the tokenizer; 0 where it could not be read.
-    """
+    """The cost of every job of a recipe, by the splits, the configurations and the tokenizer that could be read."""
     found = []
     for job in jobs:
         names, trains = [place.removeprefix("datasets.") for place in job.data], job.stage in ("sft", "distill")
@@ -250,8 +224,8 @@ def _train(recipe: Recipe, cost: Cost, on_labels: bool, split: Split, machine: M
     itemsize = 2 if dtype in ("bfloat16", "float16", "auto") else 4
     bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 16
     # TRL holds the adapter of a quantised base in bfloat16, and PEFT any other in float32
-    trained_dtype = ("bfloat16" if bits < 16 and itemsize == 2 else "float32") if adapter else None
-    size = size_of(build_on_meta(config, model_args.dtype, get_peft_config(model_args)), bits, trained_dtype)
+    trained = (2 if bits < 16 and itemsize == 2 else 4) if adapter else None
+    size = size_of(build_on_meta(config, model_args.dtype, get_peft_config(model_args)), bits, trained)
     block = block_elements(config, dropout=bool(adapter and model_args.lora_dropout))
     again = args.gradient_checkpointing  # blocks are computed again in the backward
     kept = text.num_hidden_layers * (text.hidden_size if again else block) + (block if again else 0)
@@ -259,10 +233,10 @@ def _train(recipe: Recipe, cost: Cost, on_labels: bool, split: Split, machine: M
     states = moments * (size.trained if "8bit" in args.optim.value else size.trained_bytes)
     positions = batch * split.supervised / rows
     cost.memory = {
-        "weights": (size.frozen_bytes + (0 if adapter else size.trained_bytes)) // machine.shards,
-        "adapter": size.trained_bytes // machine.shards if adapter else 0,
-        "gradients": size.trained_bytes // machine.gradient_shards,
-        "optimizer": states // machine.gradient_shards,
+        "weights": (size.frozen_bytes + (0 if adapter else size.trained_bytes)) // machine.shards(),
+        "adapter": size.trained_bytes // machine.shards() if adapter else 0,
+        "gradients": size.trained_bytes // machine.shards(gradients=True),
+        "optimizer": states // machine.shards(gradients=True),
         "activations": round(batch * (packed or split.lengths[-1]) * kept * itemsize),
         "head": round(positions * text.hidden_size * (itemsize + 8)) + TILE_BYTES,
     }

@@ -116,11 +116,6 @@ def _model_of(place: str, section: dict) -> dict[str, tuple[str, str | None]]:
     return {f"{place}.model_name_or_path": (model, section.get("model_revision"))} if model else {}
 
 
-def jobs_of(recipe: Recipe, stage: str) -> list[str]:
-    """The names of a stage's jobs, in order."""
-    return [job.name for job in jobs(recipe).values() if job.stage == stage]
-
-
 def recalibration_of(recipe: Recipe, arm: str) -> tuple[str, float | None]:
     """(method, value) of an arm; value None is the one that `calibrate` finds, `auto` the method that it chooses."""
     section = recipe.arm_section(arm)
@@ -254,11 +249,7 @@ class Run:
         return None
 
     def begin(self, name: str, overwrite: bool = False) -> bool | None:
-        """Prepare the making of a job: None if it is current, else whether an interrupted attempt is continued.
-
-        Raises:
-            FirstTrlError: another recipe of the same name has finished it.
-        """
+        """Prepare the making of a job: None if it is current, else whether an interrupted attempt is continued."""
         job, record, inputs = self.jobs[name], self.record(name), self.inputs(name)
         if record and any(new_folder(self.path / folder).is_dir() for folder in job.folders):
             made = self._files(job)  # of a kill between the record and the exchange?
@@ -358,19 +349,10 @@ def _leaves(value: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], An
     return {at: leaf for key, item in value.items() for at, leaf in _leaves(item, (*place, str(key))).items()}
 
 
-def is_current(recipe: Recipe, job: str) -> bool:
-    """Whether a job is finished, from what the recipe says today, and its files are whole."""
-    return Run(recipe).stale(job) is None
-
-
 def require(recipe: Recipe, *names: str, full: bool = False) -> None:
-    """Check, on the main process, that earlier jobs are current; those that the recipe has not are passed over.
+    """Refuse, on the main process, earlier jobs that are not current; those that the recipe has not are passed over.
 
-    Args:
-        full: read all of their files again; see `Run`.
-
-    Raises:
-        FirstTrlError: one is not; the message says why, and names the command that makes it.
+    `full` reads all of their files again. The message says why, and names the command that makes what is missing.
     """
     if os.environ.get("RANK", "0") != "0":
         return

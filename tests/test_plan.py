@@ -140,7 +140,7 @@ def test_local_rows_are_planned_where_only_the_models_are_out_of_reach(tmp_path)
 )
 def test_an_accelerate_configuration_says_what_is_shared_out(name, processes, weights, gradients):
     machine = read_machine(str(ROOT / "configs" / f"{name}.yaml"))
-    assert (machine.processes, machine.shards, machine.gradient_shards) == (processes, weights, gradients)
+    assert (machine.processes, machine.shards(), machine.shards(gradients=True)) == (processes, weights, gradients)
 
 
 def test_sharding_lowers_weights_and_optimizer_and_keeps_activations(tmp_path):

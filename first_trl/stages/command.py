@@ -41,7 +41,8 @@ def parse_stage(stage: str, argv: list[str] | None = None) -> tuple[Recipe, argp
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `run` and every stage have."""
+    """The options that `run` and every stage have; a stage that was launched has no use for the first."""
+    parser.add_argument("--config_file", help="an accelerate configuration, such as configs/multi_gpu.yaml")
     parser.add_argument("--quiet", action="store_true", help="print errors alone; the run's log.txt has the rest")
     parser.add_argument("--overwrite", action="store_true", help="replace what another recipe of this name has made")
     parser.add_argument("--skip_checks", action="store_true", help="start without looking through data and models")
