@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import yaml
@@ -21,6 +23,15 @@ TRAINING = {"dtype": "float32", "bf16": False, "use_cpu": True, "gradient_checkp
 TRAINING |= {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "save_total_limit": 2}
 
 
+@contextmanager
+def inside(folder):
+    """`folder` as the current directory, its stages on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.chdir(folder)
+        yield patch
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a finished run of all stages, with its recipe; paths in it are relative to the folder."""
@@ -29,24 +40,19 @@ def finished(tmp_path_factory):
     (folder / "teacher").rename(folder / "base")
     content = yaml.safe_load(path.read_text().replace(f"{folder}/", ""))
     content["cache"].pop("teacher")
-    content["sft"] = {"model_name_or_path": "base", **TRAINING}
-    content["distill"] = {"model_name_or_path": "base", **TRAINING}
+    content["sft"] = content["distill"] = {"model_name_or_path": "base", **TRAINING}
     content["push"] = {"hub_model_id": "me/tiny"}
     path.write_text(yaml.safe_dump(content))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.chdir(folder)
+    with inside(folder):
         run_all()
     return folder
 
 
 @pytest.fixture
-def run(finished, tmp_path, monkeypatch):
+def run(finished, tmp_path):
     """A copy of the finished run, which is the current directory; returns its run folder."""
-    shutil.copytree(finished, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    return tmp_path / "copy" / "runs" / "tiny"
+    with inside(shutil.copytree(finished, tmp_path / "copy")):
+        yield tmp_path / "copy" / "runs" / "tiny"
 
 
 def run_all(*arguments):
@@ -132,16 +138,11 @@ DAMAGE = {
 FAST = [(SHARD, flip), ("calibration.json", half), (f"{FIRST}/{WEIGHTS}", other), (".records/cache.json", half)]
 
 
-def cases(table, fast):
-    return [
-        pytest.param(
-            *case, table[case], marks=[] if case in fast else pytest.mark.slow, id=f"{case[0]} {case[1].__name__}"
-        )
-        for case in table
-    ]
+def marked(cases, fast):
+    return [pytest.param(*case, marks=[] if case[:2] in fast else pytest.mark.slow) for case in cases]
 
 
-@pytest.mark.parametrize(("name", "damage", "again"), cases(DAMAGE, FAST))
+@pytest.mark.parametrize(("name", "damage", "again"), marked([(*case, again) for case, again in DAMAGE.items()], FAST))
 def test_what_is_damaged_is_named_by_push_and_made_by_run_and_that_alone(run, name, damage, again):
     before = content_of(run)
     damage(run / name)
@@ -153,21 +154,16 @@ def test_what_is_damaged_is_named_by_push_and_made_by_run_and_that_alone(run, na
     assert content_of(run) == before
 
 
-# What changes after a run -> (how, what the refusal of push names)
 def edit(file, old, new):
-    with open(file) as opened:
-        text = opened.read()
+    text = Path(file).read_text()
     assert old in text
-    with open(file, "w") as opened:
-        opened.write(text.replace(old, new))
+    Path(file).write_text(text.replace(old, new))
 
 
 def edit_recipe(change):
-    with open("recipe.yaml") as file:
-        content = yaml.safe_load(file)
+    content = yaml.safe_load(Path("recipe.yaml").read_text())
     change(content)
-    with open("recipe.yaml", "w") as file:
-        yaml.safe_dump(content, file)
+    Path("recipe.yaml").write_text(yaml.safe_dump(content))
 
 
 def swap_base():
@@ -176,52 +172,30 @@ def swap_base():
     edit("other/config.json", '"bos_token_id"', '"was_bos_token_id"')
 
 
-EDITS = {
-    "a setting of the student": (["--distill.learning_rate", "0.5"], None, "distill.learning_rate is 0.5"),
-    "a setting of the cache": (["--cache.top_k", "4"], None, "cache.top_k is 4, and was 5"),
-    "a setting of the teacher": (["--sft.max_steps", "9"], None, "sft.max_steps is 9, and was 2"),
-    "another criterion": (["--calibrate.criterion", "nll"], None, "calibrate.criterion is 'nll'"),
-    "another base": ([], swap_base, "model_name_or_path"),
-    "files of the base": (
-        [],
-        lambda: edit("base/config.json", '"bos_token_id"', '"was"'),
-        "config.json of sft.model",
-    ),
-    "weights of another arm": (
-        [],
-        lambda: other(Run(load_recipe("recipe.yaml")).path / FIRST / WEIGHTS),
-        "students/first",
-    ),
-    "weights cut": ([], lambda: half(Run(load_recipe("recipe.yaml")).path / FIRST / WEIGHTS), "students/first"),
-    "a calibration edited by hand": (
-        [],
-        lambda: edit("runs/tiny/calibration.json", "0", "1"),
-        "calibration.json is",
-    ),
-    "labels of the data": (
-        [],
-        lambda: edit("train.jsonl", '"good"', '"bad"'),
-        "train.jsonl of datasets.train",
-    ),
-    "another prompt": (["--task.prompt", "Film : {text} Sentiment :"], None, "task.prompt is"),
-    "the report": (
-        [],
-        lambda: edit("runs/tiny/report/metrics.json", "0", "1"),
-        "metrics.json is not as",
-    ),
-}
+OF_FIRST = Path("runs/tiny", FIRST, WEIGHTS)
+# What changes after a run: (options, a change of the files, what the refusal of push names)
+EDITS = [
+    (["--distill.learning_rate", "0.5"], None, "distill.learning_rate is 0.5"),
+    (["--cache.top_k", "4"], None, "cache.top_k is 4, and was 5"),
+    (["--sft.max_steps", "9"], None, "sft.max_steps is 9, and was 2"),
+    (["--calibrate.criterion", "nll"], None, "calibrate.criterion is 'nll'"),
+    (["--task.prompt", "Film : {text} Sentiment :"], None, "task.prompt is"),
+    ([], swap_base, "model_name_or_path"),
+    ([], lambda: edit("base/config.json", '"bos_token_id"', '"was"'), "config.json of sft.model"),
+    ([], lambda: other(OF_FIRST.absolute()), "students/first"),
+    ([], lambda: half(OF_FIRST), "students/first"),
+    ([], lambda: edit("runs/tiny/calibration.json", "0", "1"), "calibration.json is"),
+    ([], lambda: edit("train.jsonl", '"good"', '"bad"'), "train.jsonl of datasets.train"),
+    ([], lambda: edit("runs/tiny/report/metrics.json", "0", "1"), "metrics.json is not as"),
+]
 
 
-def test_push_is_refused_after_every_edit_and_names_what_is_stale(finished, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for number, (name, (arguments, change, named)) in enumerate(EDITS.items()):
-        shutil.copytree(finished, tmp_path / str(number))
-        monkeypatch.chdir(tmp_path / str(number))
-        if change:
-            change()
-        message = refused(push, "--dry_run", *arguments)
-        assert named in message and "RECIPE" in message, (name, message)
-        assert not os.path.exists("runs/tiny/push"), name
+@pytest.mark.parametrize(("arguments", "change", "named"), EDITS, ids=[edit[-1] for edit in EDITS])
+def test_push_is_refused_after_every_edit_and_names_what_is_stale(run, arguments, change, named):
+    if change:
+        change()
+    message = refused(push, "--dry_run", *arguments)
+    assert named in message and "RECIPE" in message and not (run / "push").exists()
 
 
 def test_a_student_made_with_other_settings_is_neither_evaluated_nor_pushed_as_if_by_todays(run):
@@ -234,36 +208,34 @@ def test_a_student_made_with_other_settings_is_neither_evaluated_nor_pushed_as_i
     evaluate.main(["recipe.yaml", "--arms.first.learning_rate", "1e-3"])
 
 
-CHANGED = {
-    "a label behind a pattern": lambda: edit("data/train-0.jsonl", '"good"', '"bad"'),
-    "a new file behind a pattern": lambda: shutil.copy("data/train-0.jsonl", "data/train-1.jsonl"),
-    "a file of a folder": lambda: edit("data/train-0.jsonl", '"good"', '"bad"'),
-    "the same size and time": lambda: flip_label("data/train-0.jsonl"),
-}
-
-
 def flip_label(file):
     times = os.stat(file).st_atime_ns, os.stat(file).st_mtime_ns
     edit(file, '"good"', '"evil"')
     os.utime(file, ns=times)
 
 
+BY_PATTERN, IN_FOLDER = {"path": "json", "data_files": "data/*.jsonl"}, {"path": "data", "data_files": "*.jsonl"}
+CHANGED = {
+    "a label behind a pattern": (BY_PATTERN, lambda: edit("data/0.jsonl", '"good"', '"bad"')),
+    "a new file behind a pattern": (BY_PATTERN, lambda: shutil.copy("data/0.jsonl", "data/1.jsonl")),
+    "a file of a folder": (IN_FOLDER, lambda: edit("data/0.jsonl", '"good"', '"bad"')),
+    "the same size and time": (BY_PATTERN, lambda: flip_label("data/0.jsonl")),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGED)
 def test_changed_data_is_noticed_and_used(run, name):
+    train, change = CHANGED[name]
     os.mkdir("data")
-    shutil.copy("train.jsonl", "data/train-0.jsonl")
-    in_folder = {"path": "data", "data_files": "train-*.jsonl"}
-    by_pattern = {"path": "json", "data_files": "data/train-*.jsonl"}
-    train = in_folder if "folder" in name else by_pattern
+    shutil.copy("train.jsonl", "data/0.jsonl")
     edit_recipe(lambda recipe: recipe["datasets"].update(train=train))
     edit_recipe(lambda recipe: recipe["task"].pop("choices"))
     run_all()
     before = Run(load_recipe("recipe.yaml")).record("cache")["outputs"]
-    CHANGED[name]()
+    change()
     assert run_all() == ["sft", "cache", "calibrate", "distill.fine_tuned", "distill.first", "evaluate"]
-    labels = {json.dumps(row["label"]) for row in map(json.loads, open("data/train-0.jsonl"))}
-    assert Run(load_recipe("recipe.yaml")).record("cache")["outputs"] != before and labels
+    assert Run(load_recipe("recipe.yaml")).record("cache")["outputs"] != before
 
 
 README = [
@@ -291,27 +263,23 @@ def test_the_readmes_lines_in_any_order_never_lose_a_student(run, order):
     push.main(["recipe.yaml", "--dry_run"])
 
 
-PARTS = {
-    "trainer_state.json": (empty, half),
-    "model.safetensors": (half, gone),
-    "optimizer.pt": (half, gone),
-    "scheduler.pt": (half,),
-    "rng_state.pth": (half, empty),
-    "first_trl_files.json": (half,),
-}
-CHECKPOINTS = [(name, damage) for name, ways in PARTS.items() for damage in ways]
+CHECKPOINTS = [
+    ("trainer_state.json", empty), ("trainer_state.json", half), ("model.safetensors", half),
+    ("model.safetensors", gone), ("optimizer.pt", half), ("optimizer.pt", gone), ("scheduler.pt", half),
+    ("rng_state.pth", half), ("rng_state.pth", empty), ("first_trl_files.json", half),
+]  # fmt: skip
+LONGER = ["recipe.yaml", "--arm", "first", "--max_steps", "3", "--save_strategy", "steps", "--save_steps", "1"]
 
 
 @pytest.fixture(scope="module")
 def interrupted(finished, tmp_path_factory):
-    """The finished run, its first student being trained anew and stopped after the second checkpoint of three."""
+    """(the finished run, its first student being trained anew and stopped at step 2 of 3; its weights otherwise)."""
     from first_trl.checkpoints import ListFiles
 
-    folder = tmp_path_factory.mktemp("interrupted") / "run"
-    shutil.copytree(finished, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.chdir(folder)
+    stopped, other = (shutil.copytree(finished, tmp_path_factory.mktemp(name) / "run") for name in "ab")
+    with inside(other):
+        distill.main(LONGER)
+    with inside(stopped) as patch:
         on_save = ListFiles.on_save
 
         def stop(self, args, state, control, **kwargs):
@@ -320,36 +288,17 @@ def interrupted(finished, tmp_path_factory):
                 raise KeyboardInterrupt
 
         patch.setattr(ListFiles, "on_save", stop)
-        assert refused(distill, *LONGER) == "130"
-    return folder
+        assert refused(distill, *LONGER[1:]) == "130"
+    return stopped, (other / OF_FIRST).read_bytes()
 
 
-LONGER = ["--arm", "first", "--max_steps", "3", "--save_strategy", "steps", "--save_steps", "1"]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(finished, tmp_path_factory):
-    """The student's weights without an interruption."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    shutil.copytree(finished, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.chdir(folder)
-        distill.main(["recipe.yaml", *LONGER])
-    return (folder / "runs" / "tiny" / FIRST / WEIGHTS).read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] != "optimizer.pt")) for case in CHECKPOINTS],
-)
+@pytest.mark.parametrize(("name", "damage"), marked(CHECKPOINTS, CHECKPOINTS[4:6]))
 def test_a_damaged_checkpoint_is_named_and_training_goes_on_from_the_one_before(
-    interrupted, undisturbed, tmp_path, monkeypatch, capsys, name, damage
+    interrupted, tmp_path, capsys, name, damage
 ):
-    shutil.copytree(interrupted, tmp_path / "run")
-    monkeypatch.chdir(tmp_path / "run")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    damage(tmp_path / "run" / "runs" / "tiny" / "students" / ".new" / "first" / "checkpoint-2" / name)
-    distill.main(["recipe.yaml", *LONGER])
-    assert f"checkpoint-2 cannot be resumed from: {name}" in capsys.readouterr().err
-    assert (tmp_path / "run" / "runs" / "tiny" / FIRST / WEIGHTS).read_bytes() == undisturbed
+    stopped, undisturbed = interrupted
+    with inside(shutil.copytree(stopped, tmp_path / "run")):
+        damage(Path("runs/tiny/students/.new/first/checkpoint-2", name))
+        distill.main(LONGER)
+        assert f"checkpoint-2 cannot be resumed from: {name}" in capsys.readouterr().err
+        assert OF_FIRST.read_bytes() == undisturbed
