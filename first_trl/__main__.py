@@ -92,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     """Of the commands that are no stage and have no parser of their own; it names the others."""
     from .stages.command import add_run_options
 
-    about = {"description": __doc__.partition("Each stage is")[0], "formatter_class": argparse.RawTextHelpFormatter}
-    parser = argparse.ArgumentParser(prog="first-trl", **about)
+    text, raw = __doc__.partition("Each stage is")[0], argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog="first-trl", description=text, formatter_class=raw)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     run, demo, report = (commands.add_parser(name, allow_abbrev=False) for name in ("run", "demo", "report"))
     run.set_defaults(call=run_recipe)
