@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -84,22 +83,38 @@ def until_end(written: list[int], ends: list[int]) -> tuple[list[int], bool]:
     return written[:at], at is not None
 
 
-def answered_examples(examples: list[dict], write: Callable, ends: list[int], closing: list[int]) -> list[dict]:
-    """Examples with what `write` makes of their prompts as answers; where one was cut, no end is learned."""
-    starts = [next(i for i, label in enumerate(example["labels"]) if label != IGNORED) for example in examples]
-    prompts = [example["input_ids"][:start] for example, start in zip(examples, starts, strict=True)]
-    answers = [text + closing * ended for text, ended in (until_end(written, ends) for written in write(prompts))]
-    return [
-        {"input_ids": [*prompt, *answer], "labels": [IGNORED] * len(prompt) + answer}
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+def writing_teacher(
+    run_teacher: Callable,
+    write: Callable,
+    how: WriteAnswers,
+    task: TaskConfig,
+    tokenizer,
+    first_row: Mapping[str, Any],
+) -> tuple[Callable, Callable]:
+    """`run_teacher` over examples whose answers it has written before, and what counts such answers in their labels.
 
+    One that `how.max_new_tokens` cut has no end, and none is learned.
+    """
+    ends, closing = answer_ends(task, tokenizer, first_row)
 
-def count_answers(labels: list[list[int]], closing: list[int]) -> Counter:
-    """How many written answers were cut before their end, and how many are nothing but their end."""
-    answers = [[label for label in row if label != IGNORED] for row in labels]
-    cut = sum(answer[-len(closing) :] != closing for answer in answers)
-    return Counter(answers_cut=cut, answers_empty=sum(answer == closing for answer in answers))
+    def run(examples: list[dict], progress: Callable[[int], None]) -> list[dict]:
+        starts = [next(i for i, label in enumerate(example["labels"]) if label != IGNORED) for example in examples]
+        prompts = [example["input_ids"][:start] for example, start in zip(examples, starts, strict=True)]
+        written = [until_end(tokens, ends) for tokens in write(prompts, ends, how, progress=progress)]
+        answers = [tokens + closing * ended for tokens, ended in written]
+        return run_teacher(
+            [
+                {"input_ids": [*prompt, *answer], "labels": [IGNORED] * len(prompt) + answer}
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ]
+        )
+
+    def count(labels: list[list[int]]) -> dict[str, int]:
+        answers = [[label for label in row if label != IGNORED] for row in labels]
+        cut = sum(answer[-len(closing) :] != closing for answer in answers)
+        return {"answers_cut": cut, "answers_empty": answers.count(closing)}
+
+    return run, count
 
 
 @torch.inference_mode()

@@ -67,7 +67,7 @@ def test_a_teacher_writes_the_answers_and_is_cached_on_what_it_wrote(tmp_path, c
     totals = found.manifest["totals"]
     assert totals["answers_cut"] == 12 - ended and totals["answers_empty"] == sum(a == [0] for _, a in written)
     assert found.manifest["labels"] == "teacher" and found.manifest["write_answers"]["max_new_tokens"] == 8
-    assert f"{12 - ended} are cut at 8 tokens" in capsys.readouterr().err
+    assert f"of the written answers {12 - ended} are cut and" in capsys.readouterr().err
     row, (prompt, answer) = found.dataset[0], written[0]
     with torch.no_grad():
         log_probs = teacher(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]

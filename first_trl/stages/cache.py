@@ -81,39 +81,31 @@ def cache_split(recipe, role: str, run_teacher: Callable, write: Callable, token
     from first_trl.data.choices import forced_tokens, with_answer
     from first_trl.data.encoding import first_row
     from first_trl.data.rows import describe_lost, load_rows
-    from first_trl.generation import answer_ends, answered_examples, count_answers
+    from first_trl.generation import writing_teacher
 
     state, settings, folder = PartialState(), recipe.cache, new_folder(recipe.run_folder / "cache" / role)
     place = "datasets.transfer" if role == "train" and recipe.datasets.transfer else f"datasets.{role}"
     written = settings.write_answers if place == "datasets.transfer" else None
+    how = {"place": place, "streaming": settings.streaming, "write": written}
     with state.local_main_process_first():
-        split = cached_split(recipe, role)
-        how = {"place": place, "streaming": settings.streaming, "write": written}
-        dataset, _, lost = load_rows(split, role, recipe.task, tokenizer, **how)
+        dataset, _, lost = load_rows(cached_split(recipe, role), role, recipe.task, tokenizer, **how)
     if line := describe_lost(place, lost):
         status(line)
     first = next(iter(dataset))
-    encode, asked = row_encoder(recipe, role, tokenizer, first)
+    encode, asked = row_encoder(recipe, place, tokenizer, first)
     unlabelled = "candidates" in asked
+    answered = with_answer(first, recipe.task, recipe.task.choices[0]) if unlabelled else first
     identity = {
         **identity,
         "labels": "teacher" if unlabelled or written else "given",
         "rows": lost,
         "forced": forced_tokens(recipe.task, tokenizer, first),
-        "first_row": first_row(
-            recipe.task, tokenizer, with_answer(first, recipe.task, recipe.task.choices[0]) if unlabelled else first
-        ),
+        "first_row": first_row(recipe.task, tokenizer, answered),
     }
-    ends, closing = answer_ends(recipe.task, tokenizer, first) if written else ([], [])
+    run_teacher, count = partial(run_teacher, **asked), None
     if written:
         identity["write_answers"] = dict(written)
-
-    def columns(examples: list[dict], progress: Callable[[int], None] | None) -> list[dict]:
-        if written:  # what takes long is writing; reading it again is one pass
-            answer = partial(write, ends=ends, how=written, progress=progress)
-            examples, progress = answered_examples(examples, answer, ends, closing), None
-        return run_teacher(examples, progress=progress, **asked)
-
+        run_teacher, count = writing_teacher(run_teacher, write, written, recipe.task, tokenizer, first)
     layout = {"top_k": kept_tokens(recipe), "dtype": settings.dtype, "rows_per_shard": settings.rows_per_shard}
     writer = CacheWriter(folder, identity, **layout)
     # What is there and of another job is removed: the run folder's record says that it is out of date
@@ -124,7 +116,7 @@ def cache_split(recipe, role: str, run_teacher: Callable, write: Callable, token
             writer,
             dataset,
             encode,
-            columns,
+            lambda examples, progress: run_teacher(examples, progress=progress),
             present=frozenset(present[0]),
             rank=state.process_index,
             processes=state.num_processes,
@@ -133,22 +125,17 @@ def cache_split(recipe, role: str, run_teacher: Callable, write: Callable, token
         )
         state.wait_for_everyone()
         if state.is_main_process:
-            count = partial(count_answers, closing=closing) if written else None
             totals = writer.finish(num_rows, count)["totals"]
+            told = "; of the written answers {answers_cut} are cut and {answers_empty} empty" if written else ""
             status(
                 f"cache: {role} has {totals['rows']} rows, {totals['supervised_positions']} supervised positions; the "
                 f"teacher puts {totals['teacher_mass_mean']:.3f} of its mass on {kept_tokens(recipe)} tokens (p10 "
-                f"{totals['teacher_mass_p10']:.3f})"
+                f"{totals['teacher_mass_p10']:.3f}){told.format(**totals)}"
             )
-            if written:
-                status(
-                    f"cache: the teacher wrote these answers; {totals['answers_cut']} are cut at "
-                    f"{written.max_new_tokens} tokens and have no end, {totals['answers_empty']} are empty"
-                )
     state.wait_for_everyone()
 
 
-def row_encoder(recipe, role: str, tokenizer, first_row: dict) -> tuple[Callable, dict]:
+def row_encoder(recipe, place: str, tokenizer, first_row: dict) -> tuple[Callable, dict]:
     """How a row becomes an example, and what the teacher is asked besides: tokens to keep, answers to choose among.
 
     Rows of `datasets.transfer` need no labels: the teacher's most probable choice stands in for each.
@@ -163,7 +150,6 @@ def row_encoder(recipe, role: str, tokenizer, first_row: dict) -> tuple[Callable
     )
     from first_trl.data.encoding import encode_row
 
-    place = "datasets.transfer" if role == "train" and recipe.datasets.transfer else f"datasets.{role}"
     wanted = {"task": recipe.task, "tokenizer": tokenizer, "place": place}
     if place == "datasets.transfer" and recipe.cache.write_answers:
         return partial(encode_row, **wanted | {"task": room_to_write(recipe.task, recipe.cache.write_answers)}), {}

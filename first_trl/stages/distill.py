@@ -117,6 +117,8 @@ def close_student(recipe, student: str, folder: Path) -> None:
                 f"{100 * closing['ece_before']:.1f} % as trained, {100 * closing['ece_after']:.1f} % as shipped"
             )
         closing["vocabulary"] = vocabulary_closing(folder, section, rows.rows, recipe)
+        if "choice_log_probs" not in answers and closing["vocabulary"]:  # of the whole vocabulary, as free text is
+            temperature = closing["vocabulary"]["temperature"]
         write_atomically(folder / CLOSING_FILE, json.dumps(closing, indent=1))
     content = describe_student(student, recipe.task, section, predictions(answers, place), temperature)
     write_atomically(folder / PREDICT_FILE, json.dumps(content, indent=1))
