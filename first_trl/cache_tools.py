@@ -17,22 +17,20 @@ from pathlib import Path
 
 # The heavy imports are in the functions: the command line reads this page and must answer `--help` at once.
 
-COMMANDS = ("inspect", "verify", "push")
 NUM_EXAMPLES, POSITIONS_SHOWN = 10, 3
 TEXT_SHOWN, BAR = 160, 40  # characters of a prompt (its end, which the answer follows), and of a histogram's bar
 # Allowed between the cached probabilities and the teacher's now: storage rounds by 2e-4, 16-bit logits by much more.
 TOLERANCE, TOLERANCE_16_BIT = 5e-4, 0.03
+SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 
 
 def main(argv: list[str]) -> int:
     """Run a command; returns its exit status."""
     options = _parser().parse_args(argv)
-    from .hub.upload import PushError
-
     try:
         print({"inspect": inspect, "verify": verify, "push": push}[options.command](options))
         sys.stdout.flush()
-    except (ValueError, PushError) as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
@@ -44,18 +42,25 @@ def _parser() -> argparse.ArgumentParser:
     page = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("first-trl cache", description=__doc__, formatter_class=page, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
+    options: dict[str, dict[str, dict]] = {
+        "inspect": {"--tokenizer": {"help": "folder or id; default: that of the run the cache lies in"}},
+        "verify": {
+            "--teacher": {"help": "folder or id: run it again over a sample of the rows"},
+            "--rows": {"type": int, "default": 32, "help": "rows of the sample (default: 32)"},
+        },
+        "push": {
+            "repo_id": {"metavar": "REPO_ID", "help": "owner/name, made if need be"},
+            "--license": {"help": "of the rows, e.g. cc-by-4.0, or unknown; default: what their data set names"},
+            "--language": {"nargs": "*", "help": "of the rows, e.g. en; default: what their data set names"},
+            "--private": {"action": "store_true", "help": "make a new repository private"},
+            "--create_pr": {"action": "store_true", "help": "open a pull request"},
+        },
+    }
+    for name, settings in options.items():
         command = commands.add_parser(name, allow_abbrev=False)
         command.add_argument("path", metavar="PATH", help="a cache's folder, or a data set on the Hub")
-        if name == "inspect":
-            command.add_argument("--tokenizer", help="folder or id; default: that of the run the cache lies in")
-        if name == "verify":
-            command.add_argument("--teacher", help="folder or id: run it again over a sample of the rows")
-            command.add_argument("--rows", type=int, default=32, help="rows of the sample (default: 32)")
-        if name == "push":
-            command.add_argument("repo_id", metavar="REPO_ID", help="owner/name, made if need be")
-            command.add_argument("--private", action="store_true", help="make a new repository private")
-            command.add_argument("--create_pr", action="store_true", help="open a pull request")
+        for option, how in settings.items():
+            command.add_argument(option, **how)
         command.add_argument("--revision", help="branch of the repository" + ("" if name == "push" else " or commit"))
     return parser
 
@@ -85,36 +90,52 @@ def describe(cache, tokenizer=None) -> str:
     import numpy as np
 
     from .cache.arrays import row_blocks
+    from .constants import IGNORED
     from .errors import shorten
 
-    manifest, totals = cache.manifest, cache.manifest["totals"]
-    positions, size = max(totals["supervised_positions"], 1), sum(shard["bytes"] for shard in manifest["shards"])
-    ours = teacher_bytes(cache)
-    kept = "those of the choices" if manifest.get("support") == "choices" else "the most probable"
-    exact = "what the kept ones leave of 1" if manifest.get("tail") == "from_top_k" else "their exact sum"
-    facts = {
-        "teacher": _entries(manifest["teacher"], "id revision commit base dtype quantization weights_sha256"),
-        "rows from": _entries(manifest["dataset"], "path name files split revision max_rows"),
-        "task": _entries(manifest["task"], " ".join(manifest["task"])),
-        "rows": f"{totals['rows']:,} in {len(manifest['shards'])} shards",
-        "supervised positions": f"{totals['supervised_positions']:,}",
-        "kept": f"{manifest['top_k']} tokens each ({kept}), log-probabilities in {manifest['dtype']}",
-        "all other tokens": exact,
-        "on disk": f"{size:,} bytes, {size / positions:.1f} per supervised position",
-        "of these, the teacher": f"{ours:,} bytes, {ours / positions:.1f} per supervised position",
-        "teacher's mass on them": f"mean {totals['teacher_mass_mean']:.4f}, p10 {totals['teacher_mass_p10']:.4f}",
-    }
-    lines = [shorten(str(cache.path)), *(f"  {name:<23} {shorten(value)}" for name, value in facts.items())]
-    counts_B = np.zeros(10, dtype=np.int64)
+    def text(ids) -> str:
+        words = " ".join(map(str, ids)) if tokenizer is None else repr(tokenizer.decode(ids))
+        return words if len(words) <= TEXT_SHOWN else f"...{words[-TEXT_SHOWN:]}"
+
+    totals, counts_B = cache.manifest["totals"], np.zeros(10, dtype=np.int64)
     for block in row_blocks(cache.dataset, "all") if totals["supervised_positions"] else ():
         counts_B += np.histogram(np.exp(block.log_probs[:, 0]).clip(0, 1), bins=10, range=(0, 1))[0]
-    lines += ["", "confidence of the teacher's first token"]
-    for i, count in enumerate(counts_B.tolist()):
-        bar = "#" * round(count * BAR / max(counts_B.max(), 1))
-        lines.append(f"  {i / 10:.1f} to {(i + 1) / 10:.1f} {count:>12,}  {bar}".rstrip())
-    shown = np.unique(np.linspace(0, totals["rows"] - 1, NUM_EXAMPLES).astype(int)).tolist()
-    lines += ["", f"{len(shown)} rows, evenly spread"]
-    return "\n".join([*lines, *(line for row in shown for line in _example(row, cache.dataset[row], tokenizer))])
+    examples = {}
+    for number in np.unique(np.linspace(0, totals["rows"] - 1, NUM_EXAMPLES).astype(int)).tolist():
+        row = cache.dataset[number]
+        places = [i for i, label in enumerate(row["labels"]) if label != IGNORED and i > 0]
+        labels = [[row["labels"][i]] for i in places[:POSITIONS_SHOWN]]
+        pairs = map(zip, row["teacher_ids"], row["teacher_log_probs"])
+        shown = list(zip(labels, pairs, row["teacher_tail_log_prob"], strict=False))
+        prompt = row["input_ids"][: places[0] if places else None]
+        examples[number] = {"prompt": prompt, "shown": shown, "more": len(places) - POSITIONS_SHOWN}
+    page = _template("cache_page.jinja", shorten=shorten, text=text, exp=math.exp).render(
+        cache=cache,
+        size=sum(shard["bytes"] for shard in cache.manifest["shards"]),
+        teacher_size=teacher_bytes(cache),
+        bars=[(count, round(count * BAR / max(counts_B.max(), 1))) for count in counts_B.tolist()],
+        examples=examples,
+        **cache.manifest,
+    )
+    return page.rstrip()
+
+
+def _template(name: str, **filters):
+    from jinja2 import Environment, FileSystemLoader
+
+    folder = FileSystemLoader(Path(__file__).parent / "hub")
+    environment = Environment(loader=folder, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"entries": _entries, **filters}
+    return environment.get_template(name)
+
+
+def _entries(section: dict, names: str, as_code: bool = False) -> str:
+    """Some entries of a section of the manifest, the first without its name; of a hash enough to tell two apart."""
+    texts = {name: section[name] for name in names.split() if section.get(name) is not None}
+    texts = {name: f"{text[:12]}..." if name.endswith("sha256") else str(text) for name, text in texts.items()}
+    texts = {name: _code(text) if as_code else text for name, text in texts.items()}
+    first = names.partition(" ")[0]
+    return ", ".join(text if name == first else f"{name} {text}" for name, text in texts.items())
 
 
 def teacher_bytes(cache) -> int:
@@ -125,32 +146,6 @@ def teacher_bytes(cache) -> int:
     groups = [file.row_group(i) for file in files for i in range(file.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
     return sum(column.total_compressed_size for column in columns if column.path_in_schema.startswith("teacher"))
-
-
-def _entries(section: dict, names: str, cell=str) -> str:
-    """Some entries of a section of the manifest, the first without its name; of a hash enough to tell two apart."""
-    texts = {name: section[name] for name in names.split() if section.get(name) is not None}
-    texts = {name: f"{text[:12]}..." if name.endswith("sha256") else text for name, text in texts.items()}
-    first = names.partition(" ")[0]
-    return ", ".join(cell(text) if name == first else f"{name} {cell(text)}" for name, text in texts.items())
-
-
-def _example(number: int, row: dict, tokenizer) -> list[str]:
-    from .constants import IGNORED
-
-    def text(ids) -> str:
-        words = " ".join(map(str, ids)) if tokenizer is None else repr(tokenizer.decode(ids))
-        return words if len(words) <= TEXT_SHOWN else f"...{words[-TEXT_SHOWN:]}"
-
-    supervised = [i for i, label in enumerate(row["labels"]) if label != IGNORED and i > 0]
-    lines = [f"  row {number}: {text(row['input_ids'][: supervised[0]] if supervised else row['input_ids'])}"]
-    for place, position in enumerate(supervised[:POSITIONS_SHOWN]):
-        pairs = zip(row["teacher_ids"][place], row["teacher_log_probs"][place], strict=True)
-        kept = ", ".join(f"{text([token])} {math.exp(log_prob):.3f}" for token, log_prob in pairs)
-        tail = math.exp(row["teacher_tail_log_prob"][place])
-        lines.append(f"    label {text([row['labels'][position]])}: teacher {kept}, all others {tail:.3f}")
-    more = len(supervised) - POSITIONS_SHOWN
-    return [*lines, f"    and {more} more positions"] if more > 0 else lines
 
 
 def verify(options: argparse.Namespace) -> str:
@@ -274,7 +269,9 @@ def push(options: argparse.Namespace) -> str:
     folder = Path(options.path)
     if not folder.is_dir():
         raise FirstTrlError(f"There is no folder {options.path}; give the cache's, such as runs/NAME/cache/train.")
-    card = build_card(open_cache(folder), options.repo_id)
+    cache = open_cache(folder)
+    source = source_card(cache.manifest["dataset"])
+    card = build_card(cache, options.repo_id, options.license or source.license, options.language or source.language)
     refuse_leaks("the card", card)
     refuse_leaks(MANIFEST, (folder / MANIFEST).read_text(encoding="utf-8"))
     write_atomically(folder / "README.md", card)
@@ -283,51 +280,54 @@ def push(options: argparse.Namespace) -> str:
     return f"Uploaded to {push_folder(folder, options.repo_id, commit_message=message, repo_type='dataset', **where)}"
 
 
-def build_card(cache, repo_id: str) -> str:
-    """The README.md of a cache's repository."""
-    import jinja2
-    import yaml
+def source_card(dataset: dict):
+    """The metadata of the card of the data set on the Hub that the rows are from; empty where it cannot be had."""
+    from huggingface_hub import DatasetCard, DatasetCardData
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    manifest, totals, teacher = cache.manifest, cache.manifest["totals"], cache.manifest["teacher"]
-    metadata = {
-        "pretty_name": f"Teacher cache of {teacher['id']}",
-        "tags": ["first-trl", "distillation", "teacher-cache"],
-        "task_categories": ["text-generation"],
-        "configs": [{"config_name": "default", "data_files": "train-*.parquet"}],
-    }
-    top_k, mass = manifest["top_k"], f"{totals['teacher_mass_mean']:.4f} on average, {totals['teacher_mass_p10']:.4f}"
-    facts = {
-        "teacher": _entries(teacher, "id revision commit dtype quantization base", _code),
-        "teacher's weights": f"SHA-256 `{teacher['weights_sha256']}`" if teacher["weights_sha256"] else "on the Hub",
-        "rows from": _entries(manifest["dataset"], "path name files split revision", _code),
-        "prompt": _code(manifest["task"].get("prompt")),
-        "completion": _code(manifest["task"].get("completion")),
-        "supervised positions": f"{totals['supervised_positions']:,}",
-        "teacher's mass on the kept tokens": f"{mass} or less at a tenth of the positions",
-        "tokenizer": f"SHA-256 `{manifest['tokenizer_sha256']}` of its token to id mapping",
-        "manifest": f"SHA-256 `{manifest['manifest_sha256']}`",
-    }
-    template = (Path(__file__).parent / "hub" / "cache_card.md").read_text(encoding="utf-8")
-    return (
-        jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
-        .from_string(template)
-        .render(
-            metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
-            title=re.sub(r"([\\`*_{}\[\]<>()#+!|~&-])", r"\\\1", " ".join(str(teacher["id"]).split())),
-            rows=f"{totals['rows']:,}",
-            kept=f"{top_k} answers'" if manifest.get("support") == "choices" else f"its {top_k} most probable",
-            repo_id=repo_id,
-            facts=facts,
-            top_k=top_k,
-            dtype=manifest["dtype"],
+    from .constants import BUILDERS, HUB_ID
+
+    name = dataset["path"]
+    if dataset.get("files_sha256") is None and name not in BUILDERS.values() and HUB_ID.fullmatch(name):
+        try:
+            return DatasetCard.load(name, ignore_metadata_errors=True).data
+        except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+            return DatasetCardData()  # the licence is asked for then
+    return DatasetCardData()
+
+
+def build_card(cache, repo_id: str, license=None, language=None) -> str:
+    """The README.md of a cache's repository.
+
+    Raises:
+        FirstTrlError: the licence of the rows is not known.
+    """
+    from huggingface_hub import DatasetCardData
+
+    from .errors import FirstTrlError
+    from .hub.card import escape_markdown
+
+    if license is None:
+        raise FirstTrlError(
+            "The licence of the cache's rows is not known: give --license, e.g. cc-by-4.0, or unknown."
         )
+    manifest = cache.manifest
+    rows = manifest["totals"]["rows"]
+    metadata = DatasetCardData(
+        license=license,
+        language=language,
+        size_categories=next((size for limit, size in SIZES.items() if rows < limit), "n>10M"),
+        pretty_name=f"Teacher cache of {manifest['teacher']['id']}",
+        tags=["first-trl", "distillation", "teacher-cache"],
+        task_categories=["text-generation"],
+        configs=[{"config_name": "default", "data_files": "train-*.parquet"}],
     )
+    template = _template("cache_card.md", escape=escape_markdown, code=_code)
+    return template.render(metadata=metadata.to_yaml(), license=license, repo_id=repo_id, **manifest)
 
 
 def _code(value) -> str:
     """A value as a code span in one cell of a table, whatever is in it."""
-    if value is None:
-        return "none"
     text = str(value).replace("\n", "\\n").replace("|", "\\|")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"

@@ -1,11 +1,9 @@
 """A cache is shown as it is, verified against its teacher, and comes back from the Hub as it was."""
 
-import argparse
 import math
 import re
 import shutil
 
-import datasets
 import numpy as np
 import pytest
 import yaml
@@ -14,16 +12,13 @@ from first_trl import __main__ as command
 from first_trl import cache_tools
 from first_trl.cache.format import CacheError
 from first_trl.cache.reader import open_cache
-from first_trl.cache_tools import build_card, check_keys, compare_with_teacher, describe, teacher_bytes
+from first_trl.cache_tools import build_card, check_keys, compare_with_teacher, teacher_bytes
 from first_trl.stages import cache as stage
 from tests.cache_recipe import write_recipe
 from tests.cache_samples import contents, description, make_row, make_rows, write_cache
 from tests.tiny import build_model, build_tokenizer
 
-
-@pytest.fixture(autouse=True)
-def arrow_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+pytestmark = pytest.mark.usefixtures("arrow_files")
 
 
 @pytest.fixture(scope="module")
@@ -49,31 +44,22 @@ def run(capsys, *arguments):
     return status, said.out, said.err
 
 
-def run_push(path):
-    """Push without catching errors, as `run` does."""
-    options = {"path": str(path), "repo_id": "me/it", "private": False, "revision": None, "create_pr": False}
-    return cache_tools.push(argparse.Namespace(**options))
-
-
 # inspect
 
 
 def test_inspect_shows_totals_bytes_mass_confidence_and_ten_examples_in_words(capsys, path):
     status, page, _ = run(capsys, "inspect", path)
-    manifest = open_cache(path).manifest
+    cache, tokenizer = open_cache(path), build_tokenizer()
     assert status == 0 and "40 in 10 shards" in page and "supervised positions    80\n" in page
-    whole = sum(file.stat().st_size for file in path.glob("*.parquet"))
+    whole, ours = sum(file.stat().st_size for file in path.glob("*.parquet")), teacher_bytes(cache)
+    assert 80 * 10 < ours < whole and f"{ours:,} bytes, {ours / 80:.1f} per supervised position" in page
     assert f"{whole:,} bytes, {whole / 80:.1f} per supervised position" in page
-    assert f"mean {manifest['totals']['teacher_mass_mean']:.4f}" in page
+    assert f"mean {cache.manifest['totals']['teacher_mass_mean']:.4f}" in page
     assert "all other tokens        their exact sum" in page
     assert page.count("  row ") == 10 and page.count("label '<eos>'") == 10
     bins = [int(line.split()[3]) for line in page.splitlines() if " to " in line]
     assert len(bins) == 10 and sum(bins) == 80
-
-
-def test_inspect_shows_the_five_tokens_of_the_teacher_with_their_probabilities(path):
-    cache, tokenizer = open_cache(path), build_tokenizer()
-    row, page = cache.dataset[0], describe(cache, tokenizer)
+    row = cache.dataset[0]
     for token, log_prob in zip(row["teacher_ids"][0], row["teacher_log_probs"][0], strict=True):
         assert f"{tokenizer.decode([token])!r} {math.exp(log_prob):.3f}" in page
     assert f"all others {math.exp(row['teacher_tail_log_prob'][0]):.3f}" in page
@@ -96,11 +82,6 @@ def test_inspect_refuses_a_tokenizer_that_would_show_other_words(capsys, path, t
     assert status == 1 and "tokenizer_sha256 is " in errors and "expected" in errors
 
 
-def test_the_teachers_bytes_are_those_of_its_three_columns(path):
-    size = teacher_bytes(open_cache(path))
-    assert 80 * 10 < size < sum(file.stat().st_size for file in path.glob("*.parquet"))
-
-
 # verify
 
 
@@ -115,12 +96,9 @@ def test_verify_hashes_everything_and_says_what_it_did_not_do(capsys, path, tmp_
     assert status == 1 and "train-000004.parquet is damaged: its sha256 is" in errors
 
 
-def test_verify_runs_the_teacher_again_within_the_noise_of_its_own_batches(capsys, folder, path):
+def test_verify_runs_the_teacher_again_and_refuses_other_weights_with_both_hashes(capsys, folder, path, tmp_path):
     status, said, _ = run(capsys, "verify", path, "--teacher", folder / "teacher", "--rows", "40")
     assert status == 0 and "40 rows with 80 supervised positions run again" in said
-
-
-def test_verify_refuses_other_weights_with_both_hashes(capsys, path, tmp_path):
     build_model(27, seed=1).save_pretrained(tmp_path / "teacher")
     build_tokenizer().save_pretrained(tmp_path / "teacher")
     status, _, errors = run(capsys, "verify", path, "--teacher", tmp_path / "teacher")
@@ -140,25 +118,21 @@ def test_a_teacher_that_changed_a_little_exceeds_the_tolerance(folder, path):
         compare_with_teacher(cache, model, vocab_limit=27)
 
 
-@pytest.mark.parametrize("ids", ["the most probable", "the next ones", "others"])
-def test_a_sample_is_compared_by_its_tokens_and_by_their_rank(tmp_path, ids):
+@pytest.mark.parametrize("kept", [slice(0, 5), slice(1, 6), None])  # the most probable, the next ones, others
+def test_a_sample_is_compared_by_its_tokens_and_by_their_rank(tmp_path, kept):
     from first_trl.scoring import teacher_rows
     from tests.test_trainer import random_examples
 
     model, examples = build_model(27).eval(), random_examples(8, 27)
     rows = teacher_rows(model, examples, top_k=6, tokens_per_batch=64)
     for row in rows:
-        kept = {"the most probable": slice(0, 5), "the next ones": slice(1, 6), "others": slice(0, 5)}[ids]
-        left_out = row["teacher_log_probs"][:, [0 if ids == "the next ones" else 5]]
-        tail = np.logaddexp(row["teacher_tail_log_prob"], left_out[:, 0])
-        row |= {name: row[name][:, kept] for name in ("teacher_ids", "teacher_log_probs")}
-        row["teacher_tail_log_prob"] = tail
-        if ids == "others":
-            row["teacher_ids"] = (row["teacher_ids"] + 1) % 27
-    teacher = {**description()["teacher"], "dtype": "float32"}
-    write_cache(tmp_path / "cache", rows, teacher=teacher)
+        left_out = row["teacher_log_probs"][:, 0 if kept == slice(1, 6) else 5]
+        row |= {name: row[name][:, kept or slice(0, 5)] for name in ("teacher_ids", "teacher_log_probs")}
+        row["teacher_tail_log_prob"] = np.logaddexp(row["teacher_tail_log_prob"], left_out)
+        row["teacher_ids"] = row["teacher_ids"] if kept else (row["teacher_ids"] + 1) % 27
+    write_cache(tmp_path / "cache", rows, teacher={**description()["teacher"], "dtype": "float32"})
     cache = open_cache(tmp_path / "cache")
-    if ids == "the most probable":
+    if kept == slice(0, 5):
         assert "run again" in compare_with_teacher(cache, model, vocab_limit=27)
         return
     with pytest.raises(CacheError, match="This is not the teacher"):
@@ -181,16 +155,21 @@ def test_a_cache_comes_back_from_the_hub_as_it_was_with_a_card(hub, path, tmp_pa
     shutil.copytree(path, tmp_path / "cache")
     (tmp_path / "cache" / ".lock").touch()
     before = contents(path)
-    assert run(capsys, "push", tmp_path / "cache", "me/reviews-cache")[0] == 0
+    status, _, errors = run(capsys, "push", tmp_path / "cache", "me/reviews-cache")
+    assert status == 1 and "--license, e.g. cc-by-4.0, or unknown" in errors and not hub.repos
+    licensed = ("--license", "cc-by-4.0", "--language", "en")
+    assert run(capsys, "push", tmp_path / "cache", "me/reviews-cache", *licensed)[0] == 0
     files = hub.files("datasets/me/reviews-cache")
     card = files.pop("README.md").decode()
     assert files == before
     metadata = yaml.safe_load(card.split("---")[1])
+    assert (metadata["license"], metadata["language"]) == ("cc-by-4.0", ["en"])
+    assert metadata["size_categories"] == "n<1K" and "were taken from: cc-by-4.0." in card
     assert metadata["configs"] == [{"config_name": "default", "data_files": "train-*.parquet"}]
     assert 'open_cache("me/reviews-cache")' in card and "80" in card
     cache = open_cache("me/reviews-cache")
     assert cache.dataset.to_list() == open_cache(path).dataset.to_list()
-    assert run(capsys, "push", tmp_path / "cache", "me/reviews-cache", "--revision", "v2")[0] == 0
+    assert run(capsys, "push", tmp_path / "cache", "me/reviews-cache", *licensed, "--revision", "v2")[0] == 0
     assert open_cache("me/reviews-cache", revision="v2").manifest == cache.manifest
     with pytest.raises(CacheError, match="the Hub does not give a data set me/reviews-cache at revision 'v3'"):
         open_cache("me/reviews-cache", revision="v3")
@@ -218,20 +197,38 @@ def test_the_card_tells_no_path_of_this_machine_and_survives_odd_names_and_templ
     task = {"prompt": prompt, "completion": "{label}", "max_length": 9}
     teacher = {**description()["teacher"], "id": "<img src=x>\n# [a](http://b) `c`"}
     write_cache(tmp_path / "cache", make_rows(4), task=task, teacher=teacher)
-    card = build_card(open_cache(tmp_path / "cache"), "me/it")
-    assert str(tmp_path) not in card
+    card = build_card(open_cache(tmp_path / "cache"), "me/it", "unknown")
+    assert str(tmp_path) not in card and "is not known: ask" in card
     assert [line for line in card.splitlines() if line.startswith("| prompt")] == [f"| prompt | {cell} |"]
-    assert r"# Teacher cache: \<img src=x\> \# \[a\]\(http://b\) \`c\`" in card.splitlines()
+    assert r"# Teacher cache: &lt;img src=x&gt; \# \[a\](http://b) \`c\`" in card.splitlines()
+
+
+def test_licence_and_language_are_those_that_the_data_set_of_the_rows_names(tmp_path, monkeypatch):
+    from huggingface_hub import DatasetCard
+
+    asked = []
+
+    def load(name, **options):
+        asked.append(name)
+        return DatasetCard("---\nlicense: mit\nlanguage: [de]\n---\n")
+
+    monkeypatch.setattr(DatasetCard, "load", load)
+    found = cache_tools.source_card({"path": "org/reviews", "files_sha256": None})
+    assert (found.license, found.language, asked) == ("mit", ["de"], ["org/reviews"])
+    assert cache_tools.source_card({"path": "json", "files_sha256": "00"}).license is None
+    write_cache(tmp_path / "cache", make_rows(4) * 300, rows_per_shard=1200)
+    card = build_card(open_cache(tmp_path / "cache"), "me/it", found.license, found.language)
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert (metadata["license"], metadata["size_categories"]) == ("mit", "1K<n<10K")
 
 
 @pytest.mark.parametrize("leak", ["hf_" + "a" * 30, "home"])
-def test_a_cache_with_a_token_or_a_path_in_its_manifest_is_not_published(tmp_path, leak, hub, monkeypatch):
+def test_a_cache_with_a_token_or_a_path_in_its_manifest_is_not_published(tmp_path, leak, hub, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path / "someone"))
     leak = str(tmp_path / "someone" / "secrets") if leak == "home" else leak
     write_cache(tmp_path / "cache", make_rows(4), dataset={"path": leak})
-    with pytest.raises(ValueError, match="the card holds"):
-        run_push(tmp_path / "cache")
-    assert not hub.repos
+    status, _, errors = run(capsys, "push", tmp_path / "cache", "me/it", "--license", "mit")
+    assert status == 1 and "the card holds" in errors and not hub.repos
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4", "fp4", "int8"])
