@@ -16,32 +16,25 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import Field, ValidationError, create_model
 
 from .constants import DEFAULT_ARMS, SECRET_VALUE, STAGES
-from .errors import FirstTrlError, shorten
-from .files import write_atomically
+from .errors import shorten
 from .recipe_file import RecipeError, RecipeFile, is_secret, read_value
 from .recipe_rules import recipe_conflicts, unsafe_settings
 from .settings import (
     RESERVED,
-    CacheConfig,
-    CalibrateConfig,
     Conflict,
-    Datasets,
-    EvaluateConfig,
     FolderName,
-    PushConfig,
-    RunName,
+    Recipe,
     Section,
-    Seed,
     TaskConfig,
-    first_only_keys,
+    arm_of,
+    teacher_section,
     training_model,
 )
 
-__all__ = ["STAGES", "Recipe", "RecipeError", "arm_of", "load_recipe"]
+__all__ = ["STAGES", "Recipe", "RecipeError", "arm_of", "load_recipe", "teacher_section"]
 
 # What people call a setting elsewhere, where spelling alone would not find it.
 _ALIASES = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",
@@ -49,107 +42,6 @@ _ALIASES = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "
             "max_seq_length": "max_length"}  # fmt: skip
 RUN_SETTINGS = ("output_dir", "seed", "seeds")  # beside the name, settings that belong to no section
 _COMMAND_LINE = (0, 0, "command line")
-
-
-def arm_of(student: str) -> str:
-    """`first/seed-1` -> `first`; an arm's own name stays as it is."""
-    return student.partition("/")[0]
-
-
-class Recipe(Section):
-    """A checked recipe. `sft`, `distill` and `arms` hold the settings as written; stages fill in the rest."""
-
-    name: RunName = Field(description="The run's folder in output_dir.")
-    output_dir: str = Field("runs", pattern=r"\S", description="Folder of all runs.")
-    seed: Seed = Field(0, description="Seed of the teacher and, without seeds, of every student.")
-    seeds: list[Seed] | None = Field(None, description="Train every student once with each of these seeds.")
-    task: TaskConfig = Field(default_factory=TaskConfig)
-    datasets: Datasets
-    sft: dict[str, Any] = Field(default_factory=dict, description="The teacher's training on labels.")
-    cache: CacheConfig = Field(default_factory=CacheConfig)
-    calibrate: CalibrateConfig = Field(default_factory=CalibrateConfig)
-    distill: dict[str, Any] = Field(default_factory=dict, description="The students' training.")
-    arms: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: copy.deepcopy(DEFAULT_ARMS),
-        description="The students to compare: for each, the settings that differ from distill.",
-    )
-    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
-    push: PushConfig = Field(default_factory=PushConfig)
-
-    @property
-    def run_folder(self) -> Path:
-        """Where every stage reads and writes; relative to the current directory unless output_dir is absolute."""
-        return Path(self.output_dir) / self.name
-
-    @property
-    def students(self) -> list[str]:
-        """The students' folders below `students/`: one per arm, or `<arm>/seed-<n>` where there are several seeds.
-
-        A student's name can be given wherever an arm's can.
-        """
-        several = self.seeds is not None and len(self.seeds) > 1
-        return [f"{arm}/seed-{seed}" for arm in self.arms for seed in self.seeds or []] if several else list(self.arms)
-
-    def students_of(self, arm: str) -> list[str]:
-        """The students of an arm, one per seed, in the order of `seeds`."""
-        return [student for student in self.students if arm_of(student) == arm]
-
-    def seed_of(self, student: str) -> int:
-        """The seed that a student is trained with."""
-        _, several, seed = student.partition("/seed-")
-        return int(seed) if several else self.seeds[0] if self.seeds else self.seed
-
-    def arm_trainer(self, arm: str) -> str:
-        """`first` (knowledge matching) or `sft` (the control, trained on labels)."""
-        return self._arm(arm).get("trainer", "first")
-
-    def arm_section(self, arm: str) -> dict:
-        """The settings of one student: `distill` with the arm's own on top, for FIRSTConfig and ModelConfig.
-
-        For an arm with `trainer: sft` the settings that only FIRSTConfig knows are left out.
-        """
-        left_out = {"trainer", "closing"} | (first_only_keys() if self.arm_trainer(arm) == "sft" else set())
-        return {key: value for key, value in (self.distill | self._arm(arm)).items() if key not in left_out}
-
-    def _arm(self, arm: str) -> dict:
-        if arm_of(arm) not in self.arms:
-            known = ", ".join(self.arms) or "none"
-            raise FirstTrlError(f"There is no arm {arm_of(arm)!r} in this recipe; its arms are {known}.")
-        return self.arms[arm_of(arm)]
-
-    def to_dict(self) -> dict:
-        """Plain values that [`load_recipe`] reads back to an equal recipe; variables and overrides are resolved."""
-        return self.model_dump(exclude_none=True)
-
-    def to_yaml(self) -> str:
-        """The recipe as it runs, defaults included; `${` is written so that reading gives it back."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
-        return text.replace("${", "$${")
-
-    def write_resolved(self, path: str | Path) -> None:
-        """Write the recipe as it runs, as YAML."""
-        write_atomically(path, self.to_yaml())
-
-    def conflicts(self) -> Iterator[Conflict]:
-        if self.seeds is not None and (not self.seeds or len(set(self.seeds)) < len(self.seeds)):
-            yield ("seeds",), "these are not seeds; list different whole numbers, e.g. [0, 1, 2]"
-
-
-def teacher_section(recipe: Recipe) -> dict:
-    """How the teacher is loaded for inference: as `sft` trained it, unless `cache` says otherwise."""
-    settings = recipe.cache
-    names = "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage"
-    quantization = {name: recipe.sft[name] for name in names.split() if name in recipe.sft}
-    if settings.load_in_4bit is not None:
-        quantization |= {"load_in_4bit": settings.load_in_4bit, "load_in_8bit": False}
-    return {
-        "model_revision": settings.teacher_revision or "main",
-        "dtype": settings.teacher_dtype or recipe.sft.get("dtype", "float32"),
-        "attn_implementation": settings.attn_implementation or recipe.sft.get("attn_implementation"),
-        "load_in_4bit": False,
-        **quantization,
-        "backend": settings.backend,
-    }
 
 
 @cache

@@ -6,19 +6,16 @@ Rules inside a section stand with it in `first_trl.settings`; what rows and mode
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .constants import HUB_ID, POST_HOC, REPORT_ARMS
 from .data.loading import local_files, looks_local, source_problem
 from .loss_rules import loss_conflicts
 from .recipe_file import is_secret
-from .settings import Conflict, first_only_keys
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
+from .settings import Conflict, Recipe, first_only_keys
 
 
-def recipe_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
+def recipe_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     """Every conflict between sections: where it is, and what is wrong; what to do."""
     task, data, cache, arms = recipe.task, recipe.datasets, recipe.cache, recipe.arms
     trained = {("sft",): recipe.sft, ("distill",): recipe.distill} | {("arms", arm): own for arm, own in arms.items()}
@@ -64,7 +61,7 @@ def _model_conflicts(path: tuple, model: str) -> Iterator[Conflict]:
         yield path, "it is neither a folder nor the id of a model on the Hub; write owner/name or a path"
 
 
-def _source_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
+def _source_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     """Every split can be found, and no two read the same rows."""
     data = recipe.datasets
     splits: dict[tuple, Any] = {(role,): getattr(data, role) for role in ("train", "transfer", "validation")}
@@ -84,7 +81,7 @@ def _source_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
             yield where, f"it reads the same rows as {other}, which a model has learned; give it rows of its own"
 
 
-def _training_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
+def _training_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     """The rules between the settings of one training run, for the teacher and for every student."""
     for key, why in _run_conflicts(recipe.sft, packed=False):
         yield ("sft", key), why
@@ -101,7 +98,7 @@ def _training_conflicts(recipe: "Recipe") -> Iterator[Conflict]:
             yield ("arms", arm, key) if key in own else ("distill", key), why
 
 
-def _written_conflicts(recipe: "Recipe", max_new_tokens: int) -> Iterator[Conflict]:
+def _written_conflicts(recipe: Recipe, max_new_tokens: int) -> Iterator[Conflict]:
     """Answers that the teacher writes: to prompts of their own, with an end, and never taken for labels."""
     task, where = recipe.task, ("cache", "write_answers")
     if recipe.datasets.transfer is None:

@@ -4,16 +4,21 @@
 `training_model` makes models. Nothing heavy is imported, so that a wrong recipe is refused within a second.
 """
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, create_model, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from .constants import CRITERIA, POSITIONS, RECALIBRATION_METHODS
+from .constants import CRITERIA, DEFAULT_ARMS, POSITIONS, RECALIBRATION_METHODS
+from .errors import FirstTrlError
+from .files import write_atomically
 from .loss_rules import LOSS_CHOICES, LOSS_LIMITS
 from .templates import Piece, parse_template
 from .trl_fields import known_fields
@@ -78,7 +83,7 @@ class TaskConfig(Section):
     append_eos: bool = Field(True, description="End every completion with the end-of-sequence token.")
     max_length: int = Field(1024, ge=2, le=10**8, description="Most tokens of prompt and completion together.")
     too_long: Literal["refuse", "drop", "cut"] = Field(
-        "refuse", description="Rows that do not fit: refuse them, drop them, or cut their prompt's longest text."
+        "refuse", description="Rows that do not fit; cut: their prompt."
     )
     supervise: Literal["last", "all"] = Field("last", description="Turns of the assistant that are learned.")
     chat_template_kwargs: dict | None = Field(None, description="Of the chat template, e.g. {enable_thinking: false}.")
@@ -128,8 +133,7 @@ class DatasetConfig(Section):
     task: dict | None = Field(None, description="Test sets: settings of `task` that this set needs otherwise.")
 
     def conflicts(self) -> Iterator[Conflict]:
-        columns = (self.columns or {}).values()
-        if len(set(columns)) < len(columns):
+        if self.columns is not None and len(set(self.columns.values())) < len(self.columns):
             yield ("columns",), "two names read one column; keep one of them"
 
 
@@ -180,9 +184,7 @@ class CacheConfig(Section):
     tokens_per_batch: Count = Field(8192, description="Tokens of a batch, padding included. Free to change.")
     teacher: str | None = Field(None, description="Model or adapter to cache, instead of the teacher that `sft` made.")
     teacher_revision: str | None = Field(None, description="Branch, tag or commit of that teacher on the Hub.")
-    teacher_dtype: Literal["auto", "bfloat16", "float16", "float32", None] = Field(
-        None, description="Type the teacher runs in. Default: sft.dtype."
-    )
+    teacher_dtype: Literal["auto", "bfloat16", "float16", "float32", None] = Field(None, description="Else sft.dtype.")
     load_in_4bit: bool | None = Field(None, description="Run the teacher in NF4, or not. Default: as trained.")
     attn_implementation: str | None = Field(None, description="Attention of the teacher, e.g. sdpa.")
     write_answers: WriteAnswers | None = Field(
@@ -288,12 +290,9 @@ LIMITS: dict[str, dict[str, Any]] = LOSS_LIMITS | _each({
 STAGE_DEFAULTS = {"report_to": "none", "save_strategy": "epoch", "save_total_limit": 2}
 CONFIGS = {"sft": "SFTConfig", "distill": "FIRSTConfig", "arms": "FIRSTConfig"}
 # Settings that no dataclass of TRL or ours has: the stages read them from the recipe.
-_CLOSING = Field(True, description="Fit one closing temperature per student on validation.")
-_TRAINER = Field("first", description="`first`: knowledge matching; `sft`: trained on labels.")
-OWN_SETTINGS: dict[str, dict[str, Any]] = {
-    "distill": {"closing": (bool, _CLOSING)},
-    "arms": {"trainer": (Literal["first", "sft"], _TRAINER)},
-}
+_CLOSING = (bool, Field(True, description="Fit one closing temperature per student on validation."))
+_TRAINER = (Literal["first", "sft"], Field("first", description="`first`: knowledge matching; `sft`: on labels."))
+OWN_SETTINGS: dict[str, dict[str, Any]] = {"distill": {"closing": _CLOSING}, "arms": {"trainer": _TRAINER}}
 # The names that annotations of TRL use; those of its own classes stand for anything.
 _NAMES = {"float": Number, "Texts": Texts, "Literal": Literal} | {t.__name__: t for t in (int, str, bool, dict, list)}
 
@@ -320,3 +319,98 @@ def training_model(section: str) -> type[Section]:
         fields[name] = (hint, Field(default, description=spec.help, **LIMITS.get(name, {})))
     fields |= OWN_SETTINGS.get(section, {})
     return create_model(f"{section.capitalize()}Settings", __base__=Section, **fields)
+
+
+def arm_of(student: str) -> str:
+    """`first/seed-1` -> `first`; an arm's own name stays as it is."""
+    return student.partition("/")[0]
+
+
+class Recipe(Section):
+    """A checked recipe. `sft`, `distill` and `arms` hold the settings as written; stages fill in the rest."""
+
+    name: RunName = Field(description="The run's folder in output_dir.")
+    output_dir: str = Field("runs", pattern=r"\S", description="Folder of all runs.")
+    seed: Seed = Field(0, description="Seed of the teacher and, without seeds, of every student.")
+    seeds: list[Seed] | None = Field(None, description="Train every student once with each of these seeds.")
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    datasets: Datasets
+    sft: dict[str, Any] = Field(default_factory=dict, description="The teacher's training on labels.")
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    calibrate: CalibrateConfig = Field(default_factory=CalibrateConfig)
+    distill: dict[str, Any] = Field(default_factory=dict, description="The students' training.")
+    arms: dict[str, dict[str, Any]] = Field(
+        default_factory=lambda: copy.deepcopy(DEFAULT_ARMS),
+        description="The students to compare: for each, the settings that differ from distill.",
+    )
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    push: PushConfig = Field(default_factory=PushConfig)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where every stage reads and writes."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def students(self) -> list[str]:
+        """The folders below `students/`: arms, or `<arm>/seed-<n>` with several seeds; names stand for arms too."""
+        several = self.seeds is not None and len(self.seeds) > 1
+        return [f"{arm}/seed-{seed}" for arm in self.arms for seed in self.seeds or []] if several else list(self.arms)
+
+    def students_of(self, arm: str) -> list[str]:
+        """The students of an arm, one per seed, in the order of `seeds`."""
+        return [student for student in self.students if arm_of(student) == arm]
+
+    def seed_of(self, student: str) -> int:
+        """The seed that a student is trained with."""
+        _, several, seed = student.partition("/seed-")
+        return int(seed) if several else self.seeds[0] if self.seeds else self.seed
+
+    def arm_trainer(self, arm: str) -> str:
+        """`first` (knowledge matching) or `sft` (the control, trained on labels)."""
+        return self._arm(arm).get("trainer", "first")
+
+    def arm_section(self, arm: str) -> dict:
+        """The settings of one student: `distill` with the arm's own on top; with `trainer: sft` those of TRL alone."""
+        left_out = {"trainer", "closing"} | (first_only_keys() if self.arm_trainer(arm) == "sft" else set())
+        return {key: value for key, value in (self.distill | self._arm(arm)).items() if key not in left_out}
+
+    def _arm(self, arm: str) -> dict:
+        if arm_of(arm) not in self.arms:
+            known = ", ".join(self.arms) or "none"
+            raise FirstTrlError(f"There is no arm {arm_of(arm)!r} in this recipe; its arms are {known}.")
+        return self.arms[arm_of(arm)]
+
+    def to_dict(self) -> dict:
+        """Plain values that [`load_recipe`] reads back to an equal recipe; variables and overrides are resolved."""
+        return self.model_dump(exclude_none=True)
+
+    def to_yaml(self) -> str:
+        """The recipe as it runs, defaults included; `${` is written so that reading gives it back."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+        return text.replace("${", "$${")
+
+    def write_resolved(self, path: str | Path) -> None:
+        """Write the recipe as it runs, as YAML."""
+        write_atomically(path, self.to_yaml())
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.seeds is not None and (not self.seeds or len(set(self.seeds)) < len(self.seeds)):
+            yield ("seeds",), "these are not seeds; list different whole numbers, e.g. [0, 1, 2]"
+
+
+def teacher_section(recipe: Recipe) -> dict:
+    """How the teacher is loaded for inference: as `sft` trained it, unless `cache` says otherwise."""
+    settings = recipe.cache
+    names = "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage"
+    quantization = {name: recipe.sft[name] for name in names.split() if name in recipe.sft}
+    if settings.load_in_4bit is not None:
+        quantization |= {"load_in_4bit": settings.load_in_4bit, "load_in_8bit": False}
+    return {
+        "model_revision": settings.teacher_revision or "main",
+        "dtype": settings.teacher_dtype or recipe.sft.get("dtype", "float32"),
+        "attn_implementation": settings.attn_implementation or recipe.sft.get("attn_implementation"),
+        "load_in_4bit": False,
+        **quantization,
+        "backend": settings.backend,
+    }
