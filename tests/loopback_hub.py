@@ -1,8 +1,6 @@
-"""A model hub on 127.0.0.1, as much of one as `huggingface_hub` calls to make, fill and read a repository.
+"""A model hub on 127.0.0.1, in memory: as much of one as `huggingface_hub` calls to make, fill and read a repository.
 
-It speaks create, branch, validate-yaml, pre-upload, LFS batch, upload and verify, commit (and pull requests), model
-info, tree and resolve; it checks the token, the hashes and the sizes. Faults are planted with `fail`: an answer, or a
-connection that is cut, at the requests that match, a number of times. It keeps everything in memory.
+It checks the token, the hashes and the sizes. Faults are planted with `fail`: an answer, or a connection that is cut.
 """
 
 import base64
@@ -19,6 +17,14 @@ TOKEN = "loopback-token"
 REPO = r"((?:datasets/)?[\w.-]+/[\w.-]+)"  # a data set is kept under its name with `datasets/` before it
 
 
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def git_oid(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 class Repo:
     def __init__(self, private):
         self.private = private
@@ -26,15 +32,8 @@ class Repo:
         self.commits = []  # (revision, message)
 
     def sha(self, revision):
-        files = self.branches[revision]
-        listing = repr(sorted((path, hashlib.sha256(content).hexdigest()) for path, (content, _) in files.items()))
-        return hashlib.sha1(listing.encode()).hexdigest()
-
-    def find(self, revision):
-        """The name of the branch that a name or a commit id stands for, or None."""
-        if revision in self.branches:
-            return revision
-        return next((name for name in self.branches if self.sha(name) == revision), None)
+        files = sorted((path, sha256(content)) for path, (content, _) in self.branches[revision].items())
+        return hashlib.sha1(repr(files).encode()).hexdigest()
 
 
 class Fault(Exception):
@@ -50,26 +49,21 @@ class LoopbackHub:
     """State and faults of the server; `url` is what HF_ENDPOINT is set to."""
 
     def __init__(self):
-        self.repos, self.lfs = {}, {}
-        self.requests = Counter()
-        self.tokens = {TOKEN}
-        self.owners = {"me"}
-        self.planted = []
+        self.repos, self.lfs, self.requests, self.planted = {}, {}, Counter(), []
         self.lock = threading.RLock()
 
     def fail(self, method, path, status=None, times=1, message="", code=""):
-        """Plant a fault: answer `status` at the next `times` requests that match, or cut the connection if None."""
+        """Answer `status` at the next `times` requests that match, or cut the connection if None."""
         self.planted.append([method, re.compile(path), status, times, message, code])
 
     def files(self, repo_id, revision="main"):
         return {path: content for path, (content, _) in self.repos[repo_id].branches[revision].items()}
 
     def take_fault(self, method, path):
-        with self.lock:
-            for fault in self.planted:
-                if fault[0] == method and fault[3] > 0 and fault[1].search(path):
-                    fault[3] -= 1
-                    return fault
+        for fault in self.planted:
+            if fault[0] == method and fault[3] > 0 and fault[1].search(path):
+                fault[3] -= 1
+                return fault
         return None
 
 
@@ -82,34 +76,29 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_any(self):
         parts = urlsplit(self.path)
-        self.query = parse_qs(parts.query)
-        path = unquote(parts.path)
+        self.query, path, size = parse_qs(parts.query), unquote(parts.path), int(self.headers.get("Content-Length", 0))
         with self.hub.lock:
-            self.hub.requests[
-                f"{self.command} {re.sub(REPO + r'(?=[/.])', 'R', path.removeprefix('/api/models'), count=1)}"
-            ] += 1
-        fault = self.hub.take_fault(self.command, path)
+            self.hub.requests[f"{self.command} {path}"] += 1
+            fault = self.hub.take_fault(self.command, path)
         if fault is not None and fault[2] is None:
-            self.rfile.read(min(64, int(self.headers.get("Content-Length", 0))))  # cut in the middle of the body
+            self.rfile.read(min(64, size))  # cut in the middle of the body
             self.close_connection = True
             self.connection.close()
             return
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.body = self.rfile.read(size)
         try:
             if fault is not None:
                 raise Fault(fault[2], fault[5], fault[4])
             with self.hub.lock:
-                self.route(path, parts.path)
+                self.route(re.sub("^/api/datasets/", "/api/models/datasets/", parts.path))
         except Fault as refusal:
             self.answer({"error": str(refusal)}, refusal.status, refusal.headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
-    def route(self, path, raw_path):
-        raw_path = re.sub("^/api/datasets/", "/api/models/datasets/", raw_path)
+    def route(self, path):
         for method, pattern, action in ROUTES:
-            match = re.fullmatch(pattern, raw_path)
-            if method == self.command and match:
+            if method == self.command and (match := re.fullmatch(pattern, path)):
                 return action(self, *(unquote(group or "") for group in match.groups()))
         raise Fault(404, message=f"the loopback hub does not know {self.command} {path}")
 
@@ -123,99 +112,81 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    @property
     def is_known(self):
-        return self.headers.get("Authorization", "").removeprefix("Bearer ") in self.hub.tokens
+        return self.headers.get("Authorization", "").removeprefix("Bearer ") == TOKEN
 
-    def check_writer(self, repo_id):
-        if not self.is_known:
+    def check_writer(self):
+        if not self.is_known():
             raise Fault(401, message="Invalid credentials in Authorization header")
-        if repo_id.removeprefix("datasets/").partition("/")[0] not in self.hub.owners:
-            raise Fault(403, message=f"You don't have the rights to create a model under this namespace: {repo_id}")
 
-    def repo(self, repo_id):
+    def branch(self, repo_id, revision="main"):
+        """A repository, and the name of the branch that a name or a commit stands for."""
         repo = self.hub.repos.get(repo_id)
-        if repo is None or (repo.private and not self.is_known):
-            raise Fault(401 if not self.is_known else 404, "RepoNotFound", "Repository not found")
-        return repo
+        if repo is None or (repo.private and not self.is_known()):
+            raise Fault(404 if self.is_known() else 401, "RepoNotFound", "Repository not found")
+        for name in repo.branches:
+            if revision in (name, repo.sha(name)):
+                return repo, name
+        raise Fault(404, "RevisionNotFound", f"Invalid rev id: {revision}")
 
-    def branch(self, repo_id, revision):
-        repo = self.repo(repo_id)
-        name = repo.find(revision)
-        if name is None:
-            raise Fault(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        return repo, name
-
-    # --- writing -------------------------------------------------------------------------------------------------
+    # Writing
 
     def validate_yaml(self):
         import yaml
 
-        content = json.loads(self.body)["content"]
-        metadata = yaml.safe_load(content.split("---")[1])
+        metadata = yaml.safe_load(json.loads(self.body)["content"].split("---")[1])
         errors = [] if isinstance(metadata, dict) else [{"message": "the metadata is no mapping"}]
         self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def create(self):
+        self.check_writer()
         request = json.loads(self.body)
         kind = "datasets/" if request.get("type") == "dataset" else ""
         repo_id = f"{kind}{request.get('organization') or 'me'}/{request['name']}"
-        self.check_writer(repo_id)
-        url = {"url": f"{self.hub.url}/{repo_id}"}
-        if repo_id in self.hub.repos:
-            return self.answer({**url, "error": "You already created this model repo"}, 409)
-        self.hub.repos[repo_id] = Repo(request.get("visibility") == "private" or bool(request.get("private")))
-        self.answer(url)
+        exists = repo_id in self.hub.repos
+        if not exists:
+            self.hub.repos[repo_id] = Repo(request.get("visibility") == "private" or bool(request.get("private")))
+        self.answer({"url": f"{self.hub.url}/{repo_id}"}, 409 if exists else 200)
 
     def create_branch(self, repo_id, name):
-        self.check_writer(repo_id)
-        repo = self.repo(repo_id)
+        self.check_writer()
+        repo, main = self.branch(repo_id)
         if name in repo.branches:
             raise Fault(409, message="Reference already exists")
-        repo.branches[name] = dict(repo.branches["main"])
+        repo.branches[name] = dict(repo.branches[main])
         self.answer({})
 
     def preupload(self, repo_id, revision):
-        self.check_writer(repo_id)
+        self.check_writer()
         repo, name = self.branch(repo_id, revision)
         files = []
         for file in json.loads(self.body)["files"]:
             content, is_lfs = repo.branches[name].get(file["path"], (None, False))
-            oid = None if content is None else hashlib.sha256(content).hexdigest() if is_lfs else git_oid(content)
+            oid = None if content is None else sha256(content) if is_lfs else git_oid(content)
             mode = "lfs" if file["path"].endswith((".safetensors", ".png", ".parquet")) else "regular"
             files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.answer({"files": files})
 
     def lfs_batch(self, repo_id):
-        self.check_writer(repo_id)
-        objects = []
-        for wanted in json.loads(self.body)["objects"]:
-            actions = {
-                "upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}"},
-                "verify": {"href": f"{self.hub.url}/lfs-verify"},
-            }
-            objects.append(wanted if wanted["oid"] in self.hub.lfs else {**wanted, "actions": actions})
+        self.check_writer()
+        objects = json.loads(self.body)["objects"]
+        for wanted in objects:
+            if wanted["oid"] not in self.hub.lfs:
+                wanted["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{wanted['oid']}"}}
         self.answer({"transfer": "basic", "objects": objects})
 
     def lfs_put(self, oid):
-        if hashlib.sha256(self.body).hexdigest() != oid:
+        if sha256(self.body) != oid:
             raise Fault(400, message="the content is not what its hash says")
         self.hub.lfs[oid] = self.body
         self.answer({})
 
-    def lfs_verify(self):
-        request = json.loads(self.body)
-        if len(self.hub.lfs.get(request["oid"], b"")) != request["size"]:
-            raise Fault(404, message="no such object")
-        self.answer({})
-
     def commit(self, repo_id, revision):
-        self.check_writer(repo_id)
+        self.check_writer()
         repo, name = self.branch(repo_id, revision)
-        lines = [json.loads(line) for line in self.body.splitlines()]
-        assert lines[0]["key"] == "header"
+        header, *lines = map(json.loads, self.body.splitlines())
         files = dict(repo.branches[name])
-        for line in lines[1:]:
+        for line in lines:
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = (base64.b64decode(value["content"]), False)
@@ -223,15 +194,15 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = (self.hub.lfs[value["oid"]], True)
             else:
                 raise Fault(400, message=f"{value['path']} was never uploaded")
+        url, number = f"{self.hub.url}/{repo_id}", len(repo.branches)
         is_pull_request = self.query.get("create_pr") == ["1"]
-        name = f"refs/pr/{len(repo.branches)}" if is_pull_request else name
+        name = f"refs/pr/{number}" if is_pull_request else name
         repo.branches[name] = files
-        repo.commits.append((name, lines[0]["value"]["summary"]))
-        url, sha = f"{self.hub.url}/{repo_id}", repo.sha(name)
-        pull_request = f"{url}/discussions/{name.rpartition('/')[2]}" if is_pull_request else None
-        self.answer({"commitUrl": f"{url}/commit/{sha}", "commitOid": sha, "pullRequestUrl": pull_request})
+        repo.commits.append((name, header["value"]["summary"]))
+        made = {"commitUrl": f"{url}/commit/{repo.sha(name)}", "commitOid": repo.sha(name)}
+        self.answer(made | {"pullRequestUrl": f"{url}/discussions/{number}" if is_pull_request else None})
 
-    # --- reading -------------------------------------------------------------------------------------------------
+    # Reading
 
     def info(self, repo_id, revision="main"):
         repo, name = self.branch(repo_id, revision)
@@ -246,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
         for path, (content, is_lfs) in repo.branches[name].items():
             if path.startswith(folder):
                 entry = {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
-                lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 1}
+                lfs = {"oid": sha256(content), "size": len(content), "pointerSize": 1}
                 listing.append({**entry, "lfs": lfs} if is_lfs else entry)
         if folder and not listing:
             raise Fault(404, "EntryNotFound", "no such folder")
@@ -259,13 +230,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(b"", 404, {**headers, "X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
             return
         content, _ = repo.branches[name][path]
-        etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        headers |= {"ETag": etag, "X-Linked-Size": str(len(content)), "Content-Type": "application/octet-stream"}
-        self.answer(content, 200, headers)
-
-
-def git_oid(content):
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        headers |= {"ETag": f'"{sha256(content)}"', "X-Linked-Size": str(len(content))}
+        self.answer(content, 200, headers | {"Content-Type": "application/octet-stream"})
 
 
 ROUTES = [
@@ -276,9 +242,7 @@ ROUTES = [
     ("POST", rf"/api/models/{REPO}/commit/([^/]+)", Handler.commit),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", r"/lfs/([0-9a-f]{64})", Handler.lfs_put),
-    ("POST", r"/lfs-verify", Handler.lfs_verify),
-    ("GET", rf"/api/models/{REPO}", Handler.info),
-    ("GET", rf"/api/models/{REPO}/revision/([^/]+)", Handler.info),
+    ("GET", rf"/api/models/{REPO}(?:/revision/([^/]+))?", lambda self, repo, name: self.info(repo, name or "main")),
     ("GET", rf"/api/models/{REPO}/tree/([^/]+)(?:/(.+))?", Handler.tree),
     ("HEAD", rf"/{REPO}/resolve/([^/]+)/(.+)", Handler.resolve),
     ("GET", rf"/{REPO}/resolve/([^/]+)/(.+)", Handler.resolve),
