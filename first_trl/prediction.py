@@ -51,12 +51,7 @@ class Predictor:
     """
 
     def __init__(
-        self,
-        adapter: str | Path,
-        *,
-        revision: str | None = None,
-        device: str | None = None,
-        generate: bool = False,
+        self, adapter: str | Path, *, revision: str | None = None, device: str | None = None, generate: bool = False
     ):
         import torch
 

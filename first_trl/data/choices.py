@@ -39,19 +39,16 @@ def choice_token_ids(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> lis
     Raises:
         FirstTrlError: a choice is unknown to the tokenizer, or the tokens of one choice begin or are another's.
     """
-    choices = choices_of(task)
+    choices, tokens = choices_of(task), tokenizer.convert_ids_to_tokens
     alone = [_answer_alone(task, tokenizer, row, choice) for choice in choices]
     whole = [last_answer(task, tokenizer, with_answer(row, task, choice)) for choice in choices]
     for choice, ids, written in zip(choices, alone, whole, strict=True):
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-            known = tokenizer.convert_ids_to_tokens(ids)
-            raise FirstTrlError(
-                f"task.choices: the tokenizer has no token for {choice!r} ({known}); choose another word"
-            )
+        if tokenizer.unk_token_id in ids:
+            raise FirstTrlError(f"task.choices: the tokenizer has no token for {choice!r}; choose another word")
         if written[: len(ids)] != ids:
             raise FirstTrlError(
-                f"task.choices: {choice!r} is tokenised with the text after it "
-                f"({tokenizer.convert_ids_to_tokens(written)}); end the completion template with the answer"
+                f"task.choices: {choice!r} is tokenised with the text after it, as {tokens(written)}; end the "
+                "completion template with the answer"
             )
     answers = alone if all(len(ids) == 1 for ids in alone) else whole
     # Probabilities of whole answers sum to at most 1 only where no answer is the beginning of another
@@ -59,8 +56,8 @@ def choice_token_ids(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> lis
         if longer[: len(ids)] == ids:
             raise FirstTrlError(
                 f"task.choices: the tokens of {first!r} {'are' if ids == longer else 'begin'} those of {second!r} "
-                f"({tokenizer.convert_ids_to_tokens(ids)}), so that it would always be as likely; choose others, or "
-                "end both with task.append_eos: true or a text after the answer"
+                f"({tokens(ids)}), so that it would always be as likely; choose others, or end both with "
+                "task.append_eos: true or a text after the answer"
             )
     return answers
 
@@ -92,14 +89,13 @@ def choices_of(task: TaskConfig, place: str = "task") -> list[str]:
 def single_token_ids(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> list[int]:
     """The token of each choice, where a cache keeps the choices alone; FirstTrlError where one has several."""
     answers = choice_token_ids(task, tokenizer, row)
-    longest = max(answers, key=len)
-    if len(longest) > 1:
-        raise FirstTrlError(
-            f"task.choices: {choices_of(task)[answers.index(longest)]!r} is the tokens "
-            f"{tokenizer.convert_ids_to_tokens(longest)}, and cache.support: choices keeps one for each. Choose "
-            "answers of one token, such as letters, or set cache.support: top_k"
-        )
-    return [token for (token,) in answers]
+    for choice, ids in zip(choices_of(task), answers, strict=True):
+        if len(ids) > 1:
+            raise FirstTrlError(
+                f"task.choices: {choice!r} is the tokens {tokenizer.convert_ids_to_tokens(ids)}, and cache.support: "
+                "choices keeps one for each; choose answers of one, such as letters, or set cache.support: top_k"
+            )
+    return [ids[0] for ids in answers]
 
 
 def encode_answer_row(
@@ -253,8 +249,8 @@ def unlabelled_encoder(task: TaskConfig, tokenizer, first_row: Mapping[str, Any]
         room = len(example["labels"]) - len(written) + max(map(len, completions))
         if written != completions[0] or room > task.max_length:
             raise FirstTrlError(
-                f"{place}, row {index}: after its prompt the choices are not the tokens that they are after the first "
-                "row's, or do not fit. Let every prompt end in the same text, and raise task.max_length if it is long."
+                f"{place}, row {index}: after its prompt the choices are other tokens than after the first row's, or "
+                "do not fit. Let every prompt end in the same text, and raise task.max_length if it is long"
             )
         return example
 
