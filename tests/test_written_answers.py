@@ -73,6 +73,9 @@ def test_a_teacher_writes_the_answers_and_is_cached_on_what_it_wrote(tmp_path, c
         log_probs = teacher(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
     np.testing.assert_allclose(np.array(row["teacher_log_probs"])[:, 0], log_probs.max(-1).values, atol=5e-3)
     assert json.loads((tmp_path / "runs/tiny/report/metrics.json").read_text())["arms"]["first"]
+    student = tmp_path / "runs/tiny/students/first"
+    closing, carried = (json.loads((student / name).read_text()) for name in ("calibration.json", "predict.json"))
+    assert carried["temperature"] == closing["vocabulary"]["temperature"]
     path.write_text(path.read_text().replace("max_new_tokens: 8", "max_new_tokens: 9"))
     with pytest.raises(SystemExit, match="max_new_tokens"):
         distill.main([str(path)])

@@ -125,14 +125,18 @@ def cache_split(recipe, role: str, run_teacher: Callable, write: Callable, token
         )
         state.wait_for_everyone()
         if state.is_main_process:
-            totals = writer.finish(num_rows, count)["totals"]
-            told = "; of the written answers {answers_cut} are cut and {answers_empty} empty" if written else ""
-            status(
-                f"cache: {role} has {totals['rows']} rows, {totals['supervised_positions']} supervised positions; the "
-                f"teacher puts {totals['teacher_mass_mean']:.3f} of its mass on {kept_tokens(recipe)} tokens (p10 "
-                f"{totals['teacher_mass_p10']:.3f}){told.format(**totals)}"
-            )
+            status(_summary(role, kept_tokens(recipe), writer.finish(num_rows, count)["totals"]))
     state.wait_for_everyone()
+
+
+def _summary(role: str, kept: int, totals: dict) -> str:
+    text = (
+        f"cache: {role} has {totals['rows']} rows, {totals['supervised_positions']} supervised positions; the teacher "
+        f"puts {totals['teacher_mass_mean']:.3f} of its mass on {kept} tokens (p10 {totals['teacher_mass_p10']:.3f})"
+    )
+    if "answers_cut" in totals:
+        text += f"; of the written answers {totals['answers_cut']} are cut and {totals['answers_empty']} empty"
+    return text
 
 
 def row_encoder(recipe, place: str, tokenizer, first_row: dict) -> tuple[Callable, dict]:
