@@ -60,14 +60,13 @@ def load_model(
 ) -> "PreTrainedModel | PeftModel":
     """A causal language model in evaluation mode, its head checked: a Hub id, a model folder, or an adapter.
 
-    Training, caching, evaluation, prediction and merging all load here, so that a checkpoint is the same class with
-    the same names of weights everywhere: of one that also sees images, the text model where transformers has it.
+    Every stage loads here, so that a checkpoint is the same class with the same names of weights everywhere: of one
+    that also sees images, the text model where transformers has it.
 
     Args:
         path: Hub id or folder; an adapter is loaded on the base, and the revision of it, that it names.
         revision: branch, tag or commit of `path`; of the base, where `path` is a local adapter that names none.
-        dtype: `float32`, `bfloat16`, ... of the weights that are not quantised, or `auto`.
-        quantization_config: `transformers.BitsAndBytesConfig` for a 4-bit base, or None.
+        dtype: of the weights that are not quantised, or `auto`.
         device: the one device that the weights go to, directly; None leaves that to a job that shares them out.
         **options: other arguments of `from_pretrained`.
 

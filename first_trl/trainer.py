@@ -28,7 +28,7 @@ from .first_config import FIRSTConfig
 from .losses import conditional_divergence, mass_divergence, partition_divergence
 from .modeling import add_partition_head, check_head, innermost, keep_to_text, load_model, load_tokenizer, settle_names
 from .settings import TaskConfig
-from .training import adapters_to_float32, check_loss, launched_sharded
+from .training import RefuseNonFiniteLoss, adapters_to_float32, launched_sharded
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +53,19 @@ def _as_cache(dataset, tokenizer) -> TeacherCache:
     if missing := [name for name in COLUMNS if name not in dataset.dataset.column_names]:
         raise FirstTrlError(f"The dataset lacks {', '.join(missing)}. Pass a cache, written by `first-trl cache`.")
     return dataset
+
+
+def _checked_model(model, args: FIRSTConfig, kwargs: dict):
+    """The student, loaded by our own loader where it is a name; takes from `kwargs` what that needs."""
+    if isinstance(model, str):
+        options, args.model_init_kwargs = args.model_init_kwargs or {}, None
+        options["quantization_config"] = kwargs.pop("quantization_config", None)
+        model = load_model(model, device=None if launched_sharded() else args.device, **options)
+    else:
+        settle_names(model)
+        check_head(model)
+    keep_to_text(kwargs.get("peft_config"), model)
+    return model
 
 
 class FIRSTTrainer(SFTTrainer):
@@ -93,17 +106,15 @@ class FIRSTTrainer(SFTTrainer):
         processing_class=None,
         **kwargs,
     ):
-        # Settings
         args = FIRSTConfig(output_dir="first-student") if args is None else args
         if not isinstance(args, FIRSTConfig):
             raise TypeError(f"args is a {type(args).__name__}; FIRSTTrainer needs a FIRSTConfig.")
         for name in ("data_collator", "formatting_func", "compute_loss_func", "compute_metrics"):
             if kwargs.pop(name, None) is not None:
                 raise FirstTrlError(f"{name} has no place here: the cache is tokenised, and no logits are built.")
-
-        # Caches
         if processing_class is None:
             processing_class = load_tokenizer(model if isinstance(model, str) else model.config._name_or_path)
+
         several = isinstance(eval_dataset, dict)
         named = eval_dataset if several else {} if eval_dataset is None else {"eval": eval_dataset}
         train_cache = _as_cache(train_dataset, processing_class)
@@ -119,16 +130,7 @@ class FIRSTTrainer(SFTTrainer):
         if not args.packing:
             args.max_length = None  # the cache is truncated; SFTTrainer would refuse it with padding-free
 
-        # Student
-        if isinstance(model, str):
-            options, args.model_init_kwargs = args.model_init_kwargs or {}, None
-            options["quantization_config"] = kwargs.pop("quantization_config", None)
-            model = load_model(model, device=None if launched_sharded() else args.device, **options)
-        else:
-            settle_names(model)
-            check_head(model)
-        keep_to_text(kwargs.get("peft_config"), model)
-
+        model = _checked_model(model, args, kwargs)
         super().__init__(
             model=model,
             args=args,
@@ -142,6 +144,7 @@ class FIRSTTrainer(SFTTrainer):
             check_vocabulary(cache, vocab_size, tokenizer=processing_class)
         self._refuse_unsupported()
         self.data_collator: Any = TeacherCollator(self.data_collator)
+        self.add_callback(RefuseNonFiniteLoss)
         add_partition_head(innermost(self.model))
         adapters_to_float32(self)
         # {mode: {metric: [sum since the last log, positions]}}
@@ -157,8 +160,8 @@ class FIRSTTrainer(SFTTrainer):
             )
         if self.aux_loss_enabled:
             raise FirstTrlError(
-                f"router_aux_loss_coef is {self.router_aux_loss_coef}: the mixture-of-experts auxiliary loss is not "
-                "added to a distillation loss here. Set router_aux_loss_coef: 0.0."
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}: the auxiliary loss of a mixture of experts is "
+                "no part of a distillation loss here. Set router_aux_loss_coef: 0.0."
             )
 
     def _set_signature_columns_if_needed(self):
@@ -253,7 +256,6 @@ class FIRSTTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over all ranks since the last log; every rank calls this, so the reduction is safe."""
-        check_loss(logs, self.state.global_step)
         mode = "train" if self.model.training else "eval"
         # Every name on every rank: one without a genuine row would otherwise leave the others waiting for its sums.
         pairs = [value for name in METRICS for value in self._sums[mode][name]]
@@ -265,17 +267,14 @@ class FIRSTTrainer(SFTTrainer):
         self._metrics[mode].update({name: [mean] for name, mean in means.items()})
         if self._total_train_tokens:
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        if mode == "train" and "student_mass" in means:
-            self._warn_on_low_mass(means["student_mass"])
+        if mode == "train" and "student_mass" in means and self.args.tail == "renormalize":
+            self._low_mass_logs = self._low_mass_logs + 1 if means["student_mass"] < LOW_MASS else 0
+            if self._low_mass_logs == 2:
+                logger.warning(
+                    f"The student puts only {means['student_mass']:.2f} of its probability on the teacher's tokens, "
+                    "and tail='renormalize' gives it no reason to put more. Use tail='bucket'."
+                )
         super().log(logs, start_time)
-
-    def _warn_on_low_mass(self, student_mass: float) -> None:
-        self._low_mass_logs = self._low_mass_logs + 1 if student_mass < LOW_MASS else 0
-        if self.args.tail == "renormalize" and self._low_mass_logs == 2:
-            logger.warning(
-                f"The student puts only {student_mass:.2f} of its probability on the teacher's tokens, and "
-                "tail='renormalize' gives it no reason to put more. Use tail='bucket'."
-            )
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """A short card in the checkpoint folder; `first-trl push` writes the full one, with its measurements."""

@@ -49,10 +49,7 @@ def _model_config(section: dict) -> ModelConfig:
 
 def load_arguments(section: dict) -> dict:
     """The arguments of `first_trl.modeling.load_model` for a model that a recipe section describes."""
-    return _load_arguments(_model_config(section))
-
-
-def _load_arguments(model_args: ModelConfig) -> dict:
+    model_args = _model_config(section)
     return {
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
@@ -69,7 +66,7 @@ def model_arguments(args, model_args: ModelConfig) -> dict:
     """
     options, args.model_init_kwargs = args.model_init_kwargs or {}, None
     device = None if launched_sharded() else args.device
-    model = load_model(model_args.model_name_or_path, device=device, **_load_arguments(model_args) | options)
+    model = load_model(model_args.model_name_or_path, device=device, **load_arguments(vars(model_args)) | options)
     adapter = get_peft_config(model_args)
     if adapter is not None and model_args.model_revision != "main":
         adapter.revision = model_args.model_revision  # PEFT loads the base of an adapter at the revision that it names
@@ -93,6 +90,7 @@ def label_trainer(recipe, section: dict, folder: Path, seed: int) -> SFTTrainer:
         train_dataset=used["train"].tokenized,
         eval_dataset=used["validation"].tokenized if "validation" in used else None,
         processing_class=tokenizer,
+        callbacks=[RefuseNonFiniteLoss()],
         **model_arguments(args, model_args),
     )
     check_head(trainer.model, fused=True)
@@ -106,14 +104,10 @@ def roles(args) -> tuple[str, ...]:
 
 
 def adapters_to_float32(trainer) -> None:
-    """Hold the trained weights of adapters in float32, where a run asks for no mixed precision.
-
-    TRL stores the adapter of a quantised base in bfloat16, whose 8 bits of mantissa lose most of Adam's small steps;
-    under `bf16: true` that is the user's choice, in a float32 run it is not. Other trained weights keep their type:
-    their neighbours multiply in it.
-    """
+    """Hold adapters, and no other trained weights, in float32, where a run asks for no mixed precision."""
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
+    # TRL stores the adapter of a quantised base in bfloat16, whose 8 bits of mantissa lose most of Adam's small steps
     if not (trainer.args.bf16 or trainer.args.fp16):
         for adapter in getattr(trainer.model, "peft_config", {}):
             cast_adapter_dtype(trainer.model, adapter)
@@ -125,7 +119,6 @@ def train_and_save(make_trainer: Callable, folder: Path, continues: bool, title:
     if not (continues and finished.is_file()):
         trainer = make_trainer()
         watch(trainer, title)
-        trainer.add_callback(RefuseNonFiniteLoss)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder) if continues else None)
         save_whole(trainer, folder)
         if trainer.is_world_process_zero():
@@ -135,20 +128,15 @@ def train_and_save(make_trainer: Callable, folder: Path, continues: bool, title:
 
 
 class RefuseNonFiniteLoss(TrainerCallback):
-    """Ends a training that has diverged, at its next log."""
+    """Ends a training that has diverged at its next log: its weights are lost, and nothing would say so."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        check_loss(logs or {}, state.global_step)
-
-
-def check_loss(logs: dict, step: int) -> None:
-    """Raise where a logged loss is not finite: every weight trained on it is lost, and nothing would say so."""
-    for name in ("loss", "train_loss", "eval_loss"):
-        if name in logs and not math.isfinite(logs[name]):
-            raise FirstTrlError(
-                f"The {name.replace('_', ' ')} is {logs[name]} at step {step}: training has diverged. Lower "
-                "learning_rate, add warmup_steps, or take bf16 instead of fp16; then start again."
-            )
+        for name in ("loss", "train_loss", "eval_loss"):
+            if not math.isfinite((logs or {}).get(name, 0)):
+                raise FirstTrlError(
+                    f"The {name.replace('_', ' ')} is {logs[name]} at step {state.global_step}: training has "
+                    "diverged. Lower learning_rate, add warmup_steps, or take bf16 instead of fp16; then start again."
+                )
 
 
 def save_whole(trainer, folder: Path) -> None:
@@ -173,11 +161,9 @@ def launched_sharded() -> bool:
 
 
 def missing_quant_storage(section: dict) -> str | None:
-    """Why a training section cannot be sharded (FSDP2, ZeRO-3), with the remedy; None where it can.
-
-    4-bit weights are stored in bytes unless told otherwise, and a sharding that packs parameters of one type together
-    cannot put them beside bfloat16 ones: the storage has to be declared of the type of the others.
-    """
+    """Why a training section cannot be sharded (FSDP2, ZeRO-3), with the remedy; None where it can."""
+    # 4-bit weights are stored in bytes unless declared otherwise, and a sharding that packs parameters of one type
+    # together cannot put them beside bfloat16 ones
     dtype, storage = section.get("dtype") or "float32", section.get("bnb_4bit_quant_storage")
     if not section.get("load_in_4bit") or storage == dtype:
         return None
