@@ -1,14 +1,21 @@
 """FIRSTConfig: the settings of a distillation run, on top of TRL's SFTConfig, whose own keep their meaning."""
 
 import json
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl import SFTConfig
 
-from .constants import DIVERGENCES, TAILS
 from .errors import FirstTrlError
-from .loss_rules import loss_conflicts
+from .loss_rules import LOSS_CHOICES, LOSS_LIMITS, loss_conflicts
+
+_WITHOUT_EFFECT = {
+    "label_smoothing_factor": "use recalibration_method='label_smoothing', which smooths the teacher",
+    "use_liger_kernel": "remove it: no logits are built that it would save",
+    "trust_remote_code": "remove it: code of a model is never run",
+    "assistant_only_loss": "remove it: the cache decides what is supervised",
+}
 
 
 @dataclass
@@ -79,21 +86,17 @@ class FIRSTConfig(SFTConfig):
             self._read_calibration()
         if self.recalibration_method is None:
             self.recalibration_method = "none" if self.recalibration_value is None else "temperature"
-        for key, why in loss_conflicts(vars(self)):
+        wrong = list(loss_conflicts(vars(self)))
+        for key, choices in LOSS_CHOICES.items():
+            wrong += [(key, f"choose one of {', '.join(choices)}")] * (getattr(self, key) not in choices)
+        for key, limits in LOSS_LIMITS.items():
+            fits = all(getattr(operator, how)(getattr(self, key), limit) for how, limit in limits.items())
+            wrong += [(key, "it must lie between 0 and 1")] * (not fits)
+        for key, remedy in _WITHOUT_EFFECT.items():
+            wrong += [(key, f"it has no effect here; {remedy}")] * bool(getattr(self, key))
+        if wrong:
+            key, why = wrong[0]
             raise FirstTrlError(f"{key}={getattr(self, key)!r}: {why}.")
-        smoothing = "it has no effect here; use recalibration_method='label_smoothing', which smooths the teacher"
-        for key, fits, remedy in (
-            ("divergence", self.divergence in DIVERGENCES, f"choose one of {', '.join(DIVERGENCES)}"),
-            ("tail", self.tail in TAILS, f"choose one of {', '.join(TAILS)}"),
-            ("ce_weight", 0 <= self.ce_weight <= 1, "it must lie in [0, 1]"),
-            ("mass_fraction", 0 < self.mass_fraction <= 1, "it must lie in (0, 1], 1.0 being exact"),
-            ("label_smoothing_factor", self.label_smoothing_factor == 0, smoothing),
-            ("use_liger_kernel", not self.use_liger_kernel, "remove it: no logits are built that it would save"),
-            ("trust_remote_code", not self.trust_remote_code, "code of a model is never run; remove it"),
-            ("assistant_only_loss", not self.assistant_only_loss, "remove it: the cache decides what is supervised"),
-        ):
-            if not fits:
-                raise FirstTrlError(f"{key}={getattr(self, key)!r}: {remedy}.")
         if self.recalibration_method != "none" and self.recalibration_value is None:
             raise FirstTrlError(
                 f"recalibration_method is {self.recalibration_method!r} but recalibration_value is missing; take the "

@@ -104,6 +104,21 @@ def distill(job: dict) -> None:
     stage.main([job["recipe"], *job.get("overrides", [])])
 
 
+def one_step(job: dict) -> None:
+    """One SGD step of rate 1 on 8 examples; writes every weight's change, which is the gradient."""
+    from tests.test_trainer import tiny_trainer
+
+    sgd = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1}
+    sizes = {"per_device_train_batch_size": job["batch"], "gradient_accumulation_steps": job["accumulation"]}
+    out = Path(job["out"])
+    trainer = tiny_trainer(out.with_suffix(""), save_strategy="no", **sgd, **sizes)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    if trainer.is_world_process_zero():
+        after = trainer.model.named_parameters()
+        out.write_text(json.dumps({name: (value.detach() - before[name]).flatten().tolist() for name, value in after}))
+
+
 def train_sharded(job: dict) -> None:
     """`train` under FSDP2 or DeepSpeed on a CPU: accelerate shards on accelerators alone, so gloo passes for one."""
     from accelerate.state import PartialState
@@ -128,5 +143,4 @@ def answer(job: dict) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    jobs = {"train": train, "distill": distill, "train_sharded": train_sharded, "answer": answer}
-    jobs[sys.argv[1]](json.loads(sys.argv[2]))
+    globals()[sys.argv[1]](json.loads(sys.argv[2]))
