@@ -3,6 +3,13 @@
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from trl import get_quantization_config
+
+from first_trl.first_config import FIRSTConfig
+from first_trl.training import launched_sharded, missing_quant_storage, training_arguments
 
 FOLDER = Path(__file__).parent.parent / "configs"
 # name -> (kind, machines, processes)
@@ -17,48 +24,31 @@ EXPECTED = {
 }
 
 
-def test_the_folder_holds_these_files_and_no_other():
-    assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(EXPECTED)
-    assert len(EXPECTED) == 7
+def launch_arguments(name):
+    words = ["--config_file", str(FOLDER / f"{name}.yaml"), "-m", "first_trl.stages.sft", "recipe.yaml"]
+    arguments, _, precision_from_file = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert arguments.mixed_precision == "no" and precision_from_file  # precision is the recipe's alone
+    return arguments
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_accelerate_reads_the_file_and_means_the_same(name):
-    from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-
+    assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(EXPECTED)
     kind, machines, processes = EXPECTED[name]
-    path = str(FOLDER / f"{name}.yaml")
-    config = load_config_from_file(path)
-    assert config.distributed_type.value == kind
-    assert (config.num_machines, config.num_processes) == (machines, processes)
-    arguments = launch_command_parser().parse_args(
-        ["--config_file", path, "-m", "first_trl.stages.sft", "recipe.yaml"]
-    )
-    arguments, _, mixed_precision_from_file = _validate_launch_command(arguments)
+    assert load_config_from_file(str(FOLDER / f"{name}.yaml")).distributed_type.value == kind
+    arguments = launch_arguments(name)
     assert (arguments.num_machines, arguments.num_processes) == (machines, processes)
     assert arguments.use_cpu is (name == "cpu")
     assert arguments.use_fsdp is (kind == "FSDP")
     assert arguments.use_deepspeed is (kind == "DEEPSPEED")
     assert arguments.multi_gpu is (kind == "MULTI_GPU")
-    # Precision is the recipe's alone.
-    assert arguments.mixed_precision == "no" and mixed_precision_from_file
+    assert f"configs/{name}.yaml" in (FOLDER / f"{name}.yaml").read_text().partition("compute_environment")[0]
 
 
 def test_sharding_is_of_the_version_and_stage_that_the_name_says():
-    from accelerate.commands.config.config_args import load_config_from_file
-
     assert load_config_from_file(str(FOLDER / "fsdp2.yaml")).fsdp_config["fsdp_version"] == 2
     for stage in (2, 3):
         assert load_config_from_file(str(FOLDER / f"zero{stage}.yaml")).deepspeed_config["zero_stage"] == stage
-
-
-def test_every_file_says_how_it_is_launched():
-    looked = 0
-    for path in FOLDER.glob("*.yaml"):
-        assert f"configs/{path.name}" in path.read_text().partition("compute_environment")[0]
-        looked += 1
-    assert looked == len(EXPECTED)
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero3"])
@@ -66,11 +56,6 @@ def test_every_file_says_how_it_is_launched():
 def test_four_bit_weights_are_refused_by_a_sharded_launch_unless_stored_as_the_others(
     name, storage, said, tmp_path, monkeypatch
 ):
-    from trl import get_quantization_config
-
-    from first_trl.first_config import FIRSTConfig
-    from first_trl.training import launched_sharded, missing_quant_storage, training_arguments
-
     section = {"model_name_or_path": "m", "dtype": "bfloat16", "load_in_4bit": True, "use_cpu": True}
     wrong = section if storage is None else {**section, "bnb_4bit_quant_storage": storage}
     training_arguments(wrong, FIRSTConfig, tmp_path, 0)
@@ -86,12 +71,8 @@ def test_four_bit_weights_are_refused_by_a_sharded_launch_unless_stored_as_the_o
 
 
 def sharded_variables(name: str) -> dict[str, str]:
-    """What `accelerate launch` with this file tells its processes about sharing weights out."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-
-    arguments = ["--config_file", str(FOLDER / f"{name}.yaml"), "-m", "first_trl.stages.sft", "recipe.yaml"]
-    arguments = _validate_launch_command(launch_command_parser().parse_args(arguments))[0]
+    """What `accelerate launch` with this file tells its processes about sharding."""
+    arguments = launch_arguments(name)
     if arguments.use_deepspeed:
         arguments.deepspeed_fields_from_accelerate_config = []  # which `accelerate launch` adds by itself
         environment = prepare_deepspeed_cmd_env(arguments)[1]

@@ -9,6 +9,8 @@ import json
 import re
 import shutil
 from collections import defaultdict
+from functools import reduce
+from operator import getitem
 
 import datasets
 import pytest
@@ -30,28 +32,25 @@ from first_trl.settings import TaskConfig
 from first_trl.templates import render_template
 from tests.cache_samples import make_rows, write_cache
 from tests.test_card import facts, measured
-from tests.test_recipe import RECIPE
+from tests.test_recipe import RECIPE, make_project
 from tests.test_report import CALIBRATION, answers
 
 CASES = [200, pytest.param(10_000, marks=pytest.mark.slow)]
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=6), v, max_size=3),
-    max_leaves=5,
-)
+KEYS = st.text(max_size=6)
+
+
+def nested(leaves):
+    return st.recursive(leaves, lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS, v, max_size=3), max_leaves=6)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+JSON = nested(SCALARS)
+WRITTEN = ["${A}", "${A:-x}", "$${", "../x", "{a.b}", "{a[0]}", "json", "a/b", "~", "1e-4", "hf_" + "a" * 20]
+VALUES = nested(SCALARS | st.sampled_from(WRITTEN))
 MARKUP = """<script> </pre> </script> <!-- --> &lt; ' " ` ``` | --- [a](javascript:b) ![x](y) {{ }} {{7*7}} \\ x
 <img/src=x/onerror=y>""".split()
 MARKUP += ["\n# h", "\n---\n", "{% raw %}", "<img src=x onerror=y>"]
 HOSTILE = st.text(max_size=40) | st.lists(st.sampled_from(MARKUP), max_size=8).map("".join)
-
-
-SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
-    st.sampled_from(["${A}", "${A:-x}", "$${", "../x", "{a.b}", "{a[0]}", "json", "a/b", "~", "1e-4"]),
-    st.just("hf_" + "a" * 20),
-)  # fmt: skip
-KEYS = st.text(max_size=6)
-VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS, v, max_size=3), max_leaves=6)
 
 
 def _paths(value, path=()):
@@ -68,10 +67,7 @@ PATHS = [path for path in _paths(yaml.safe_load(RECIPE)) if path]
 def _with_value(path: tuple, value) -> str:
     """The recipe with another value at a path."""
     tree = yaml.safe_load(RECIPE)
-    place = tree
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+    reduce(getitem, path[:-1], tree)[path[-1]] = value
     return yaml.safe_dump(tree)
 
 
@@ -97,14 +93,7 @@ def throw(cases, strategy, act):
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """The files that the recipe names, in a folder beside which nothing may appear."""
-    folder = tmp_path / "project"
-    for name in ("train", "validation", "test"):
-        (folder / "data").mkdir(parents=True, exist_ok=True)
-        (folder / "data" / f"{name}.jsonl").write_text('{"text": "a", "label": "good"}\n')
-    for name in ("teacher", "student"):
-        (folder / "models" / name).mkdir(parents=True)
-    monkeypatch.chdir(folder)
-    return folder
+    return make_project(tmp_path / "project", monkeypatch)
 
 
 def check_recipe(folder, text, overrides=()):

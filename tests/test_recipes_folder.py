@@ -6,12 +6,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import try_to_load_from_cache
+from peft import LoraConfig
+from trl import SFTConfig, get_peft_config, get_quantization_config
 
 from first_trl.constants import DEFAULT_ARMS
+from first_trl.data.choices import choice_token_ids
+from first_trl.evaluation import test_task as task_of
+from first_trl.first_config import FIRSTConfig
+from first_trl.modeling import load_tokenizer
 from first_trl.recipe import load_recipe
 from first_trl.schema import recipe_schema, settings_tables
-from first_trl.settings import CacheConfig, CalibrateConfig, DatasetConfig, EvaluateConfig, PushConfig, TaskConfig
 from first_trl.templates import render_template
+from first_trl.training import training_arguments
 from tests.tiny import build_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -36,11 +43,7 @@ FIVE = {"label": ["A", "B", "C", "D", "E"], "text": ["ignore", "enforce", "autho
 ROWS = {
     "json": {"text": "a fine film .", "label": "good"},
     "tau/commonsense_qa": {"question": "What do laws do?", "choices": FIVE, "answerKey": "B"},
-    "allenai/openbookqa": {
-        "question_stem": "The sun is responsible for",
-        "choices": {key: values[:4] for key, values in FIVE.items()},
-        "answerKey": "D",
-    },
+    "allenai/openbookqa": {"question_stem": "The", "choices": {k: v[:4] for k, v in FIVE.items()}, "answerKey": "D"},
     "google/boolq": {"question": "is it so", "passage": "It is so.", "answer": True},
     "yahma/alpaca-cleaned": {"instruction": "Name a colour.", "input": "", "output": "Red."},
 }
@@ -57,12 +60,9 @@ def data_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FIRST_DATA", str(tmp_path))
 
 
-def test_all_recipes_of_the_folder_are_looked_at():
-    assert LOCAL | TABLE | {*CHAT} < set(RECIPES) and len(RECIPES) >= 14 and CHAT
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipe_reads_and_has_the_arms_of_a_fair_comparison(name):
+    assert LOCAL | TABLE | {*CHAT} < set(RECIPES) and len(RECIPES) >= 14 and CHAT
     recipe = load_recipe(FOLDER / name)
     assert recipe.arms == (TABLE_ARMS if name.startswith("paper_table/") else DEFAULT_ARMS)
     assert recipe.distill["load_in_4bit"] and recipe.distill["use_peft"]
@@ -83,8 +83,6 @@ def test_recipes_of_conversations_take_models_with_a_template_and_do_not_think(n
 
 @pytest.mark.parametrize("name", sorted({*RECIPES} - {*CHAT}))
 def test_every_split_renders_with_the_task_that_it_has(name):
-    from first_trl.evaluation import test_task as task_of
-
     recipe = load_recipe(FOLDER / name)
     data = recipe.datasets
     splits = [(split, recipe.task) for split in (data.train, data.transfer, data.validation)]
@@ -106,12 +104,6 @@ def test_every_split_renders_with_the_task_that_it_has(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in [*HUB, CLOSED_CHAT] if "alpaca" not in name])
 def test_each_choice_is_one_token_of_the_real_tokenizers(name):
-    from huggingface_hub import try_to_load_from_cache
-
-    from first_trl.data.choices import choice_token_ids
-    from first_trl.evaluation import test_task as task_of
-    from first_trl.modeling import load_tokenizer
-
     recipe = load_recipe(FOLDER / name)
     for model in (recipe.sft["model_name_or_path"], recipe.distill["model_name_or_path"]):
         if not isinstance(try_to_load_from_cache(model, "tokenizer.json"), str):
@@ -139,21 +131,13 @@ def test_the_recipe_of_written_answers_differs_in_who_wrote_them_alone():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_trl_and_peft_accept_the_settings_of_every_training_run(name, tmp_path):
-    from peft import LoraConfig
-    from trl import SFTConfig, get_peft_config, get_quantization_config
-
-    from first_trl.first_config import FIRSTConfig
-    from first_trl.training import training_arguments
-
     recipe = load_recipe(FOLDER / name)
     runs = [(recipe.sft, SFTConfig)]
     for arm in recipe.arms:
         runs.append((recipe.arm_section(arm), SFTConfig if recipe.arm_trainer(arm) == "sft" else FIRSTConfig))
     for section, config_class in runs:
-        found = (
-            {"recalibration_value": 0.3} if section.get("recalibration_method", "none") != "none" else {}
-        )  # as the stage adds it
-        section = {**section, **found, "use_cpu": True}
+        calibrated = section.get("recalibration_method", "none") != "none"  # its value is what the stage adds
+        section = section | {"use_cpu": True} | ({"recalibration_value": 0.3} if calibrated else {})
         args, model_args = training_arguments(section, config_class, tmp_path, recipe.seed)
         assert args.learning_rate == section["learning_rate"]
         assert (get_quantization_config(model_args) is not None) == section.get("load_in_4bit", False)
@@ -178,23 +162,18 @@ def test_the_hub_recipes_report_on_the_papers_sets_out_of_domain(name):
 
 def test_recipes_for_the_same_data_ask_the_same_question():
     asked: dict[str, set] = {}
-    for name in HUB:
-        if "alpaca" in name:
-            continue  # asks in the shape of its own instructions
-        recipe = load_recipe(FOLDER / name)
+    for recipe in (load_recipe(FOLDER / name) for name in HUB if "alpaca" not in name):  # which asks in its own shape
         for test in recipe.datasets.test.values():
-            task = {"prompt": recipe.task.prompt, "choices": recipe.task.choices} | (test.task or {})
-            asked.setdefault(test.path, set()).add((task["prompt"], *task["choices"]))
-    assert {path: len(prompts) for path, prompts in asked.items()} == dict.fromkeys(asked, 1)
-    assert len(asked) == 3
+            task = task_of(recipe.task, test.task)
+            asked.setdefault(test.path, set()).add((task.prompt, *task.choices))
+    assert [len(prompts) for prompts in asked.values()] == [1, 1, 1]
 
 
-def test_the_recipe_for_one_small_gpu_trains_its_teacher_in_4_bit_and_caches_it_so():
-    recipe = load_recipe(FOLDER / "commonsense_qa/qwen3-8b_to_qwen3-0.6b_24gb.yaml")
-    assert recipe.sft["load_in_4bit"] and recipe.sft["use_peft"] and recipe.cache.load_in_4bit is None
-
-
-def test_local_paths_come_from_one_variable():
+def test_single_recipes_keep_what_they_are_for():
+    small = load_recipe(FOLDER / "commonsense_qa/qwen3-8b_to_qwen3-0.6b_24gb.yaml")
+    assert small.sft["load_in_4bit"] and small.sft["use_peft"] and small.cache.load_in_4bit is None
+    teacher = load_recipe(FOLDER / "reviews.yaml").sft
+    assert (teacher["eval_strategy"], teacher["load_best_model_at_end"]) == ("epoch", True)
     text = (FOLDER / "reviews.yaml").read_text()
     assert text.count("${FIRST_DATA:-../shared}/") == 7
     assert text.count("../shared") == 8  # and once where it is explained
@@ -204,8 +183,6 @@ def test_the_schema_and_the_reference_page_are_those_of_the_settings():
     """`first-trl schema > recipes/schema.json`, and `first-trl schema --markdown` for the end of docs/recipes.md."""
     assert (FOLDER / "schema.json").read_text() == json.dumps(recipe_schema(), indent=1) + "\n"
     page = (ROOT / "docs" / "recipes.md").read_text()
-    for section in (TaskConfig, DatasetConfig, CacheConfig, CalibrateConfig, EvaluateConfig, PushConfig):
-        assert all(f"| `{key}` |" in page for key in section.model_fields)
     assert page.count("| `max_length` |") == 2 and page.count("| `load_in_4bit` |") == 2  # task, cache, and TRL's
     assert page.partition("<!-- first-trl schema --markdown -->\n\n")[2] == settings_tables() + "\n"
 
