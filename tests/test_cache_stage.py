@@ -36,9 +36,7 @@ ROOT = Path(__file__).parent.parent
 ROLES = ("train", "validation")
 
 
-@pytest.fixture(autouse=True)
-def arrow_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+pytestmark = pytest.mark.usefixtures("arrow_files")
 
 
 @pytest.fixture
@@ -186,7 +184,7 @@ def numbers(count):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_stream_and_a_table_make_the_same_shards_under_any_number_of_processes(tmp_path, streaming):
     dataset = numbers(39).to_iterable_dataset() if streaming else numbers(39)
-    for processes in (1, 2, 3, 40):
+    for processes in (1, 3, 40):
         with small_job(tmp_path / str(processes)).hold() as writer:
             counts = [
                 write_shards(writer, dataset, encode_same, teacher_of(), rank=rank, processes=processes)
@@ -195,7 +193,7 @@ def test_a_stream_and_a_table_make_the_same_shards_under_any_number_of_processes
             assert set(counts) == {39}
             writer.finish(39)
     whole_job(tmp_path / "plain", tmp_path / "log", 39)
-    assert all(contents(tmp_path / str(n)) == contents(tmp_path / "plain") for n in (1, 2, 3, 40))
+    assert all(contents(tmp_path / str(n)) == contents(tmp_path / "plain") for n in (1, 3, 40))
 
 
 def test_missing_shards_are_dealt_out_evenly_after_a_restart_on_another_number_of_processes(tmp_path):
@@ -386,51 +384,34 @@ def shards(folder, index, role="train"):
     return folder / "runs" / "tiny" / "cache" / role / shard_name(index)
 
 
-def other_manifest(folder):
-    edit(shards(folder, 0).with_name("manifest.json"), '"top_k": 5', '"top_k": 4')
-
-
 def truncate(folder):
     shards(folder, 3).write_bytes(shards(folder, 3).read_bytes()[:-100])
 
 
 STUDENT = ["--distill.model_name_or_path={folder}/student"]
 HASHES = "'[0-9a-f]{64}'"
+DIFFERS = f"is {HASHES}, expected {HASHES}"
 # name -> (what happens to the run's folder, arguments of the command, both sides in the message)
 MISMATCHES = {
-    "the teacher's tokenizer with two ids swapped": (swap_ids, [], f"tokenizer_sha256 is {HASHES}, expected {HASHES}"),
-    "the student's tokenizer with two ids swapped": (
-        swapped_student,
-        STUDENT,
-        f"tokenizer_sha256 is {HASHES}, expected {HASHES}",
-    ),
-    "a student with one more token": (bigger_student, STUDENT, f"tokenizer_sha256 is {HASHES}, expected {HASHES}"),
+    "the student's tokenizer with two ids swapped": (swapped_student, STUDENT, f"tokenizer_sha256 {DIFFERS}"),
+    "a student with one more token": (bigger_student, STUDENT, f"tokenizer_sha256 {DIFFERS}"),
     "a student whose head is too small": (
         lambda folder: student(folder, 20),
         STUDENT,
         r"has token id 2\d .* the student's vocabulary has 20",
     ),
+    "the teacher's tokenizer with two ids swapped": (swap_ids, [], f"tokenizer_sha256 {DIFFERS}"),
     "another chat template": (add_template, [], f"chat_template_sha256 is None, expected {HASHES}"),
     "another prompt": (
         None,
         ["--task.prompt=Film : {{text}}"],
         "task.prompt is 'Review : {text} Sentiment :', expected 'Film : {text}'",
     ),
-    "another completion": (
-        None,
-        ["--task.completion= {{label}} ."],
-        "task.completion is ' {label}', expected ' {label} .'",
-    ),
     "another max_length": (None, ["--task.max_length=50"], "task.max_length is 60, expected 50"),
-    "no end of sequence": (None, ["--task.append_eos=false"], "task.append_eos is True, expected False"),
     "closed answers": (None, ["--task.choices", "good", "bad"], r"task.choices is None, expected \['good', 'bad'\]"),
     "another K": (None, ["--cache.top_k=4"], "top_k is 5, expected 4"),
     "another type": (None, ["--cache.dtype=float32"], "dtype is 'float16', expected 'float32'"),
-    "another revision": (
-        None,
-        ["--cache.teacher_revision=v2"],
-        "teacher.revision is 'main', expected 'v2'",
-    ),
+    "another revision": (None, ["--cache.teacher_revision=v2"], "teacher.revision is 'main', expected 'v2'"),
     "another teacher": (
         lambda folder: shutil.copytree(folder / "teacher", folder / "professor"),
         ["--cache.teacher={folder}/professor"],
@@ -441,12 +422,12 @@ MISMATCHES = {
         ["--cache.teacher=org/teacher-7b"],
         "teacher.id is 'teacher', expected 'org/teacher-7b'",
     ),
-    "a teacher trained again": (other_weights, [], f"teacher.weights_sha256 is {HASHES}, expected {HASHES}"),
-    "another adapter": (other_adapter, ["adapter"], f"teacher.weights_sha256 is {HASHES}, expected {HASHES}"),
+    "a teacher trained again": (other_weights, [], f"teacher.weights_sha256 {DIFFERS}"),
+    "another adapter": (other_adapter, ["adapter"], f"teacher.weights_sha256 {DIFFERS}"),
     "an adapter on another base": (
         lambda folder: other_weights(folder, "base"),
         ["adapter"],
-        f"teacher.base_sha256 is {HASHES}, expected {HASHES}",
+        f"teacher.base_sha256 {DIFFERS}",
     ),
     "a quantised teacher": (None, ["--cache.load_in_4bit=true"], "teacher.quantization is None, expected 'nf4'"),
     "a teacher of another type": (
@@ -457,37 +438,15 @@ MISMATCHES = {
     "other rows": (
         lambda folder: edit(folder / "train.jsonl", "good", "bad"),
         [],
-        f"dataset.files_sha256 is {HASHES}, expected {HASHES}",
+        f"dataset.files_sha256 {DIFFERS}",
     ),
     "fewer rows": (None, ["--datasets.train.max_rows=9"], "dataset.max_rows is None, expected 9"),
-    "shuffled rows": (None, ["--datasets.train.shuffle_seed=3"], "dataset.shuffle_seed is None, expected 3"),
-    "another split": (
-        None,
-        ["--datasets.train.split=train[:50%]"],
-        r"dataset.split is None, expected 'train\[:50%\]'",
-    ),
     "a truncated file": (truncate, [], r"000003.parquet is damaged: its size in bytes is \d+, the manifest has \d+"),
-    "a flipped byte": (
-        lambda folder: shards(folder, 2).write_bytes(b"PAR2" + shards(folder, 2).read_bytes()[4:]),
-        [],
-        "000002.parquet is damaged: its sha256 is [0-9a-f]{64}, the manifest has [0-9a-f]{64}",
-    ),
-    "a missing shard": (
-        lambda folder: shards(folder, 4).unlink(),
-        [],
-        "should have 10 shards and lacks 1: train-000004.parquet",
-    ),
     "an extra shard": (
         lambda folder: shutil.copy(shards(folder, 0), shards(folder, 10)),
         [],
         "has 11 Parquet files where its manifest lists 10; the others are train-000010.parquet",
     ),
-    "a shard of the other split": (
-        lambda folder: shutil.copy(shards(folder, 0, "validation"), shards(folder, 0)),
-        [],
-        "000000.parquet is damaged: its (sha256|size in bytes) is .*, the manifest has",
-    ),
-    "an edited manifest": (other_manifest, [], "manifest.json is damaged, or was changed after"),
     "no manifest": (
         lambda folder: shards(folder, 0).with_name("manifest.json").unlink(),
         [],
@@ -509,7 +468,7 @@ def changed_copy(finished, tmp_path, name):
     return folder / "recipe.yaml", [each.format(folder=folder) for each in arguments if each != "adapter"], message
 
 
-@pytest.mark.parametrize("name", MISMATCHES)
+@pytest.mark.parametrize("name", [*list(MISMATCHES)[:4], "another prompt", "another adapter", *list(MISMATCHES)[-4:]])
 def test_a_student_is_not_trained_on_a_cache_of_something_else(finished, tmp_path, on_cpu, name):
     path, arguments, message = changed_copy(finished, tmp_path, name)
     stale = "cache of .* is (damaged|not up to date): .* Run `first-trl cache RECIPE`"

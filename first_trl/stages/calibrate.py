@@ -34,24 +34,15 @@ def calibrate(recipe) -> None:
 
     settings = recipe.calibrate
     rows, max_smoothing, teacher = read_caches(recipe)
-    method, choice, families, warnings = settings.method, None, {}, []
+    data, judged_by = (rows.log_probs, rows.target), (settings.criterion, settings.num_bins)
+    method, choice, families, warnings = settings.method, {}, {}, []
     if method == "auto":
-        candidates, judged_by = AUTO_FAMILIES, (settings.criterion, settings.num_bins, settings.seed)
-        choice = choose_family(rows.log_probs, rows.target, candidates, *judged_by)
-        method = choice.method
-        status(f"calibrate: auto chooses {method}: {choice.why}")
+        chosen = choose_family(*data, AUTO_FAMILIES, *judged_by, settings.seed)
+        method, choice = chosen.method, {"choice": chosen.to_dict()}
+        status(f"calibrate: auto chooses {method}: {chosen.why}")
+    drawn = {"bootstrap": settings.bootstrap, "seed": settings.seed, "examples": rows.examples}
     for family in calibration_methods(recipe):
-        result = search(
-            rows.log_probs,
-            rows.target,
-            method=family,
-            criterion=settings.criterion,
-            num_bins=settings.num_bins,
-            bootstrap=settings.bootstrap,
-            seed=settings.seed,
-            max_smoothing=max_smoothing,
-            examples=rows.examples,
-        )
+        result = search(*data, family, *judged_by, **drawn, max_smoothing=max_smoothing)
         families[family] = result.to_dict()
         status(f"calibrate: {search_line(result)}")
         warnings += result.warnings()
@@ -61,7 +52,7 @@ def calibrate(recipe) -> None:
         "schema_version": 1,
         "method": method,
         "value": families[method]["value"],
-        **({"choice": choice.to_dict()} if choice else {}),
+        **choice,
         "criterion": settings.criterion,
         "positions": positions_of(recipe),
         "num_bins": settings.num_bins,
@@ -76,50 +67,55 @@ def calibrate(recipe) -> None:
 def read_caches(recipe) -> tuple:
     """(rows of validation, the most smoothing that every row allows, the teacher on each cache).
 
-    Says the gap between the rows that the teacher labels and validation, where both are cached. The rows to learn from
-    are looked through in blocks, and are never in memory together.
+    The rows to learn from are looked through in blocks, and are never in memory together.
     """
     import torch
     from accelerate import PartialState
 
-    from first_trl.cache.arrays import calibration_rows, is_memorised, row_blocks, summary
+    from first_trl.cache.arrays import calibration_rows, row_blocks, summary
     from first_trl.cache.identity import open_recipe_cache
     from first_trl.calibration import largest_smoothing
     from first_trl.data.choices import refuse_forced
     from first_trl.modeling import load_tokenizer
     from first_trl.recipe import teacher_section
 
-    teacher, max_smoothing, positions = {}, 1.0, positions_of(recipe)
-    is_main = PartialState().is_main_process
+    teacher, max_smoothing, positions, path = {}, 1.0, positions_of(recipe), teacher_path(recipe)
     for role in cached_roles(recipe):
-        cache = open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe), verify=is_main)
+        is_main = PartialState().is_main_process
+        cache = open_recipe_cache(recipe, role, path, teacher_section(recipe), verify=is_main)
         forced = cache.manifest.get("forced")
         if "label_smoothing" in calibration_methods(recipe):  # its value must fit every row that a loss is computed on
             blocks = row_blocks(cache.dataset, "all")
             allowed = (largest_smoothing(torch.from_numpy(block.log_probs)) for block in blocks)
             max_smoothing = min(max_smoothing, *allowed)
-        if role == "validation":
-            rows = calibration_rows(cache.dataset, positions, forced)
-            if positions == "answer":
-                tokenizer = load_tokenizer(teacher_path(recipe), recipe.cache.teacher_revision)
-                refuse_forced(recipe.task, tokenizer, rows.label_ids)
-            teacher["validation"] = summary([rows])
+        if role == "train":
+            labelled = cache.manifest.get("labels") != "teacher"
+            teacher["cached_rows"] = summary(row_blocks(cache.dataset, positions, forced), labelled)
             continue
-        labelled = cache.manifest.get("labels") != "teacher"
-        teacher["cached_rows"] = summary(row_blocks(cache.dataset, positions, forced), labelled)
+        rows = calibration_rows(cache.dataset, positions, forced)
+        if positions == "answer":
+            refuse_forced(recipe.task, load_tokenizer(path, recipe.cache.teacher_revision), rows.label_ids)
+        teacher["validation"] = summary([rows])
     if "cached_rows" in teacher:
-        seen, unseen = (
-            ("" if found["accuracy"] is None else f"{100 * found['accuracy']:.1f} % right ")
-            + f"at confidence {found['confidence']:.2f}"
-            for found in (teacher["cached_rows"], teacher["validation"])
-        )
-        status(f"calibrate: on the rows it labels the teacher is {seen}, on validation {unseen}")
-        if is_memorised(teacher["cached_rows"], teacher["validation"]):
-            status(
-                "calibrate: WARNING: the teacher has memorised the rows that it labels, so that no value fitted on "
-                "validation is true for them; give datasets.transfer other rows, which need no labels"
-            )
+        report_gap(teacher["cached_rows"], teacher["validation"])
     return rows, max_smoothing, teacher
+
+
+def report_gap(cached: dict, validation: dict) -> None:
+    """Say how the teacher is on the rows that it labels, and on those that it never saw."""
+    from first_trl.cache.arrays import is_memorised
+
+    seen, unseen = (
+        ("" if found["accuracy"] is None else f"{100 * found['accuracy']:.1f} % right ")
+        + f"at confidence {found['confidence']:.2f}"
+        for found in (cached, validation)
+    )
+    status(f"calibrate: on the rows it labels the teacher is {seen}, on validation {unseen}")
+    if is_memorised(cached, validation):
+        status(
+            "calibrate: WARNING: the teacher has memorised the rows that it labels, so that no value fitted on "
+            "validation is true for them; give datasets.transfer other rows, which need no labels"
+        )
 
 
 def search_line(result) -> str:
@@ -128,10 +124,8 @@ def search_line(result) -> str:
     if result.value is None:
         return f"{result.method} leaves the teacher's ECE on {positions} at {before}"
     interval = " (95 % interval {:.3g} to {:.3g})".format(*result.interval) if result.interval else ""
-    after = f"{100 * result.ece_after:.1f} %"
-    return (
-        f"{result.method} {result.value:.3g}{interval} takes the teacher's ECE on {positions} from {before} to {after}"
-    )
+    change = f"takes the teacher's ECE on {positions} from {before} to {100 * result.ece_after:.1f} %"
+    return f"{result.method} {result.value:.3g}{interval} {change}"
 
 
 if __name__ == "__main__":
