@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from .data.loading import hub_commit, local_files, source_commit
 from .errors import FirstTrlError
 from .files import Digests, exchange, files_of, locked, new_folder, read_json, write_atomically
-from .log import status
+from .log import is_main_process, status
 from .recipe import Recipe, teacher_section
 from .settings import SPEED_SETTINGS
 
@@ -216,15 +216,15 @@ class Run:
         return {**settings, "commit": source_commit(config), "files": contents}
 
     def _model(self, model: str, revision: str | None) -> dict:
-        """A model: its id and the commit of its revision, or the content of its folder and of its adapter's base."""
+        """A model: its id and the commit of its revision, or the content of its folder and of an adapter's base."""
         path = Path(model)
         if not path.is_dir():
             return {"id": model, "commit": hub_commit(model, revision, "model")}
         files = {name: self.digests.of(path / name) for name in files_of(path)}
-        adapter = read_json(path / "adapter_config.json") or {}
-        base = adapter.get("base_model_name_or_path")
-        of_base = {"base": self._model(base, adapter.get("revision"))} if base else {}
-        return {"name": path.resolve().name, "files": files, **of_base}
+        base = (read_json(path / "adapter_config.json") or {}).get("base_model_name_or_path")
+        if isinstance(base, str) and Path(base).is_dir():
+            files |= {f"base/{name}": self.digests.of(Path(base, name)) for name in files_of(Path(base))}
+        return {"name": path.resolve().name, "files": files}
 
     def stale(self, name: str) -> Stale | None:
         """Why a job is not current; None where it is."""
@@ -354,10 +354,8 @@ def require(recipe: Recipe, *names: str, full: bool = False) -> None:
 
     `full` reads all of their files again. The message says why, and names the command that makes what is missing.
     """
-    if os.environ.get("RANK", "0") != "0":
-        return
     run = Run(recipe, full)
-    for name in names:
+    for name in names if is_main_process() else ():
         if name in run.jobs and (stale := run.stale(name)):
             raise FirstTrlError(
                 f"{stale.job.name} of {run.path} is {'damaged' if stale.damaged else 'not up to date'}: "

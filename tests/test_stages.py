@@ -27,28 +27,18 @@ def on_cpu():
         yield
 
 
-def tiny_recipe(folder, **sections):
-    """A recipe with a given teacher, all four stages cheap; returns its path."""
+def tiny_recipe(folder, *removed, **sections):
+    """A recipe with a given teacher, all four stages cheap, without the `removed` (dotted) keys; returns its path."""
     defaults = {"task": TASK, "evaluate": {"bootstrap": 20}, "calibrate": {"bootstrap": 10}}
     path = write_recipe(folder, rows=24, **{**defaults, **sections})
     content = yaml.safe_load(path.read_text())
     content["distill"] |= {"max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4}
+    for key in removed:
+        section, _, last = key.rpartition(".")
+        (content[section] if section else content).pop(last)
     path.write_text(yaml.safe_dump(content))
     for seed, role in enumerate(("train", "validation", "test")):
         write_rows(folder / f"{role}.jsonl", 24, 10 + seed)
-    return path
-
-
-def without(path, *keys):
-    """The recipe without some of its entries, each a dotted path."""
-    content = yaml.safe_load(path.read_text())
-    for key in keys:
-        *sections, last = key.split(".")
-        place = content
-        for section in sections:
-            place = place[section]
-        place.pop(last)
-    path.write_text(yaml.safe_dump(content))
     return path
 
 
@@ -123,7 +113,7 @@ def test_a_report_with_other_settings_measures_the_answers_that_are_there_unless
 
 
 def test_an_existing_model_can_be_calibrated_and_measured_without_a_student(tmp_path):
-    path = without(tiny_recipe(tmp_path, arms={}), "datasets.train", "distill")
+    path = tiny_recipe(tmp_path, "datasets.train", "distill", arms={})
     recipe, metrics = run_stages(path)
     assert set(metrics["arms"]) == {"teacher", "teacher_recalibrated"}
     assert not (recipe.run_folder / "cache" / "train").exists() and not any(
@@ -144,16 +134,16 @@ def test_a_run_without_recalibration_ends_with_a_report_and_a_line_that_says_so(
 
 def test_an_automatic_choice_of_the_family_is_what_the_students_and_the_controls_then_use(tmp_path, capsys):
     arms = {"fine_tuned": {"trainer": "sft"}, "first": {}}
-    recipe, metrics = run_stages(tiny_recipe(tmp_path, calibrate={"method": "auto", "bootstrap": 5}, arms=arms))
+    _, metrics = run_stages(tiny_recipe(tmp_path, calibrate={"method": "auto", "bootstrap": 5}, arms=arms))
     calibration = metrics["calibration"]
-    chosen = calibration["method"]
-    assert chosen == calibration["choice"]["method"] in ("temperature", "probability")
-    assert set(calibration["families"]) == set(calibration["choice"]["scores"]) == {"temperature", "probability"}
-    assert calibration["value"] == calibration["families"][chosen]["value"]
+    chosen, families = calibration["method"], {"temperature", "probability"}
+    assert (
+        chosen == calibration["choice"]["method"] and calibration["value"] == calibration["families"][chosen]["value"]
+    )
+    assert set(calibration["families"]) == set(calibration["choice"]["scores"]) == families
     said = capsys.readouterr().err
-    assert f"calibrate: auto chooses {chosen}: lowest ECE on rows" in said
+    assert f"calibrate: auto chooses {chosen}: lowest ECE on rows" in said and "fine_tuned_post_hoc with " in said
     assert f"teacher_recalibrated with {chosen} {calibration['value']:.3g}" in said
-    assert "fine_tuned_post_hoc with " in said
 
 
 def test_a_smoothing_that_test_rows_do_not_allow_is_left_out_of_the_report_with_its_reason(tmp_path, capsys):
@@ -176,33 +166,18 @@ def test_a_smoothing_that_test_rows_do_not_allow_is_left_out_of_the_report_with_
     assert "`teacher_recalibrated` is left out: label smoothing takes 0.9" in summary
 
 
-def test_smoothing_takes_no_more_than_the_rows_to_learn_from_allow(tmp_path, monkeypatch):
+def test_smoothing_takes_no_more_than_every_position_of_both_caches_allows(tmp_path, monkeypatch):
     import first_trl.calibration
 
-    arms = {"smoothed": {"recalibration_method": "label_smoothing"}}
-    path = tiny_recipe(tmp_path, arms=arms)
-    monkeypatch.setattr(first_trl.calibration, "largest_smoothing", lambda rows: 0.01)
+    path, seen = tiny_recipe(tmp_path, arms={"smoothed": {"recalibration_method": "label_smoothing"}}), []
+    monkeypatch.setattr(first_trl.calibration, "largest_smoothing", lambda rows: seen.append(len(rows)) or 0.01)
     for stage in (cache, calibrate):
         stage.main([str(path)])
+    manifests = (tmp_path / f"runs/tiny/cache/{role}/manifest.json" for role in ("train", "validation"))
+    positions = [json.loads(file.read_text())["totals"]["supervised_positions"] for file in manifests]
+    assert sum(seen) == sum(positions)
     found = json.loads((tmp_path / "runs" / "tiny" / "calibration.json").read_text())["families"]["label_smoothing"]
     assert max(point["value"] for point in found["curve"]) <= 0.01
-
-
-def test_smoothing_fits_every_position_of_both_caches(tmp_path, monkeypatch):
-    import first_trl.cache.arrays as arrays
-
-    path = tiny_recipe(tmp_path, arms={"smoothed": {"recalibration_method": "label_smoothing"}})
-    cache.main([str(path)])
-    sizes, blocks = [], arrays.row_blocks
-
-    def row_blocks(dataset, positions, *args):
-        sizes.extend([len(dataset)] if positions == "all" else [])
-        return blocks(dataset, positions, *args)
-
-    monkeypatch.setattr(arrays, "row_blocks", row_blocks)
-    monkeypatch.setattr("first_trl.calibration.largest_smoothing", lambda rows: 0.2 / len(sizes))
-    recipe = load_recipe(path)
-    assert calibrate.read_caches(recipe)[1] == 0.1 and len(sizes) == 2
 
 
 def test_the_checkpoints_of_a_finished_training_are_removed_when_its_student_is_continued(tmp_path, monkeypatch):
@@ -228,18 +203,15 @@ def test_several_seeds_make_a_student_each_and_one_row_of_the_report(seeded):
     _, recipe, metrics = seeded
     students = ["fine_tuned/seed-3", "fine_tuned/seed-5", "first/seed-3", "first/seed-5"]
     assert recipe.students == students and recipe.seed_of("first/seed-5") == 5
-    assert [n for n in jobs(recipe) if "." in n] == [f"distill.{student}" for student in students]
-    for student in students:
-        assert (recipe.run_folder / "students" / student / "predict.json").is_file()
+    assert all((recipe.run_folder / "students" / student / "predict.json").is_file() for student in students)
     arms = {"teacher", "teacher_recalibrated", "base", "fine_tuned", "fine_tuned_post_hoc", "first", "first_post_hoc"}
-    assert set(metrics["arms"]) == arms
+    assert set(metrics["arms"]) == arms and "seeds" not in metrics["arms"]["teacher"]["test"]
     measured = metrics["arms"]["first"]["test"]
-    ece = measured["seeds"]["ece"]["values"]
-    assert len(ece) == 2 and ece[0] != ece[1], "the seeds must differ"
-    assert measured["ece"] == pytest.approx(sum(ece) / 2)
-    assert len(measured["selective"]["seeds"]) == 2 and len(measured["choices"]["seeds"]["ece"]["values"]) == 2
-    assert len(metrics["arms"]["fine_tuned_post_hoc"]["test"]["seeds"]["ece"]["values"]) == 2
-    assert "seeds" not in metrics["arms"]["teacher"]["test"]
+    one, other = measured["seeds"]["ece"]["values"]
+    assert one != other and measured["ece"] == pytest.approx((one + other) / 2)
+    of_choices, of_control = measured["choices"]["seeds"], metrics["arms"]["fine_tuned_post_hoc"]["test"]["seeds"]
+    assert len(measured["selective"]["seeds"]) == len(of_choices["ece"]["values"]) == 2
+    assert len(of_control["ece"]["values"]) == 2
     table = (recipe.run_folder / "report" / "table.md").read_text()
     assert f"± {100 * measured['seeds']['ece']['spread']:.1f} |" in table
     assert any("trained from 2 seeds" in sentence["text"] for sentence in metrics["summary"])
