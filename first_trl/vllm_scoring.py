@@ -57,6 +57,7 @@ class PromptServer:
         model: the name that it serves the teacher under.
         version: of vLLM, None where the server does not say.
         next_tokens: whether it gives the log-probabilities of the next token by token ids: one row for one answer.
+        whole_prompts: whether its log-probabilities of prompts are the teacher's.
         timeout: seconds that a whole answer may take; the first of a new server takes longest.
         waits: seconds before each further attempt at a request that failed.
     """
@@ -65,6 +66,7 @@ class PromptServer:
     model: str = ""
     version: str | None = None
     next_tokens: bool = False
+    whole_prompts: bool = True
     timeout: float = 600.0
     waits: Sequence[float] = WAITS
 
@@ -183,8 +185,9 @@ def connect(url: str, teacher: str, top_k: int = 1, max_length: int = 1, **optio
         async with _client() as client:
             listed = (await server.ask(client, "/v1/models")).get("data")
             models = {str(model.get("id")): model for model in listed or [] if isinstance(model, dict)}
-            server = replace(server, model=_name_of(teacher, url, models))
-            longest = models[server.model].get("max_model_len")
+            name = _name_of(teacher, url, models)
+            server = replace(server, model=name, whole_prompts=not models[name].get("parent") or _keeps_head(teacher))
+            longest = models[name].get("max_model_len")
             if isinstance(longest, int) and longest <= max_length:
                 raise ServerError(
                     f"The server {url} takes {longest} tokens, and task.max_length is {max_length}: start it with "
@@ -218,6 +221,16 @@ def _name_of(teacher: str, url: str, models: dict) -> str:
     return ours[0]
 
 
+def _keeps_head(teacher: str) -> bool:
+    """Whether an adapter is known to leave the head as it is.
+
+    vLLM leaves an adapter's head out of `prompt_logprobs`, silently: github.com/vllm-project/vllm/issues/51594.
+    """
+    file = Path(teacher) / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"target_modules": "head"}
+    return "head" not in f"{config.get('target_modules')} {config.get('modules_to_save')}"
+
+
 def server_teacher_rows(
     server: PromptServer,
     examples: list[dict],
@@ -243,6 +256,12 @@ def server_teacher_rows(
                 found = await server.next_token_entry(client, tokens[:i], top_k)
                 # As in a prompt's entries, where the token itself is one more, whatever its rank
                 entries[i] = {tokens[i]: -np.inf} | found if len(found) >= top_k else found
+        elif not server.whole_prompts:
+            raise ServerError(
+                f"{server.model} is an adapter, on the head too as far as is known here, and servers leave that out "
+                f"of a prompt's log-probabilities, which {len(positions)} learned tokens of a row need: merge it into "
+                "its base (merge_and_unload of PEFT), serve that, and name it as cache.teacher."
+            )
         else:
             entries = await server.prompt_entries(client, tokens, top_k)
         if progress is not None:

@@ -57,7 +57,7 @@ NAMES = ("teacher_ids", "teacher_log_probs", "teacher_tail_log_prob")
 class FakeVLLM:
     """A loopback server that says `answer(request)`: a dict, a status, or None to hang up."""
 
-    def __init__(self, answer, models=("teacher",), port=0):
+    def __init__(self, answer, models=("teacher",), port=0, parent=None):
         self.keys, self.paths, self.sent = [], [], 0
         self.asked, self.under_way, self.most_under_way, self.lock = [], 0, 0, threading.Lock()
         fake = self
@@ -68,7 +68,7 @@ class FakeVLLM:
 
             def do_GET(self):
                 pairs = [model if isinstance(model, tuple) else (model, None) for model in models]
-                listed = {"data": [{"id": name, "max_model_len": length} for name, length in pairs]}
+                listed = {"data": [{"id": name, "max_model_len": length, "parent": parent} for name, length in pairs]}
                 self.reply({"/v1/models": listed, "/version": {"version": "0.0"}}.get(self.path, 404))
 
             def do_POST(self):
@@ -383,6 +383,27 @@ def test_what_a_server_lacks_is_found_at_connect(case):
             return
         with pytest.raises(ServerError, match=expected):
             connect(fake.url, "teacher", top_k, max_length, waits=())
+
+
+@pytest.mark.parametrize(
+    ("config", "whole_prompts"),
+    [
+        (None, False),
+        ({"target_modules": ["q_proj", "lm_head"]}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": None}, True),
+    ],
+)
+def test_prompts_are_not_read_through_an_adapter_whose_head_a_server_leaves_out(config, whole_prompts, tmp_path):
+    if config:
+        (tmp_path / "teacher").mkdir()
+        (tmp_path / "teacher" / "adapter_config.json").write_text(json.dumps(config))
+    with FakeVLLM(by_kind(TWO), parent="base") as fake:
+        server = connect(fake.url, str(tmp_path / "teacher"), waits=())
+        assert server.whole_prompts is whole_prompts
+        if not whole_prompts:
+            with pytest.raises(ServerError, match="teacher is an adapter.*merge it into its base"):
+                server_teacher_rows(server, [{"input_ids": [1] * 5, "labels": [-100, 1, 1, 1, 1]}], top_k=1)
 
 
 @pytest.mark.parametrize(
