@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
 
+from first_trl.__main__ import main
 from first_trl.cache.reader import open_cache
 from first_trl.checks import check_recipe
 from first_trl.constants import IGNORED
@@ -38,11 +41,11 @@ def open_recipe(folder, task=None, **write):
     return unlabelled_recipe(folder, OPEN | (task or {}), cache={"write_answers": WRITE | write})
 
 
-def greedy(model, prompt, count):
+def greedy(model, prompt, count, vocab_limit=27):
     ids = list(prompt)
     with torch.no_grad():
         while len(ids) - len(prompt) < count and (len(ids) == len(prompt) or ids[-1] != 0):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1, :vocab_limit].argmax()))
     return ids[len(prompt) :]
 
 
@@ -58,6 +61,9 @@ def test_a_teacher_writes_the_answers_and_is_cached_on_what_it_wrote(tmp_path, c
     path, teacher = open_recipe(tmp_path), build_model(27).eval()
     report = check_recipe(load_recipe(path), here=False)
     assert report.problems == [] and {cost.name: cost.rows for cost in report.costs}["distill.first"] == 12
+    assert main(["show", str(path), "--split", "transfer", "--row", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "the teacher writes up to 8 more" in shown and shown.endswith("Sentiment :⟦...⟧\n")
     for stage in (cache, calibrate, distill, evaluate):
         stage.main([str(path)])
     found, written = answers(tmp_path)
@@ -137,6 +143,17 @@ def test_samples_follow_their_seed_and_probabilities_their_temperature():
     found = token_probabilities(model, prompts, [answer, []], 1.7, tokens_per_batch=64)
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
     assert found[1].size == 0
+
+
+def test_an_adapter_writes_its_own_answers_whatever_its_checkpoint_samples_with():
+    model = get_peft_model(build_model(27), LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    model.get_base_model().generation_config = GenerationConfig(do_sample=True, repetition_penalty=5.0, top_k=3)
+    settings, prompts = WriteAnswers(max_new_tokens=12), [[3, 4, 5], [6, 7]]
+    found = written_answers(model, prompts, [0], settings, tokens_per_batch=16, vocab_limit=26)
+    with model.disable_adapter():
+        assert found != written_answers(model, prompts, [0], settings, tokens_per_batch=16, vocab_limit=26)
+    for prompt, written in zip(prompts, found, strict=True):
+        assert written == greedy(model, prompt, 12, vocab_limit=26)
 
 
 def test_an_answer_ends_as_a_learned_one_does():
