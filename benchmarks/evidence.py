@@ -134,6 +134,7 @@ class Regime:
     learns: str  # whose rows the students learn: owner_few_labels, owner_all_labels, teachers, few_rows
     claims: tuple[Claim, ...]
     few_steps: bool = False
+    rate: float | None = None  # one for every arm, without a search
 
 
 def better(metric: str, arm: str, other: str, most: bool = False) -> Claim:
@@ -229,7 +230,8 @@ REGIMES = {
         "`first_post_hoc` in accuracy and in NLL on every seed.",
         "few_rows",
         "owner_all_labels",
-        (
+        rate=1e-3,  # what validation chose for every arm of the two regimes of 300 steps whose teacher knows something
+        claims=(
             Claim("`teacher` is more than 5 points above chance", lambda seed: seed["teacher"]["accuracy"] > 0.55),
             better("accuracy", "fine_tuned_post_hoc", "teacher", most=True),
             better("accuracy", "fine_tuned_post_hoc", "first_post_hoc", most=True),
@@ -245,7 +247,8 @@ REGIMES = {
         "other.",
         "few_rows",
         "few_rows",
-        (
+        rate=1e-3,  # what validation chose for every arm of the two regimes of 300 steps whose teacher knows something
+        claims=(
             better("ece", "first", "fine_tuned"),
             Claim(
                 "`first_post_hoc` and `fine_tuned_post_hoc` within 2 points of accuracy",
@@ -335,21 +338,21 @@ class Bench:
 
     def run(self, task: str, regime: str, seed: int) -> None:
         """One seed: on seed 0 with every learning rate, on the others with the rate that seed 0 chose."""
-        rates = {arm: list(self.sizes.rates) for arm in ARMS} if seed == 0 else self.chosen(task, regime)
+        is_open = seed == 0 and REGIMES[regime].rate is None
+        rates = {arm: list(self.sizes.rates) for arm in ARMS} if is_open else self.chosen(task, regime)
         arms = {}
         for arm, several in rates.items():
             arms |= {named(arm, rate): {**ARMS[arm], "learning_rate": rate} for rate in several}
         recipe = self.student_recipe(task, REGIMES[regime], seed, arms)
         self.command(("cache", "calibrate", "distill"), recipe, task, regime, f"seed-{seed}", seed)
         own = [named(arm, rate) for arm, (rate,) in self.chosen(task, regime).items()]
-        recipe["arms"] = {name: arms[name] for name in own}  # the others are answered on validation alone
-        self.command(("evaluate",), recipe, task, regime, f"seed-{seed}", seed)
+        self.answer(task, regime, seed, ["teacher", *own])
 
     def run_further(self, task: str, seed: int) -> None:
         """One seed of the further students; `strong_teacher` has chosen the rate of `first` before."""
         (rate,) = self.chosen(task, "strong_teacher")["first"]
         first, folder = named("first", rate), self.output_dir / task / FURTHER / f"seed-{seed}"
-        early = self.sizes.rates if seed == 0 else [self.early_rate(task)]
+        early = self.sizes.rates[:2] if seed == 0 else [self.early_rate(task)]  # the third is worst for every arm
         arms = {first: {"learning_rate": rate}}
         arms |= {named("fine_tuned_early", one): {**EARLY, "learning_rate": one} for one in early}
         recipe = self.student_recipe(task, REGIMES["strong_teacher"], seed, arms)
@@ -361,9 +364,10 @@ class Bench:
             "learning_rate": rate,
             "recalibration_value": lowest_nll(curve["families"][curve["method"]]["curve"]),
         }
+        recipe["arms"] = arms
+        self.command(("distill",), recipe, task, FURTHER, f"seed-{seed}", seed)
         own = named("fine_tuned_early", self.early_rate(task))
-        recipe["arms"] = {name: arm for name, arm in arms.items() if name == own or "early" not in name}
-        self.command(("distill", "evaluate"), recipe, task, FURTHER, f"seed-{seed}", seed)
+        self.answer(task, FURTHER, seed, [name for name in arms if name == own or "early" not in name])
         for one in (3e-4, 1e-3) if seed == 0 else [self.continued_rate(task)]:
             continue_student(folder.with_suffix(".yaml"), first, named("first_continued", one), value, one)
 
@@ -378,6 +382,18 @@ class Bench:
             rate = float(folder.name.removeprefix("first_continued-"))
             scores[rate] = figures(*read_answers(folder / "validation.parquet"))["nll"]
         return min(scores, key=lambda rate: scores[rate])
+
+    def answer(self, task: str, group: str, seed: int, models: list[str]) -> None:
+        """The answers of these models to validation and every test set; what `evaluate` does, without a report."""
+        from first_trl.recipe import load_recipe
+        from first_trl.stages.evaluate import answer_all_sets, measured_sets
+
+        folder = self.output_dir / task / group / f"seed-{seed}" / "report" / "answers"
+        recipe = load_recipe(str(self.output_dir / task / group / f"seed-{seed}.yaml"))
+        models = [name for name in models if not (folder / name / f"{self.tasks[task].tests[-1]}.parquet").is_file()]
+        sets = measured_sets(recipe) if models else {}
+        for name in models:
+            answer_all_sets(recipe, name, sets)
 
     def command(self, stages: tuple[str, ...], recipe: dict, task: str, group: str, name: str, seed: int) -> None:
         """Write the recipe and run its stages, one process each: `run` would start one more for every arm."""
@@ -502,6 +518,8 @@ class Bench:
 
     def chosen(self, task: str, regime: str) -> dict[str, list[float]]:
         """{arm: [its learning rate]}: of those of seed 0, the lowest validation NLL as shipped."""
+        if REGIMES[regime].rate:
+            return {arm: [REGIMES[regime].rate] for arm in ARMS}
         scores = self.validation_scores(task, regime)
         return {arm: [min(scores[arm], key=lambda rate: scores[arm][rate])] for arm in ARMS}
 
@@ -522,8 +540,8 @@ class Bench:
     # ---- what was measured ----
 
     def finished(self, task: str, regime: str) -> list[int]:
-        folder = self.output_dir / task / regime
-        return sorted(int(file.parts[-3].removeprefix("seed-")) for file in folder.glob("seed-*/report/metrics.json"))
+        files = (self.output_dir / task / regime).glob(f"seed-*/report/answers/first-*/{self.tasks[task].tests[-1]}.*")
+        return sorted({int(file.parts[-5].removeprefix("seed-")) for file in files})
 
     def answers(self, task: str, regime: str, seed: int, test: str) -> dict[str, tuple]:
         """{arm: (log-probabilities of the choices as trained or as shipped (N, C), label (N,))}."""
