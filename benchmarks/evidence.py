@@ -270,6 +270,16 @@ tenth of the steps at that value. Expected of each, as trained, on every seed: a
 trained, and an accuracy within 2 points of it. That decides whether `distill.rounds` is built, and which of the two.
 `first_nll` is `first` at the T that `calibrate.criterion: nll` finds. Expected: no difference from `first` beyond
 noise (the two values of T are close); then the width of the interval of T decides which criterion is the default."""
+PAIRS = (("first_post_hoc", "fine_tuned_post_hoc"), ("first_post_hoc", "distilled_post_hoc"))
+FURTHER_PAIRS = (
+    ("first_post_hoc", "fine_tuned_early_post_hoc"),
+    ("first_again", "first"),
+    ("first_continued", "first"),
+    ("first_again", "first_post_hoc"),
+    ("first_continued", "first_post_hoc"),
+    ("first_nll", "first"),
+    ("first_nll_post_hoc", "first_post_hoc"),
+)
 FURTHER_CLAIMS = (
     better("accuracy", "first_post_hoc", "fine_tuned_early_post_hoc", most=True),
     better("nll", "first_post_hoc", "fine_tuned_early_post_hoc"),
@@ -543,22 +553,30 @@ class Bench:
         files = (self.output_dir / task / regime).glob(f"seed-*/report/answers/first-*/{self.tasks[task].tests[-1]}.*")
         return sorted({int(file.parts[-5].removeprefix("seed-")) for file in files})
 
-    def answers(self, task: str, regime: str, seed: int, test: str) -> dict[str, tuple]:
+    def folders(self, task: str, group: str, seed: int) -> dict[str, Path]:
+        """{arm: where the answers of its chosen student are}."""
+        if group == FURTHER:
+            (rate,) = self.chosen(task, "strong_teacher")["first"]
+            students = {arm: named(arm, rate) for arm in ("first", "first_again", "first_nll")}
+            students["fine_tuned_early"] = named("fine_tuned_early", self.early_rate(task))
+            students["first_continued"] = named("first_continued", self.continued_rate(task))
+        else:
+            students = {"teacher": "teacher"}
+            students |= {arm: named(arm, rate) for arm, (rate,) in self.chosen(task, group).items()}
+        folder = self.output_dir / task / group / f"seed-{seed}" / "report" / "answers"
+        return {arm: folder / name for arm, name in students.items()}
+
+    def answers(self, task: str, group: str, seed: int, test: str) -> dict[str, tuple]:
         """{arm: (log-probabilities of the choices as trained or as shipped (N, C), label (N,))}."""
-        folder = self.output_dir / task / regime / f"seed-{seed}" / "report" / "answers"
-        rates = {arm: rate for arm, (rate,) in self.chosen(task, regime).items()}
         result = {}
-        for arm in ("teacher", *ARMS):
-            own = folder / (named(arm, rates[arm]) if arm in rates else arm)
-            log_probs, label = read_answers(own / f"{test}.parquet")
+        for arm, folder in self.folders(task, group, seed).items():
+            log_probs, label = read_answers(folder / f"{test}.parquet")
             result[arm] = log_probs, label
-            result[f"{arm}_post_hoc"] = tempered(log_probs, scalar_of(own)[0]), label
+            result[f"{arm}_post_hoc"] = tempered(log_probs, scalar_of(folder)[0]), label
         return result
 
-    def scalars(self, task: str, regime: str, seed: int) -> dict[str, tuple]:
-        folder = self.output_dir / task / regime / f"seed-{seed}" / "report" / "answers"
-        students = {arm: named(arm, rate) for arm, (rate,) in self.chosen(task, regime).items()}
-        return {arm: scalar_of(folder / students.get(arm, arm)) for arm in ("teacher", *ARMS)}
+    def scalars(self, task: str, group: str, seed: int) -> dict[str, tuple]:
+        return {arm: scalar_of(folder) for arm, folder in self.folders(task, group, seed).items()}
 
 
 def read_json(path: Path) -> dict:
@@ -740,6 +758,8 @@ def render(bench: Bench) -> str:
                 measured = {test: measure(bench, task, name, seeds, test) for test in bench.tasks[task].tests}
             rows.append(summary(task, regime, seeds, measured))
             pages += section(bench, task, name, seeds, measured)
+            if name == "strong_teacher":
+                pages += further(bench, task) + criteria(bench, task)
     return "\n".join([*head.splitlines(), "", *rows, "", *READING.splitlines(), "", *pages]).rstrip() + "\n"
 
 
@@ -781,8 +801,99 @@ def section(bench: Bench, task: str, name: str, seeds: list[int], measured: dict
         lines.append(f"| {claim.text} | {outcome}: {kept} of {len(seeds)} |")
     lines.append("")
     for test, figures_of in measured.items():
-        lines += table(test, figures_of)
+        lines += table(test, figures_of, PAIRS)
     return lines
+
+
+def further(bench: Bench, task: str) -> list[str]:
+    """The section of the further students of the strong teacher."""
+    folder, test = bench.output_dir / task / FURTHER, bench.tasks[task].tests[0]
+    seeds = sorted(
+        seed for seed in range(3) if list((folder / f"seed-{seed}/report/answers").glob(f"first_continued-*/{test}.*"))
+    )
+    lines = ["### Further students of the strong teacher", "", *FURTHER_HYPOTHESIS.splitlines(), ""]
+    if 0 not in seeds:
+        return [*lines, "**Not run.**", ""]
+    measured = {test: measure(bench, task, FURTHER, seeds, test) for test in bench.tasks[task].tests}
+    rates = {arm: one.name.removeprefix(f"{arm}-") for arm, one in bench.folders(task, FURTHER, 0).items()}
+    lines += [
+        f"Seeds: {', '.join(map(str, seeds))}. Learning rates: {rates}.",
+        *scalar_lines(bench, task, FURTHER, seeds),
+    ]
+    lines += ["", "| claim, in domain | outcome |", "|---|---|"]
+    by_seed = measured[test]["by_seed"]
+    for claim in FURTHER_CLAIMS:
+        kept = sum(claim.holds(by_seed[seed]) for seed in seeds)
+        lines.append(
+            f"| {claim.text} | {'**held**' if kept == len(seeds) else '**failed**'}: {kept} of {len(seeds)} |"
+        )
+    lines.append("")
+    for name, figures_of in measured.items():
+        lines += table(name, figures_of, FURTHER_PAIRS)
+    return lines
+
+
+def criteria(bench: Bench, task: str, draws: int = 200, size: int = 400) -> list[str]:
+    """Which criterion finds a teacher's temperature: fitted on draws of validation, measured on the rest of it."""
+    lines = [
+        f"### The criterion of `calibrate`, on {task}",
+        "",
+        f"T fitted on {draws} draws of {size} rows of validation; means over the draws, on its other rows.",
+        "",
+        "| teacher of | criterion | T on all of validation | T, 95 % of draws | NLL, nats | ECE, % |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for group in ("strong_teacher", "same_few_labels", "weak_teacher"):
+        folder = bench.output_dir / task / group / "seed-0" / "report" / "answers" / "teacher"
+        if not folder.is_dir():
+            continue
+        log_probs, label = read_answers(folder / "validation.parquet")
+        tables = {
+            name: np.stack([per_row(log_probs, label, value)[name] for value in GRID]) for name in ("nll", "bins")
+        }
+        for criterion in ("nll", "ece"):
+            every = np.arange(len(label))
+            drawn = [np.random.default_rng(draw).permutation(every)[:size] for draw in range(draws)]
+            best, *values = (float(GRID[errors_of(tables, rows)[criterion].argmin()]) for rows in (every, *drawn))
+            unseen = (np.setdiff1d(every, rows) for rows in drawn)
+            own = [figures(log_probs[rows], label[rows], value) for rows, value in zip(unseen, values, strict=True)]
+            low, high = np.quantile(values, [0.025, 0.975])
+            nll, ece = (float(np.mean([one[name] for one in own])) for name in ("nll", "ece"))
+            lines.append(
+                f"| {group} | {criterion} | {best:.2f} | {low:.2f} to {high:.2f} | {nll:.4f} | {100 * ece:.2f} |"
+            )
+    return [*lines, ""]
+
+
+def per_row(log_probs_NC, label_N, temperature: float, num_bins: int = 10) -> dict[str, np.ndarray]:
+    """The "nll" (N,), and "bins" (N, num_bins): correct - confidence in the bin of the example, 0 in the others."""
+    scaled_NC = tempered(log_probs_NC, temperature)
+    confidence, rows = np.exp(scaled_NC.max(axis=1)), np.arange(len(label_N))
+    bins = np.zeros((len(label_N), num_bins), dtype=np.float32)
+    place = np.ceil(confidence * num_bins).astype(int).clip(1, num_bins) - 1
+    bins[rows, place] = (scaled_NC.argmax(axis=1) == label_N) - confidence
+    return {"nll": -scaled_NC[rows, label_N], "bins": bins}
+
+
+def errors_of(tables: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """{criterion: (G,)} on some examples, from what `per_row` gives at every temperature."""
+    return {
+        "nll": tables["nll"][:, rows].mean(axis=1),
+        "ece": np.abs(tables["bins"][:, rows].sum(axis=1)).sum(axis=1) / len(rows),
+    }
+
+
+def scalar_lines(bench: Bench, task: str, group: str, seeds: list[int]) -> list[str]:
+    """What the teacher was recalibrated by, and the closing scalar of each arm."""
+    lines = []
+    for seed in seeds:
+        value = read_json(bench.output_dir / task / group / f"seed-{seed}" / "calibration.json")["value"]
+        scalars = ", ".join(
+            f"`{arm}` {scalar:.2f} ({low:.2f} to {high:.2f})"
+            for arm, (scalar, (low, high)) in bench.scalars(task, group, seed).items()
+        )
+        lines.append(f"Seed {seed}: T = {value:.2f}; closing scalars {scalars}.")
+    return ["  \n".join(lines)]
 
 
 def choices(bench: Bench, task: str, name: str, seeds: list[int]) -> list[str]:
@@ -793,18 +904,8 @@ def choices(bench: Bench, task: str, name: str, seeds: list[int]) -> list[str]:
         for rate, values in bench.teacher_accuracies(folder).items()
     )
     rates = ", ".join(f"`{arm}` {rate:g}" for arm, (rate,) in bench.chosen(task, name).items())
-    lines = [
-        f"Teacher, accuracy on validation by learning rate and epoch, %: {tried}. Learning rates chosen: {rates}."
-    ]
-    for seed in seeds:
-        calibration = bench.output_dir / task / name / f"seed-{seed}" / "calibration.json"
-        value = json.loads(calibration.read_text(encoding="utf-8"))["value"]
-        scalars = ", ".join(
-            f"`{arm}` {scalar:.2f} ({low:.2f} to {high:.2f})"
-            for arm, (scalar, (low, high)) in bench.scalars(task, name, seed).items()
-        )
-        lines.append(f"Seed {seed}: T = {value:.2f}; closing scalars {scalars}.")
-    return ["  \n".join(lines)]
+    lines = [f"Teacher, accuracy on validation by rate and epoch, %: {tried}. Learning rates of students: {rates}."]
+    return [lines[0] + "  ", *scalar_lines(bench, task, name, seeds)]
 
 
 def measure(bench: Bench, task: str, name: str, seeds: list[int], test: str) -> dict:
@@ -827,7 +928,7 @@ def measure(bench: Bench, task: str, name: str, seeds: list[int], test: str) -> 
     return {"by_seed": by_seed, "mean": mean, "replicates": replicates}
 
 
-def table(test: str, measured: dict) -> list[str]:
+def table(test: str, measured: dict, pairs: tuple[tuple[str, str], ...]) -> list[str]:
     mean, replicates, seeds = measured["mean"], measured["replicates"], list(measured["by_seed"].values())
     lines = [f"#### {test}", "", f"| arm | {' | '.join(METRICS.values())} |", "|---|" + "---:|" * len(METRICS)]
     for arm in mean:
@@ -835,16 +936,16 @@ def table(test: str, measured: dict) -> list[str]:
         bounds = {metric: [max(0.0, low), high] for metric, (low, high) in bounds.items()}  # shifted below zero
         cells = [shown(metric, mean[arm][metric], bounds[metric]) for metric in METRICS]
         lines.append(f"| `{arm}` | {' | '.join(cells)} |")
-    lines += ["", f"| `first_post_hoc` minus | {' | '.join(METRICS.values())} |", "|---|" + "---:|" * len(METRICS)]
-    for arm in ("fine_tuned_post_hoc", "distilled_post_hoc"):
+    lines += ["", f"| difference | {' | '.join(METRICS.values())} |", "|---|" + "---:|" * len(METRICS)]
+    for arm, other in pairs:
         cells = []
         for metric in METRICS:
-            difference = mean["first_post_hoc"][metric] - mean[arm][metric]
-            drawn = replicates["first_post_hoc"][metric] - replicates[arm][metric]
+            difference = mean[arm][metric] - mean[other][metric]
+            drawn = replicates[arm][metric] - replicates[other][metric]
             sign = 1 if metric == "accuracy" else -1
-            won = sum(sign * (seed["first_post_hoc"][metric] - seed[arm][metric]) > 0 for seed in seeds)
+            won = sum(sign * (seed[arm][metric] - seed[other][metric]) > 0 for seed in seeds)
             cells.append(f"{shown(metric, difference, interval(difference, drawn))}, better on {won} of {len(seeds)}")
-        lines.append(f"| `{arm}` | {' | '.join(cells)} |")
+        lines.append(f"| `{arm}` minus `{other}` | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
