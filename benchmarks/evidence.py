@@ -358,8 +358,8 @@ class Bench:
         own = [named(arm, rate) for arm, (rate,) in self.chosen(task, regime).items()]
         self.answer(task, regime, seed, ["teacher", *own])
 
-    def run_further(self, task: str, seed: int) -> None:
-        """One seed of the further students; `strong_teacher` has chosen the rate of `first` before."""
+    def run_further(self, task: str, seed: int, criterion: bool = True) -> None:
+        """One seed of the further students, `first_nll` among them or not; `strong_teacher` has chosen the rate."""
         (rate,) = self.chosen(task, "strong_teacher")["first"]
         first, folder = named("first", rate), self.output_dir / task / FURTHER / f"seed-{seed}"
         early = self.sizes.rates[:2] if seed == 0 else [self.early_rate(task)]  # the third is worst for every arm
@@ -370,10 +370,9 @@ class Bench:
         curve = read_json(folder / "calibration.json")
         value = curve["value"] * read_json(folder / "students" / first / "calibration.json")["temperature"]
         arms[named("first_again", rate)] = {"learning_rate": rate, "recalibration_value": value}
-        arms[named("first_nll", rate)] = {
-            "learning_rate": rate,
-            "recalibration_value": lowest_nll(curve["families"][curve["method"]]["curve"]),
-        }
+        if criterion:
+            by_nll = lowest_nll(curve["families"][curve["method"]]["curve"])
+            arms[named("first_nll", rate)] = {"learning_rate": rate, "recalibration_value": by_nll}
         recipe["arms"] = arms
         self.command(("distill",), recipe, task, FURTHER, f"seed-{seed}", seed)
         own = named("fine_tuned_early", self.early_rate(task))
@@ -563,8 +562,20 @@ class Bench:
         else:
             students = {"teacher": "teacher"}
             students |= {arm: named(arm, rate) for arm, (rate,) in self.chosen(task, group).items()}
-        folder = self.output_dir / task / group / f"seed-{seed}" / "report" / "answers"
-        return {arm: folder / name for arm, name in students.items()}
+        seeds = self.output_dir / task / group
+        return {
+            arm: seeds / f"seed-{seed}" / "report" / "answers" / name
+            for arm, name in students.items()
+            if group != FURTHER
+            or len(list(seeds.glob(f"seed-*/report/answers/{name}"))) >= len(self.further_seeds(task))
+        }
+
+    def further_seeds(self, task: str) -> list[int]:
+        """The seeds whose last further student has answered."""
+        files = (self.output_dir / task / FURTHER).glob(
+            f"seed-*/report/answers/first_continued-*/{self.tasks[task].tests[-1]}.parquet"
+        )
+        return sorted({int(file.parts[-5].removeprefix("seed-")) for file in files})
 
     def answers(self, task: str, group: str, seed: int, test: str) -> dict[str, tuple]:
         """{arm: (log-probabilities of the choices as trained or as shipped (N, C), label (N,))}."""
@@ -807,10 +818,7 @@ def section(bench: Bench, task: str, name: str, seeds: list[int], measured: dict
 
 def further(bench: Bench, task: str) -> list[str]:
     """The section of the further students of the strong teacher."""
-    folder, test = bench.output_dir / task / FURTHER, bench.tasks[task].tests[0]
-    seeds = sorted(
-        seed for seed in range(3) if list((folder / f"seed-{seed}/report/answers").glob(f"first_continued-*/{test}.*"))
-    )
+    seeds, test = bench.further_seeds(task), bench.tasks[task].tests[0]
     lines = ["### Further students of the strong teacher", "", *FURTHER_HYPOTHESIS.splitlines(), ""]
     if 0 not in seeds:
         return [*lines, "**Not run.**", ""]
@@ -829,7 +837,8 @@ def further(bench: Bench, task: str) -> list[str]:
         )
     lines.append("")
     for name, figures_of in measured.items():
-        lines += table(name, figures_of, FURTHER_PAIRS)
+        pairs = tuple(pair for pair in FURTHER_PAIRS if all(arm in figures_of["mean"] for arm in pair))
+        lines += table(name, figures_of, pairs)
     return lines
 
 
