@@ -208,7 +208,7 @@ def _train(recipe: Recipe, cost: Cost, on_labels: bool, split: Split, machine: M
     from trl import SFTConfig, get_peft_config
 
     from .first_config import FIRSTConfig
-    from .training import training_arguments
+    from .training import second_round_steps, training_arguments
 
     section = recipe.sft if cost.name == "sft" else recipe.arm_section(cost.name.removeprefix("distill."))
     given = {key: value for key, value in section.items() if not key.startswith("recalibration_")} | {"use_cpu": True}
@@ -217,6 +217,8 @@ def _train(recipe: Recipe, cost: Cost, on_labels: bool, split: Split, machine: M
     rows = math.ceil((split.tokens or 0) / packed) if packed else split.rows
     if rows:
         cost.steps = training_steps(args, rows, machine.processes)
+        if cost.name != "sft" and recipe.has_second_round(cost.name.removeprefix("distill.")):
+            cost.steps += second_round_steps(cost.steps)
     if config is None or not split.lengths or not cost.steps:
         return
     adapter, batch, text = model_args.use_peft, args.per_device_train_batch_size, config.get_text_config()

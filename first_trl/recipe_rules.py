@@ -48,6 +48,12 @@ def recipe_conflicts(recipe: Recipe) -> Iterator[Conflict]:
             if test.task and "choices" in test.task and not test.task["choices"]:
                 why = "cache.support: choices needs some; give this set choices, or write cache.support: top_k"
                 yield ("datasets", "test", name, "task", "choices"), why
+    if recipe.distill.get("rounds", 1) == 2:
+        methods = {recipe.calibrate.method, *(own.get("recalibration_method", "none") for own in arms.values())}
+        if other := sorted(methods - {"temperature", "none"}):
+            yield ("distill", "rounds"), f"a second round changes a temperature, not {other[0]}; write rounds: 1"
+        if not recipe.distill.get("closing", True):
+            yield ("distill", "rounds"), "a second round needs the closing temperature; write closing: true"
     if cache.write_answers is not None:
         yield from _written_conflicts(recipe, cache.write_answers.max_new_tokens)
     yield from _source_conflicts(recipe)

@@ -104,6 +104,7 @@ def _student_job(recipe: Recipe, student: str, task: dict, train: dict, validati
         "recalibration": recalibration_of(recipe, student),
         "seed": recipe.seed_of(student),
         "closing": [recipe.distill.get("closing", True), recipe.evaluate.seed],
+        **({"rounds": 2} if recipe.has_second_round(student) else {}),
     }
     rows = (train if on_labels else {}) | validation  # the latter for its closing temperature and thresholds
     needs = () if on_labels else ("cache", "calibrate") if needs_calibration(recipe, student) else ("cache",)

@@ -116,7 +116,9 @@ def settings_tables() -> str:
     top, trl, distill = file_model().model_fields, training_model("sft").model_fields, training_model("distill")
     own = {key: field for key, field in distill.model_fields.items() if key not in trl}
     about = "Fields of TRL's `SFTConfig` and `ModelConfig`, with TRL's help. An arm may have them, those of the loss\n"
-    about += "(but `closing`), and `trainer`: `first` (knowledge matching, the default) or `sft` (trained on labels)."
+    about += (
+        "(but `closing` and `rounds`), and `trainer`: `first` (knowledge matching, the default) or `sft` (labels)."
+    )
     tables = [_table("The top of a recipe", "", {key: top[key] for key in ("name", *RUN_SETTINGS, "arms")})]
     for section, field in Recipe.model_fields.items():
         own_and_nested: list[tuple[Any, str]] = [(field.annotation, section), *NESTED.get(section, ())]

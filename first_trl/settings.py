@@ -291,8 +291,12 @@ STAGE_DEFAULTS = {"report_to": "none", "save_strategy": "epoch", "save_total_lim
 CONFIGS = {"sft": "SFTConfig", "distill": "FIRSTConfig", "arms": "FIRSTConfig"}
 # Settings that no dataclass of TRL or ours has: the stages read them from the recipe.
 _CLOSING = (bool, Field(True, description="Fit one closing temperature per student on validation."))
+_ROUNDS = (int, Field(1, ge=1, le=2, description="2: train on for a tenth of the steps, at that temperature."))
 _TRAINER = (Literal["first", "sft"], Field("first", description="`first`: knowledge matching; `sft`: on labels."))
-OWN_SETTINGS: dict[str, dict[str, Any]] = {"distill": {"closing": _CLOSING}, "arms": {"trainer": _TRAINER}}
+OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "distill": {"closing": _CLOSING, "rounds": _ROUNDS},
+    "arms": {"trainer": _TRAINER},
+}
 # The names that annotations of TRL use; those of its own classes stand for anything.
 _NAMES = {"float": Number, "Texts": Texts, "Literal": Literal} | {t.__name__: t for t in (int, str, bool, dict, list)}
 
@@ -370,9 +374,13 @@ class Recipe(Section):
         """`first` (knowledge matching) or `sft` (the control, trained on labels)."""
         return self._arm(arm).get("trainer", "first")
 
+    def has_second_round(self, arm: str) -> bool:
+        """Whether an arm is trained on, once its closing temperature is known."""
+        return self.distill.get("rounds", 1) == 2 and self.arm_trainer(arm) == "first"
+
     def arm_section(self, arm: str) -> dict:
         """The settings of one student: `distill` with the arm's own on top; with `trainer: sft` those of TRL alone."""
-        left_out = {"trainer", "closing"} | (first_only_keys() if self.arm_trainer(arm) == "sft" else set())
+        left_out = {"trainer", "closing", "rounds"} | (first_only_keys() if self.arm_trainer(arm) == "sft" else set())
         return {key: value for key, value in (self.distill | self._arm(arm)).items() if key not in left_out}
 
     def _arm(self, arm: str) -> dict:

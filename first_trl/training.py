@@ -113,6 +113,11 @@ def adapters_to_float32(trainer) -> None:
             cast_adapter_dtype(trainer.model, adapter)
 
 
+def second_round_steps(steps: int) -> int:
+    """How many steps a student is trained on, after so many in its first round."""
+    return max(1, steps // 10)
+
+
 def train_and_save(make_trainer: Callable, folder: Path, continues: bool, title: str) -> None:
     """Train, from the last checkpoint if this continues an interrupted attempt, and save the model to `folder`."""
     finished = folder / "trainer_state.json"  # written when all else is

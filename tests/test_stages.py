@@ -112,6 +112,41 @@ def test_a_report_with_other_settings_measures_the_answers_that_are_there_unless
     answers.write_bytes(kept)
 
 
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_second_round_goes_on_at_the_temperature_of_the_first_and_resumes_with_the_same_bytes(
+    tmp_path, monkeypatch, adapter
+):
+    from first_trl import student
+
+    found = {"temperature": 0.5, "fitted": 0.5, "interval": [0.4, 0.6], "why": "planted"}
+    monkeypatch.setattr(student, "fitted_temperature", lambda *arguments: found)
+    path, weights = tiny_recipe(tmp_path, arms={"first": {}}), {}
+    options = ["--distill.rounds", "2", "--distill.max_steps", "20", "--distill.use_peft", str(adapter).lower()]
+    make_trainer = distill.cache_trainer
+
+    def stopped(recipe, student, folder, caches, first=None):
+        if first is not None:
+            raise KeyboardInterrupt
+        return make_trainer(recipe, student, folder, caches, first)
+
+    for name in ("undisturbed", "interrupted"):
+        own = [str(path), *options, "--name", name]
+        cache.main(own)
+        calibrate.main(own)
+        if name == "interrupted":
+            monkeypatch.setattr(distill, "cache_trainer", stopped)
+            with pytest.raises(SystemExit):
+                distill.main(own)
+            monkeypatch.setattr(distill, "cache_trainer", make_trainer)
+        distill.main(own)
+        folder = load_recipe(path, [*options, "--name", name]).run_folder / "students" / "first"
+        weights[name] = [file.read_bytes() for file in folder.glob("*.safetensors")]
+        first, second = json.loads((folder / "calibration.json").read_text())["rounds"]
+        assert (first["steps"], second["steps"], second["value"]) == (20, 2, first["value"] / 2)
+        assert not (folder / "round-1").exists()
+    assert len(weights["interrupted"]) == 1 and weights["interrupted"] == weights["undisturbed"]
+
+
 def test_an_existing_model_can_be_calibrated_and_measured_without_a_student(tmp_path):
     path = tiny_recipe(tmp_path, "datasets.train", "distill", arms={})
     recipe, metrics = run_stages(path)

@@ -8,16 +8,20 @@ several `seeds`, `students/<arm>/seed-<n>/`: the weights, and what it takes to p
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
 from first_trl.constants import PREDICT_FILE
+from first_trl.errors import FirstTrlError
 from first_trl.files import new_folder, write_atomically
 from first_trl.log import status
 from first_trl.recipe import arm_of, teacher_section
 from first_trl.run import jobs, needs_calibration, recalibration_of, require, run_job, teacher_path
 from first_trl.stages.command import stage_command
+
+SECOND_RATE = 0.3  # of the learning rate, in a second round: what validation chose for students that learn sentiment
 
 
 @stage_command("distill")
@@ -31,16 +35,24 @@ def main(recipe, options) -> None:
 
 def make_student(recipe, student: str, caches: Callable, continues: bool) -> None:
     """Train one student, an arm or one of its seeds; then one pass over validation for what it carries to predict."""
+    from accelerate import PartialState
+
     from first_trl.training import label_trainer, train_and_save
 
-    folder = new_folder(recipe.run_folder / "students" / student)
+    folder, title = new_folder(recipe.run_folder / "students" / student), f"distill.{student}"
     if recipe.arm_trainer(student) == "sft":
         section, seed = recipe.arm_section(student), recipe.seed_of(student)
-        make_trainer = partial(label_trainer, recipe, section, folder, seed)
-    else:
-        make_trainer = partial(cache_trainer, recipe, student, folder, caches)
-    train_and_save(make_trainer, folder, continues, f"distill.{student}")
-    close_student(recipe, student, folder)
+        train_and_save(partial(label_trainer, recipe, section, folder, seed), folder, continues, title)
+        return close_student(recipe, student, folder)
+    first = folder / "round-1" if recipe.has_second_round(student) else None
+    if first is not None:
+        train_and_save(partial(cache_trainer, recipe, student, first, caches), first, continues, f"{title}, round 1")
+        close_student(recipe, student, first)
+        PartialState().wait_for_everyone()  # the others read its closing temperature
+    train_and_save(partial(cache_trainer, recipe, student, folder, caches, first), folder, continues, title)
+    close_student(recipe, student, folder, first)
+    if first is not None and PartialState().is_main_process:
+        shutil.rmtree(first)
 
 
 def open_for_students(recipe, role: str):
@@ -53,12 +65,15 @@ def open_for_students(recipe, role: str):
     return open_recipe_cache(recipe, role, teacher_path(recipe), teacher_section(recipe), verify=is_main)
 
 
-def cache_trainer(recipe, student: str, folder: Path, caches: Callable):
-    """The trainer of a student on the teacher's cache, recalibrated as its arm says."""
+def cache_arguments(recipe, student: str, folder: Path, first: Path | None = None):
+    """(FIRSTConfig, ModelConfig) of a student, the teacher recalibrated as its arm says.
+
+    Of a second round, where `first` holds the student of the first: its closing temperature multiplies that of the
+    targets, which were that much too sharp or too soft for it.
+    """
     from first_trl.first_config import FIRSTConfig
-    from first_trl.modeling import load_tokenizer
-    from first_trl.trainer import FIRSTTrainer
-    from first_trl.training import model_arguments, roles, training_arguments
+    from first_trl.student import CLOSING_FILE
+    from first_trl.training import second_round_steps, training_arguments
 
     method, value = recalibration_of(recipe, student)
     section = recipe.arm_section(student) | {"recalibration_method": method, "recalibration_value": value}
@@ -66,20 +81,52 @@ def cache_trainer(recipe, student: str, folder: Path, caches: Callable):
         section["calibration"] = str(recipe.run_folder / "calibration.json")
         section["recalibration_method"] = None if method == "auto" else method
     args, model_args = training_arguments(section, FIRSTConfig, folder, recipe.seed_of(student))
+    if first is not None:
+        closing = json.loads((first / CLOSING_FILE).read_text(encoding="utf-8"))
+        found = closing if closing["scope"] == "choices" else closing["vocabulary"]
+        if found is None:
+            raise FirstTrlError("distill.rounds: 2: logits with a bias or a cap have no closing temperature; write 1")
+        args.recalibration_method = "temperature"
+        args.recalibration_value = (args.recalibration_value or 1.0) * found["temperature"]
+        args.max_steps, args.learning_rate = second_round_steps(steps_of(first)), SECOND_RATE * args.learning_rate
+        if not model_args.use_peft:
+            model_args.model_name_or_path = str(first)
+    return args, model_args
+
+
+def steps_of(folder: Path) -> int:
+    """The steps that a finished student was trained for."""
+    return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+
+
+def cache_trainer(recipe, student: str, folder: Path, caches: Callable, first: Path | None = None):
+    """The trainer of a student on the teacher's cache; of its second round, where `first` holds the first."""
+    from peft import PeftModel
+
+    from first_trl.modeling import load_tokenizer
+    from first_trl.trainer import FIRSTTrainer
+    from first_trl.training import model_arguments, roles
+
+    args, model_args = cache_arguments(recipe, student, folder, first)
+    student_model = model_arguments(args, model_args)
+    if first is not None and model_args.use_peft:
+        model = PeftModel.from_pretrained(student_model["model"], str(first), is_trainable=True)
+        student_model = {"model": model}
     splits = {role: caches(role) for role in roles(args)}
     return FIRSTTrainer(
         args=args,
         train_dataset=splits["train"],
         eval_dataset=splits.get("validation"),
         processing_class=load_tokenizer(model_args.model_name_or_path, model_args.model_revision),
-        **model_arguments(args, model_args),
+        **student_model,
     )
 
 
-def close_student(recipe, student: str, folder: Path) -> None:
+def close_student(recipe, student: str, folder: Path, first: Path | None = None) -> None:
     """One pass of a trained student over validation: its closing temperature and its thresholds, beside its weights.
 
-    Writes `calibration.json` (unless `distill.closing` is false) and `predict.json` into the student's `folder`.
+    Writes `calibration.json` (unless `distill.closing` is false) and `predict.json` into the student's `folder`. Where
+    `first` holds the student of a first round, "rounds" has what the targets of both were recalibrated by.
     """
     from accelerate import PartialState
 
@@ -119,6 +166,12 @@ def close_student(recipe, student: str, folder: Path) -> None:
         closing["vocabulary"] = vocabulary_closing(folder, section, rows.rows, recipe)
         if "choice_log_probs" not in answers and closing["vocabulary"]:  # of the whole vocabulary, as free text is
             temperature = closing["vocabulary"]["temperature"]
+        if first is not None:
+            both = {first: None, folder: first}
+            closing["rounds"] = [
+                {"value": cache_arguments(recipe, student, own, before)[0].recalibration_value, "steps": steps_of(own)}
+                for own, before in both.items()
+            ]
         write_atomically(folder / CLOSING_FILE, json.dumps(closing, indent=1))
     content = describe_student(student, recipe.task, section, predictions(answers, place), temperature)
     write_atomically(folder / PREDICT_FILE, json.dumps(content, indent=1))
