@@ -127,6 +127,8 @@ def test_local_rows_are_planned_where_only_the_models_are_out_of_reach(tmp_path)
     recipe.write_text(recipe.read_text().replace(str(tmp_path / "teacher"), "owner/absent"))
     report, found = planned(recipe, "--distill.max_steps=-1", "--distill.num_train_epochs=1")
     assert found["distill.first"].rows == 40 and found["distill.first"].steps == 5
+    _, found = planned(recipe, "--distill.max_steps=50", "--distill.rounds=2")
+    assert found["distill.first"].steps == 55
     assert found["cache"].rows == 83 and found["cache"].tokens is None
     assert any("owner/absent" in line for line in report.unknown) and not report.problems
 

@@ -112,6 +112,8 @@ def test_the_default_arms_are_the_method_and_its_controls():
     assert "divergence" not in section and "trainer" not in section and section["load_in_4bit"] is True
     kept = load_recipe("recipe.yaml", ["--distill.closing", "false"])
     assert kept.distill["closing"] is False and "closing" not in kept.arm_section("first")
+    again = load_recipe("recipe.yaml", ["--distill.rounds", "2"])
+    assert [again.has_second_round(arm) for arm in again.arms] == [False, True, True] and "rounds: 2" in again.to_yaml()
     with pytest.raises(ValueError, match="no arm 'forst'.*fine_tuned, distilled, first"):
         recipe.arm_section("forst")
 
@@ -327,6 +329,7 @@ BROKEN = [
     (LOSS, "recalibration_method: none\n  recalibration_value: 2",
      "distill.recalibration_value = 2|a value alone means temperature"),
     (LOSS, "packing: true\n  packing_strategy: wrapped", "distill.packing_strategy = 'wrapped'|packing_strategy: bfd"),
+    (LOSS, "rounds: 2\n  closing: false", "distill.rounds = 2|closing: true"),
     (PUSH, "arms: {first: {closing: false}}\npush:", "arms.first.closing = False: unknown key|distill.closing"),
     ("method: temperature", "method: vocabulary_temperature",
      "calibrate.method = 'vocabulary_temperature'|write temperature"),
