@@ -113,7 +113,8 @@ def test_the_default_arms_are_the_method_and_its_controls():
     kept = load_recipe("recipe.yaml", ["--distill.closing", "false"])
     assert kept.distill["closing"] is False and "closing" not in kept.arm_section("first")
     again = load_recipe("recipe.yaml", ["--distill.rounds", "2"])
-    assert [again.has_second_round(arm) for arm in again.arms] == [False, True, True] and "rounds: 2" in again.to_yaml()
+    assert [again.has_second_round(arm) for arm in again.arms] == [False, True, True]
+    assert "rounds: 2" in again.to_yaml()
     with pytest.raises(ValueError, match="no arm 'forst'.*fine_tuned, distilled, first"):
         recipe.arm_section("forst")
 
