@@ -95,7 +95,7 @@ def report(recipe, arms: list[str], lost: dict[str, dict]) -> None:
         folder,
         predictions,
         calibration,
-        provenance={"recipe": without_local_paths(recipe.to_dict())},
+        provenance={"name": recipe.name, "recipe": without_local_paths(recipe.to_dict())},
         out_of_domain={name for name, config in recipe.datasets.test.items() if config.out_of_domain},
         num_bins=recipe.evaluate.num_bins,
         bootstrap=recipe.evaluate.bootstrap,
