@@ -152,6 +152,7 @@ def _value_at(tree: Any, path: tuple) -> Any:
 def _apply_overrides(file: RecipeFile, tree: dict, words: Sequence[str], stage: str | None) -> None:
     """`--a 1 --b=2 --c x y --d` sets a to 1, b to 2, c to [x, y] and d to true."""
     pairs: list[tuple[str, list[str]]] = []
+    wrong: dict[str, str] = {}
     for word in words:
         if word.startswith("--") and len(word) > 2:
             key, equals, value = word[2:].partition("=")
@@ -159,18 +160,20 @@ def _apply_overrides(file: RecipeFile, tree: dict, words: Sequence[str], stage: 
         elif pairs:
             pairs[-1][1].append(word)
         else:
-            file.places[word,], file.problems[word,] = _COMMAND_LINE, "it belongs to no setting; write --key value"
+            wrong[word] = "it belongs to no setting; write --key value"
     for key, values in pairs:
-        path = tuple(key.split("."))
-        if len(path) == 1 and key not in ("name", *RUN_SETTINGS):
-            owners = [section for section, keys in _known_keys().items() if key in keys]
-            if stage not in owners and len(owners) != 1:
-                several = f"it is a setting of several sections; write {' or '.join(f'--{o}.{key}' for o in owners)}"
-                why = several if owners else f"it is unknown; {_suggestion(key, ())}"
-                file.places[f"--{key}",], file.problems[f"--{key}",] = _COMMAND_LINE, why
-                continue
-            path = (stage if stage in owners else owners[0], key)
-        _set(file, tree, path, values or ["true"])
+        owners = [section for section, keys in _known_keys().items() if key in keys]
+        if "." in key or key in ("name", *RUN_SETTINGS):
+            _set(file, tree, tuple(key.split(".")), values or ["true"])
+        elif stage in owners or len(owners) == 1:
+            _set(file, tree, (stage if stage in owners else owners[0], key), values or ["true"])
+        elif owners:
+            several = " or ".join(f"--{section}.{key}" for section in owners)
+            wrong[f"--{key}"] = f"it is a setting of several sections; write {several}"
+        else:
+            wrong[f"--{key}"] = f"it is unknown; {_suggestion(key, ())}"
+    file.problems |= {(word,): why for word, why in wrong.items()}
+    file.places |= {(word,): _COMMAND_LINE for word in wrong}
 
 
 def _set(file: RecipeFile, tree: dict, path: tuple, words: list[str]) -> None:
@@ -251,29 +254,27 @@ def _explained(error: ValidationError, tree: dict, model: type[Section], path: t
             if isinstance(part, int) or (absent and kind not in ("missing", "conflict")):
                 break  # an item of a list, or a member of a union
             where = (*where, part)
-        if kind == "missing":
-            why = "it is missing; write it"
-        elif kind == "extra_forbidden":
+        if kind == "extra_forbidden":
             above = (model if where[:-1] == path else _model_at(where[:-1])) or model
-            why = RESERVED.get(where[-1]) or f"unknown key; {_suggestion(where[-1], list(above.model_fields))}"
+            yield where, RESERVED.get(where[-1]) or f"unknown key; {_suggestion(where[-1], list(above.model_fields))}"
+        elif kind == "missing":
+            yield where, "it is missing; write it"
         else:
-            why = found["msg"] if kind == "conflict" else _misfit(found, _value_at(tree, where))
-        yield where, why
+            yield where, found["msg"] if kind == "conflict" else _misfit(found, _value_at(tree, where))
 
 
 def _misfit(found: Any, value: Any) -> str:
     """What is wrong with a value that has another type or lies out of range, and what to do."""
     kind, items = found["type"], value if isinstance(value, list) else [value]
     wanted = found["msg"].removeprefix("Input should be ")
-    if "model_type" in kind or kind == "dict_type":
+    if kind in ("model_type", "dict_type"):
         return "it needs a mapping; write its settings on the lines below, indented"
     if kind == "string_pattern_mismatch":
-        letters = "use letters, digits, '-' and '_', starting with a letter or digit"
-        return "it is not the id of a repository; write owner/name" if "/" in wanted else f"it is no name; {letters}"
-    if re.search("string|literal", kind) and any(isinstance(item, bool) for item in items):
-        return "YAML reads an unquoted yes, no, on, off, true or false as a boolean; put it in quotes"
-    if "string" in kind and any(isinstance(item, int | float) for item in items):
-        return "it does not fit; put it in quotes"
+        letters = "it is no name; use letters, digits, '-' and '_', starting with a letter or digit"
+        return "it is not the id of a repository; write owner/name" if "/" in wanted else letters
+    unquoted = int | float if "string" in kind else bool if "literal" in kind else ()
+    if any(isinstance(item, unquoted) for item in items):
+        return "YAML reads it as a number, or a bare yes, no, on, off as a boolean; put it in quotes"
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", wanted)
         close = difflib.get_close_matches(str(value), choices, n=1)
