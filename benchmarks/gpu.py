@@ -139,7 +139,7 @@ def bench_two(rehearse: bool) -> None:
             launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
             launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
             launcher += ["--multi_gpu"] if processes > 1 else []
-            command = [*launcher, "-m", "tests.one_step", job]
+            command = [*launcher, "-m", "tests.process_jobs", "one_step", job]
             done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
             if done.returncode != 0:
                 print(f"{processes} processes: exit status {done.returncode}; the end of what they printed:")

@@ -110,8 +110,8 @@ def one_step(job: dict) -> None:
 
     sgd = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1}
     sizes = {"per_device_train_batch_size": job["batch"], "gradient_accumulation_steps": job["accumulation"]}
-    out = Path(job["out"])
-    trainer = tiny_trainer(out.with_suffix(""), save_strategy="no", **sgd, **sizes)
+    out, use_cpu = Path(job["out"]), not torch.cuda.is_available()
+    trainer = tiny_trainer(out.with_suffix(""), save_strategy="no", use_cpu=use_cpu, **sgd, **sizes)
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
     if trainer.is_world_process_zero():
