@@ -220,17 +220,6 @@ def test_a_row_whose_template_and_answer_are_too_long_is_refused_even_where_rows
 # Conversations
 
 
-def test_only_the_last_message_of_a_conversation_is_supervised(chat_tok):
-    messages = CHAT + [{"role": "user", "content": "a bad film"}, {"role": "assistant", "content": "bad"}]
-    example = encode_example(TaskConfig(), chat_tok, {"messages": messages})
-    supervised = [label for label in example["labels"] if label != -100]
-    assert chat_tok.decode(supervised) == "bad</s>"
-    assert example["input_ids"].count(chat_tok.bos_token_id) == 1
-    prompt = encode_prompt(TaskConfig(), chat_tok, {"messages": messages[:-1]})
-    assert prompt == example["input_ids"][: example["num_prompt_tokens"]]
-    assert chat_tok.decode(prompt).endswith("<|user|>a bad film</s><|assistant|>")
-
-
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
@@ -323,27 +312,20 @@ def test_a_choice_that_the_tokenizer_does_not_know_is_refused(tokenizer):
 # Tokenised splits
 
 
-def test_a_tokenised_dataset_has_two_columns_and_every_row_in_order(tok):
+def test_a_tokenised_dataset_has_every_row_in_order_and_a_fingerprint_of_what_decides_the_tokens(tok):
     dataset = datasets.Dataset.from_list(ROWS * 3)
-    tokenised = usable_rows(dataset, reviews(), tok).tokenized
-    assert tokenised.column_names == ["input_ids", "labels"]
-    assert str(tokenised.features["input_ids"].feature.dtype) == "int32"
+    first = usable_rows(dataset, reviews(), tok).tokenized
+    assert str(first.features["input_ids"].feature.dtype) == "int32"
     expected = [encode_example(reviews(), tok, row) for row in dataset]
-    assert tokenised["input_ids"][:] == [example["input_ids"] for example in expected]
-    assert tokenised["labels"][:] == [example["labels"] for example in expected]
-
-
-def test_the_fingerprint_of_a_tokenised_dataset_follows_what_decides_the_tokens(tok):
-    dataset = datasets.Dataset.from_list(ROWS)
-    first = usable_rows(dataset, reviews(), tok).tokenized._fingerprint
+    assert first.to_list() == [{name: row[name] for name in ("input_ids", "labels")} for row in expected]
     tok(["used", "with padding"], padding=True)
-    assert usable_rows(dataset, reviews(), tok).tokenized._fingerprint == first
+    assert usable_rows(dataset, reviews(), tok).tokenized._fingerprint == first._fingerprint
     for other in (
         (dataset, reviews(append_eos=False), tok),
         (dataset, reviews(), byte_level_tokenizer(bos=True)),
         (dataset.select([0, 1]), reviews(), tok),
     ):
-        assert usable_rows(*other).tokenized._fingerprint != first
+        assert usable_rows(*other).tokenized._fingerprint != first._fingerprint
 
 
 def test_prompts_shared_between_splits_are_counted_and_pointed_at(tok):
@@ -351,12 +333,8 @@ def test_prompts_shared_between_splits_are_counted_and_pointed_at(tok):
         rows = [{"text": text, "label": "good"} for text in texts]
         return usable_rows(datasets.Dataset.from_list(rows), reviews(), tok).tokenized
 
-    splits = {
-        "train": split("a", "b", "c"),
-        "validation": split("d"),
-        "clean": split("e"),
-        "leaky": split("x", "b", "b", "d"),
-    }
+    texts = {"train": "abc", "validation": "d", "clean": "e", "leaky": "xbbd"}
+    splits = {name: split(*letters) for name, letters in texts.items()}
     overlaps = {(o.first, o.second): (o.count, o.rows) for o in check_disjoint(splits)}
     assert overlaps == {("train", "leaky"): (2, [(1, 1), (1, 2)]), ("validation", "leaky"): (1, [(0, 3)])}
 
@@ -409,7 +387,8 @@ def test_changed_content_is_a_changed_source_and_is_what_is_read_whatever_the_ti
     assert after["files_sha256"] != before["files_sha256"] and "/" not in json.dumps(after["files"])
 
 
-def test_local_files_are_the_files_that_a_source_reads_in_their_order(tmp_path):
+def test_local_files_are_the_files_that_a_source_reads_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name in ("b.jsonl", "a.jsonl", ".hidden.jsonl", "sub/c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_lines(tmp_path / name, ROWS)
@@ -421,6 +400,7 @@ def test_local_files_are_the_files_that_a_source_reads_in_their_order(tmp_path):
     assert names(path=str(tmp_path), data_files=["b.jsonl", "*.jsonl"]) == ["b.jsonl", "a.jsonl"]
     assert names(path="json", data_files=f"{tmp_path}/**/*.jsonl") == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
     assert names(path="json", data_files="https://host/rows.jsonl") == names(path="owner/rows") == []
+    assert names(path="owner/rows", data_files="a.jsonl") == [], "of the Hub, though there is such a file here"
 
 
 @pytest.mark.parametrize(

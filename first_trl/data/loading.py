@@ -59,6 +59,8 @@ def local_files(config: DatasetConfig) -> list[Path]:
     if path.is_dir() and not patterns:
         inside = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
         return [path / file for file in inside if not any(part[0] in "._" for part in file.parts)]
+    if patterns and not path.is_dir() and config.path not in BUILDERS.values():
+        return []  # files of a repository on the Hub, whatever has their names here
     base = path if path.is_dir() else Path()
     # Each pattern in the order of the recipe, which is that of the rows
     found = [Path(name) for each in patterns for name in sorted(glob.glob(str(base / each), recursive=True))]
