@@ -17,6 +17,7 @@ from pathlib import Path
 
 # The heavy imports are in the functions: the command line reads this page and must answer `--help` at once.
 
+COMMANDS = ("inspect", "verify", "push")
 NUM_EXAMPLES, POSITIONS_SHOWN = 10, 3
 TEXT_SHOWN, BAR = 160, 40  # characters of a prompt (its end, which the answer follows), and of a histogram's bar
 # Allowed between the cached probabilities and the teacher's now: storage rounds by 2e-4, 16-bit logits by much more.
@@ -42,26 +43,18 @@ def _parser() -> argparse.ArgumentParser:
     page = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("first-trl cache", description=__doc__, formatter_class=page, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    options: dict[str, dict[str, dict]] = {
-        "inspect": {"--tokenizer": {"help": "folder or id; default: that of the run the cache lies in"}},
-        "verify": {
-            "--teacher": {"help": "folder or id: run it again over a sample of the rows"},
-            "--rows": {"type": int, "default": 32, "help": "rows of the sample (default: 32)"},
-        },
-        "push": {
-            "repo_id": {"metavar": "REPO_ID", "help": "owner/name, made if need be"},
-            "--license": {"help": "of the rows, e.g. cc-by-4.0, or unknown; default: what their data set names"},
-            "--language": {"nargs": "*", "help": "of the rows, e.g. en; default: what their data set names"},
-            "--private": {"action": "store_true", "help": "make a new repository private"},
-            "--create_pr": {"action": "store_true", "help": "open a pull request"},
-        },
-    }
-    for name, settings in options.items():
-        command = commands.add_parser(name, allow_abbrev=False)
+    inspecting, verifying, pushing = (commands.add_parser(name, allow_abbrev=False) for name in COMMANDS)
+    for command in (inspecting, verifying, pushing):
         command.add_argument("path", metavar="PATH", help="a cache's folder, or a data set on the Hub")
-        for option, how in settings.items():
-            command.add_argument(option, **how)
-        command.add_argument("--revision", help="branch of the repository" + ("" if name == "push" else " or commit"))
+        command.add_argument("--revision", help="branch of the repository, or commit of one to read")
+    inspecting.add_argument("--tokenizer", help="folder or id; default: that of the run the cache lies in")
+    verifying.add_argument("--teacher", help="folder or id: run it again over a sample of the rows")
+    verifying.add_argument("--rows", type=int, default=32, help="rows of the sample (default: 32)")
+    pushing.add_argument("repo_id", metavar="REPO_ID", help="owner/name, made if need be")
+    pushing.add_argument("--license", help="of the rows, e.g. cc-by-4.0, or unknown; default: their data set's")
+    pushing.add_argument("--language", nargs="*", help="of the rows, e.g. en; default: their data set's")
+    pushing.add_argument("--private", action="store_true", help="make a new repository private")
+    pushing.add_argument("--create_pr", action="store_true", help="open a pull request")
     return parser
 
 

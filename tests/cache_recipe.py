@@ -56,29 +56,3 @@ def write_rows(file, count, seed):
         for _ in range(count)
     )
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def run_stage(recipe, log, pause=0.0):
-    """The cache stage in this process, every shard that the teacher has run over being a line of `log`.
-
-    Args:
-        pause: seconds that the teacher takes longer for each.
-    """
-    import os
-    import time
-
-    import first_trl.scoring
-    from first_trl.stages import cache
-
-    teacher_rows = first_trl.scoring.teacher_rows
-
-    def logged(model, examples, **options):
-        columns = teacher_rows(model, examples, **options)
-        time.sleep(pause)
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.write(descriptor, f"{examples[0]['input_ids']}\n".encode())
-        os.close(descriptor)
-        return columns
-
-    first_trl.scoring.teacher_rows = logged
-    cache.main([str(recipe)])

@@ -1,9 +1,7 @@
 """The cache stage as a user runs it: under several processes, killed, restarted, and read by the stages after it."""
 
 import json
-import multiprocessing
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -28,7 +26,7 @@ from first_trl.recipe import load_recipe, teacher_section
 from first_trl.run import Run
 from first_trl.stages import cache as stage
 from first_trl.stages import distill
-from tests.cache_recipe import run_stage, write_recipe
+from tests.cache_recipe import write_recipe
 from tests.cache_samples import contents, make_row, make_rows, small_job, whole_job
 from tests.tiny import build_model, build_tokenizer
 
@@ -105,54 +103,6 @@ def test_one_two_and_three_processes_and_a_restart_after_a_kill_write_the_same_b
     assert 20 <= left < 150 and not list((runs / "killed").glob("tiny/cache/**/manifest.json"))
     finish(launch(recipe, 2, f"--output_dir={runs / 'killed'}"))
     assert caches(runs / "killed") == caches(runs / "1")
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that start quickly: forked off a server that has the libraries imported and no threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["first_trl.trainer", "first_trl.scoring", "first_trl.data.encoding", "first_trl.cache.writer"]
-    )
-    started = []
-
-    def start(target, *arguments):
-        started.append(context.Process(target=target, args=arguments))
-        started[-1].start()
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.join()
-
-
-@pytest.mark.slow
-def test_a_caching_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, processes):
-    kills, dice = 30, random.Random(0)
-    recipe, log = write_recipe(tmp_path, rows=40 * kills), tmp_path / "log"
-    for name in ("undisturbed", "killed"):
-        text = recipe.read_text().replace(str(tmp_path / "runs"), str(tmp_path / name))
-        (tmp_path / f"{name}.yaml").write_text(text)
-    undisturbed = processes(run_stage, tmp_path / "undisturbed.yaml", tmp_path / "unused")
-    undisturbed.join()
-    shards, lost = num_shards(tmp_path / "undisturbed"), 0
-    for kill in range(kills):
-        job, before = processes(run_stage, tmp_path / "killed.yaml", log, 0.02), num_shards(tmp_path / "killed")
-        goal = dice.randint(before + 1, max(before + 1, shards * 3 // 4 * (kill + 1) // kills))
-        wait_until(lambda goal=goal: num_shards(tmp_path / "killed") >= goal)
-        time.sleep(dice.random() * 0.05)
-        job.kill()
-        job.join()
-        assert job.exitcode == -signal.SIGKILL
-        lost, lost_before = len(log.read_text().splitlines()) - num_shards(tmp_path / "killed"), lost
-        assert lost - lost_before <= 1, "more than one shard of work was lost"
-    last = processes(run_stage, tmp_path / "killed.yaml", log)
-    last.join()
-    assert last.exitcode == 0 and caches(tmp_path / "killed") == caches(tmp_path / "undisturbed")
-    assert shards <= len(log.read_text().splitlines()) <= shards + kills
-    print(f"{kills} kills over {shards} shards: {lost} shards computed in vain")
-    assert not list(tmp_path.glob("killed/tiny/cache/**/.*.tmp"))
 
 
 # One process's shards

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.loading import source_identity
+from ..data.loading import hub_commit, source_identity
 from ..errors import FirstTrlError
 from ..files import file_digest
 from ..settings import DatasetConfig
@@ -55,7 +55,7 @@ def teacher_identity(path: str, section: dict) -> dict:
     return {
         "id": folder.resolve().name if folder else path,
         "revision": section["model_revision"],
-        "commit": None if folder else _commit(path, section["model_revision"]),
+        "commit": None if folder else hub_commit(path, section["model_revision"], "model"),
         "weights_sha256": weights_fingerprint(folder) if folder else None,
         "base": base,
         "base_sha256": base_sha256,
@@ -68,17 +68,6 @@ def _how_it_runs(section: dict) -> dict:
         return {"dtype": None, "quantization": None}
     quantization = section.get("bnb_4bit_quant_type", "nf4") if section["load_in_4bit"] else None
     return {"dtype": section["dtype"], "quantization": "int8" if section.get("load_in_8bit") else quantization}
-
-
-def _commit(model_id: str, revision: str) -> str | None:
-    """The commit that a branch of the Hub stands for now (or stood for when it was downloaded, without a network)."""
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
-    for name in ("config.json", "adapter_config.json"):
-        file = cached_file(model_id, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        if file is not None:
-            return extract_commit_hash(file, None)
-    return None
 
 
 def cache_identity(recipe: "Recipe", role: str, tokenizer, teacher: dict, backend: dict) -> dict:
