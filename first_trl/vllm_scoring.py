@@ -264,11 +264,9 @@ def server_teacher_rows(
             )
         else:
             entries = await server.prompt_entries(client, tokens, top_k)
-        if progress is not None:
-            progress(len(tokens))
         return prompt_row(example, entries, top_k, vocab_limit)
 
-    return _under_way(row, examples, requests)
+    return _under_way(row, examples, requests, lambda example: progress and progress(len(example["input_ids"])))
 
 
 def server_answers(
@@ -281,15 +279,9 @@ def server_answers(
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """As `first_trl.generation.written_answers`, by a server, at most `requests` under way at once."""
-    wanted: dict = {
-        "max_tokens": how.max_new_tokens,
-        "temperature": how.temperature,
-        "top_p": how.top_p,
-        "seed": how.seed,
-    }
-    wanted |= {"logprobs": 1, "return_tokens_as_token_ids": True, "stop_token_ids": ends}
     # What a server would take from the model's generation_config.json otherwise
-    wanted |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    wanted: dict = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, **how.model_dump(exclude={"max_new_tokens"})}
+    wanted |= {"logprobs": 1, "return_tokens_as_token_ids": True, "stop_token_ids": ends}
 
     def read(choice: dict) -> list[int]:
         tokens = [_token_id(token) for token in choice["logprobs"]["tokens"]]
@@ -298,25 +290,26 @@ def server_answers(
 
     async def written(client: httpx2.AsyncClient, prompt: list[int]) -> list[int]:
         limit = 2**20 + 4 * ENTRY_BYTES * how.max_new_tokens
-        answer = await server.complete(client, [int(token) for token in prompt], read, limit, **wanted)
-        if progress is not None:
-            progress(len(prompt))
-        return answer
+        tokens, length = [int(token) for token in prompt], how.max_new_tokens
+        return await server.complete(client, tokens, read, limit, max_tokens=length, **wanted)
 
-    return _under_way(written, prompts, requests)
+    return _under_way(written, prompts, requests, lambda prompt: progress and progress(len(prompt)))
 
 
-def _under_way(ask: Callable, items: list, requests: int) -> list:
+def _under_way(ask: Callable, items: list, requests: int, done: Callable) -> list:
     """The results of `ask(client, item)`, in order. An interrupt or the first failure cancels what is under way."""
-
-    async def limited(client: httpx2.AsyncClient, places: asyncio.Semaphore, item):
-        async with places:
-            return await ask(client, item)
 
     async def all_of_them() -> list:
         places = asyncio.Semaphore(requests)
+
+        async def one(item):
+            async with places:
+                result = await ask(client, item)
+            done(item)
+            return result
+
         async with _client() as client:
-            return await asyncio.gather(*(limited(client, places, item) for item in items))
+            return await asyncio.gather(*map(one, items))
 
     return asyncio.run(all_of_them())
 

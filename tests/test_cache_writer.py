@@ -109,7 +109,7 @@ def test_a_job_that_lost_one_of_three_processes_is_finished_by_two(tmp_path, pat
             rank.join()
         ranks[1].kill()
         ranks[1].join()
-        with pytest.raises(CacheError, match=r"train-00000\d.parquet is missing.* finished shards are kept"):
+        with pytest.raises(CacheError, match=r"train-00000\d.parquet is missing.* the others are kept"):
             writer.finish(59)
     assert not (path / "manifest.json").exists()
     with small_job(path).hold() as writer:
@@ -187,16 +187,11 @@ def test_a_full_disk_leaves_the_finished_shards_and_can_be_finished(path, monkey
 
 
 OTHER_JOBS = {
-    "teacher": (
-        {"teacher": {**description()["teacher"], "revision": "def"}},
-        "revision is 'abc123', expected 'def'",
-    ),
+    "teacher": ({"teacher": {**description()["teacher"], "revision": "def"}}, "revision is 'abc123', expected 'def'"),
     "an entry less": ({"dataset": {"path": "json"}}, "dataset.split is 'train', expected 'absent'"),
     "an entry more": ({"backend": {"name": "vllm"}}, "backend is 'absent', expected {'name': 'vllm'}"),
-    "tokenizer": ({"tokenizer_sha256": "0" * 64}, f"expected '{'0' * 64}'"),
     "K": ({"top_k": 3}, "top_k is 5, expected 3"),
     "shard size": ({"rows_per_shard": 5}, "rows_per_shard is 4, expected 5"),
-    "dtype": ({"dtype": "float32"}, "dtype is 'float16', expected 'float32'"),
 }
 
 
@@ -336,19 +331,12 @@ def broken(**changes):
     return {**row, **{name: change(row[name]) for name, change in changes.items()}}
 
 
-BROKEN_ROWS = {
+BROKEN_ROWS = {  # what is wrong with values stands in test_cache.py: the check is the same
     "one teacher row too few": (broken(teacher_ids=lambda v: v[1:]), "without an entry in teacher_ids"),
     "another K": (broken(teacher_log_probs=lambda v: v[:, :4]), "cannot reshape"),
-    "no tail": (broken(teacher_tail_log_prob=lambda v: v[:0]), "without an entry in teacher_tail"),
     "labels of another length": (broken(labels=lambda v: v[1:]), "more tokens than labels"),
-    "shifted labels": (broken(labels=lambda v: [v[0], v[1] + 1, v[2]]), "labels other than -100 and its tokens"),
-    "not a number": (broken(teacher_log_probs=lambda v: v * np.nan), "do not sum to 1"),
     "probabilities": (broken(teacher_log_probs=np.exp), "do not sum to 1"),
-    "no softmax": (broken(teacher_log_probs=lambda v: v + 1), "do not sum to 1"),
     "tail that is a probability": (broken(teacher_tail_log_prob=np.exp), "do not sum to 1"),
-    "unsorted": (broken(teacher_log_probs=lambda v: v[:, ::-1]), "not sorted"),
-    "the same token twice": (broken(teacher_ids=lambda v: v[:, [0, 1, 2, 3, 0]]), "the same token kept twice"),
-    "negative ids": (broken(teacher_ids=lambda v: v - 100), "ids outside 0"),
     "ids of 64 bits": (broken(teacher_ids=lambda v: v + 2**32), "not in range"),
 }
 

@@ -197,20 +197,16 @@ class CacheWriter:
                 f"{num_rows} rows make {len(sizes)} shards, but {self.path} also has {', '.join(extra[:3])}. "
                 "Move them out of the folder and run again."
             )
-
-        def shards() -> Iterator[tuple[Path, pa.Table]]:
-            for index, size in enumerate(sizes):
-                file, table = self.path / shard_name(index), self._read_shard(index)
-                if table is None or len(table) != size:
-                    state = "is missing, damaged or of another job" if table is None else f"has {len(table)} rows"
-                    raise CacheError(
-                        f"{file} {state}; expected {size} rows. Delete it if it is there and run again: finished "
-                        "shards are kept."
-                    )
-                yield file, table
-
-        write_atomically(self.path / MANIFEST, render_manifest({**self.job, **summarize(shards(), count_labels)}))
+        shards = (self._finished_shard(index, size) for index, size in enumerate(sizes))
+        write_atomically(self.path / MANIFEST, render_manifest({**self.job, **summarize(shards, count_labels)}))
         return read_manifest(self.path)
+
+    def _finished_shard(self, index: int, size: int) -> tuple[Path, pa.Table]:
+        file, table = self.path / shard_name(index), self._read_shard(index)
+        if table is None or len(table) != size:
+            state = "is missing, damaged or of another job" if table is None else f"has {len(table)} rows"
+            raise CacheError(f"{file} {state}; expected {size} rows. Delete it and run again: the others are kept.")
+        return file, table
 
 
 def write_shards(
@@ -245,10 +241,7 @@ def write_shards(
     turns = {True: count(), False: count()}
     num_rows, own_rows, own_tokens = 0, 0, 0
     writing: Future | None = None
-    with (
-        ThreadPoolExecutor(max_workers=1) as background,
-        Progress(title, unit="tokens") as bar,
-    ):
+    with ThreadPoolExecutor(max_workers=1) as background, Progress(title, unit="tokens") as bar:
         for index, rows in enumerate(_slices(dataset, writer.rows_per_shard)):
             first, num_rows = num_rows, num_rows + len(rows)
             if next(turns[shard_name(index) in present]) % processes != rank:
