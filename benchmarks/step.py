@@ -15,6 +15,7 @@ What an arm is, and how its memory is read, is in `step_arms.py`.
 
 import argparse
 import importlib.metadata
+import importlib.util
 import multiprocessing
 import os
 import platform
@@ -25,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ["first-trl", "torch", "transformers", "trl", "peft", "accelerate"]
 ARMS = {
     "backbone": "backbone only (the limit)",
     "renormalize": "`renormalize`",
@@ -35,9 +37,11 @@ ARMS = {
     "full_logits": "full logits, log_softmax, gather",
     "live_teacher": "TRL dense divergence, live teacher",
 }
+if importlib.util.find_spec("liger_kernel"):  # no dependency: `pip install --no-deps liger-kernel`
+    ARMS["liger"] = "Liger fused divergence, live teacher"
+    PACKAGES.append("liger-kernel")
 SUPERVISIONS = {"all": "all tokens", "answer": "answer only (the last token of each row)"}
 CLOCKS = {"wall": "seconds", "process": "core seconds"}
-PACKAGES = ("first-trl", "torch", "transformers", "trl", "peft", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,8 @@ def preamble(args: argparse.Namespace) -> list[str]:
         "* SFT: where there is no Triton (a CPU), TRL's trainer scores masked positions too, which a GPU does not do: "
         "with the answer alone supervised, compare with `supervised`, which scores what a GPU would. A CPU table "
         "shows the head's arithmetic and memory; it cannot show launches, synchronisation or a GPU's bandwidth",
+        "* DistillKit is not on PyPI and has no arm: its losses against a teacher's top tokens take the student's "
+        "full logits, as `full logits` does. A live teacher is of the student's size here; real ones are larger",
         f"* peak: highest {memory} during the step, above what it held when the step began",
         "",
     ]

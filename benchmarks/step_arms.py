@@ -119,6 +119,30 @@ class LiveTeacherTrainer(SFTTrainer):
         )[0]
 
 
+class LigerTrainer(LiveTeacherTrainer):
+    """Liger's fused distillation loss on the supervised positions, to the same live teacher; the same divergence."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        labels_BT = inputs["labels"][:, 1:]
+        mask_BT = labels_BT != -100
+        tokens = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        student = model.get_base_model()
+        with torch.no_grad():
+            teacher_hidden_ND = backbone_hidden_states(self.teacher, **tokens)[:, :-1][mask_BT]
+        loss = LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=labels_BT.is_cuda
+        )
+        return loss(
+            backbone_hidden_states(student, **tokens)[:, :-1][mask_BT],
+            student.get_output_embeddings().weight,
+            teacher_hidden_ND,
+            self.teacher.get_output_embeddings().weight,
+            labels_BT[mask_BT],
+        )
+
+
 ARMS = {
     "backbone": (BackboneTrainer, SFTConfig, {}),
     "renormalize": (FIRSTTrainer, FIRSTConfig, {"tail": "renormalize"}),
@@ -128,6 +152,7 @@ ARMS = {
     "sft_supervised": (SupervisedSFTTrainer, SFTConfig, {}),
     "full_logits": (FullLogitsTrainer, FIRSTConfig, {}),
     "live_teacher": (LiveTeacherTrainer, SFTConfig, {}),
+    "liger": (LigerTrainer, SFTConfig, {}),
 }
 
 
@@ -169,7 +194,7 @@ def build_trainer(job: Job, folder: str) -> SFTTrainer:
         processing_class=build_tokenizer(job.model["vocab_size"]),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=ATTENTION_AND_MLP, task_type="CAUSAL_LM"),
     )
-    if job.arm == "live_teacher":
+    if issubclass(trainer_class, LiveTeacherTrainer):
         trainer.teacher = build_model(job, seed=1).to(trainer.args.device).eval().requires_grad_(False)
     return trainer
 
