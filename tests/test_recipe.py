@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import time
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -153,35 +155,34 @@ def test_a_recipe_without_students_and_with_a_given_teacher_needs_no_training_se
 
 
 @pytest.mark.parametrize(
-    ("words", "stage", "read", "value"),
+    ("words", "stage", "where", "value"),
     [
-        (["--learning_rate", "1e-3"], "sft", lambda r: r.sft["learning_rate"], 1e-3),
-        (["--learning_rate=1e-3"], "distill", lambda r: r.distill["learning_rate"], 1e-3),
-        (["--top_k", "7"], None, lambda r: r.cache.top_k, 7),
-        (["--name", "123"], "sft", lambda r: r.name, "123"),
-        (["--seed", "5"], "sft", lambda r: r.seed, 5),
-        (["--sft.seed", "5"], None, lambda r: (r.seed, r.sft["seed"]), (3, 5)),
-        (["--max_length", "32"], "distill", lambda r: r.task.max_length, 32),
-        (["--eval_strategy", "no"], "sft", lambda r: r.sft["eval_strategy"], "no"),
-        (["--packing"], "sft", lambda r: r.sft["packing"], True),
-        (["--distill.use_peft=true", "--lora_alpha", "4"], "distill", lambda r: r.distill["lora_alpha"], 4),
-        (["--lora_target_modules", "q_proj", "v_proj"], "distill", lambda r: r.distill["lora_target_modules"],
-         ["q_proj", "v_proj"]),
-        (["--datasets.train.max_rows", "10"], None, lambda r: r.datasets.train.max_rows, 10),
-        (["--datasets.train.revision", "1234567"], None, lambda r: r.datasets.train.revision, "1234567"),
-        (["--datasets.train.max_rows", "null"], None, lambda r: r.datasets.train.max_rows, None),
-        (["--task.choices", "[yes please, 'no']"], None, lambda r: r.task.choices, ["yes please", "no"]),
-        (["--task.prompt", "Q: {text}", "--push.revision", "null"], None, lambda r: (r.task.prompt, r.push.revision),
-         ("Q: {text}", None)),
-        (["--arms.first.learning_rate", "1e-5"], None, lambda r: r.arms,
-         {**DEFAULT_ARMS, "first": {"learning_rate": 1e-5}}),
-        (["--arms.extra.recalibration_method", "none"], None, lambda r: r.arm_section("extra")["recalibration_method"],
-         "none"),
-        (["--seed", "-0", "--report_to", "none"], "sft", lambda r: r.sft["report_to"], "none"),
+        ("--learning_rate 1e-3", "sft", "sft.learning_rate", 1e-3),
+        ("--learning_rate=1e-3", "distill", "distill.learning_rate", 1e-3),
+        ("--top_k 7", None, "cache.top_k", 7),
+        ("--name 123", "sft", "name", "123"),
+        ("--seed 5", "sft", "seed", 5),
+        ("--sft.seed 5", None, "seed", 3),
+        ("--sft.seed 5", None, "sft.seed", 5),
+        ("--max_length 32", "distill", "task.max_length", 32),
+        ("--eval_strategy no", "sft", "sft.eval_strategy", "no"),
+        ("--packing", "sft", "sft.packing", True),
+        ("--distill.use_peft=true --lora_alpha 4", "distill", "distill.lora_alpha", 4),
+        ("--lora_target_modules q_proj v_proj", "distill", "distill.lora_target_modules", ["q_proj", "v_proj"]),
+        ("--datasets.train.max_rows 10", None, "datasets.train.max_rows", 10),
+        ("--datasets.train.revision 1234567", None, "datasets.train.revision", "1234567"),
+        ("--datasets.train.max_rows null", None, "datasets.train.path", "json"),
+        ("--task.choices|[yes please, 'no']", None, "task.choices", ["yes please", "no"]),
+        ("--task.prompt|Q: {text}", None, "task.prompt", "Q: {text}"),
+        ("--push.revision null", None, "push.hub_model_id", "me/student"),
+        ("--arms.first.learning_rate 1e-5", None, "arms", {**DEFAULT_ARMS, "first": {"learning_rate": 1e-5}}),
+        ("--arms.extra.recalibration_method none", None, "arms.extra.recalibration_method", "none"),
+        ("--seed -0 --report_to none", "sft", "sft.report_to", "none"),
     ],
-)  # fmt: skip
-def test_an_override_goes_where_it_belongs(words, stage, read, value):
-    result = read(load_recipe(write(), words, stage))
+)
+def test_an_override_goes_where_it_belongs(words, stage, where, value):
+    recipe = load_recipe(write(), words.split("|" if "|" in words else None), stage)
+    result = reduce(getitem, where.split("."), recipe.to_dict())
     assert result == value and type(result) is type(value)
 
 
@@ -198,6 +199,11 @@ def test_an_override_goes_where_it_belongs(words, stage, read, value):
         ("5", "command line: 5: it belongs to no setting"),
         ("--name ../up", "command line: name = '../up'"),
         ("--cache.support choices --task.choices null", "task.choices = None|cache.support: choices"),
+        (
+            "--cache.support choices --task.append_eos false --datasets.test.reviews.task.choices null",
+            "datasets.test.reviews.task.choices = None|this set",
+        ),
+        ("--top_k 1 --lr", "--lr: it is unknown|it belongs in sft"),
     ],
 )
 def test_a_wrong_override_is_named(words, phrases):
@@ -329,6 +335,8 @@ BROKEN = [
     ("  top_k: 5", "  support: choices", "task.append_eos|append_eos: false"),
     (LOSS, "recalibration_method: none\n  recalibration_value: 2",
      "distill.recalibration_value = 2|a value alone means temperature"),
+    (LOSS, "eval_packing: true", "distill.eval_packing = True|padding_free: true"),
+    ("  max_length: 64", "  supervise: all", "task.supervise = 'all'|free answers|remove it"),
     (LOSS, "packing: true\n  packing_strategy: wrapped", "distill.packing_strategy = 'wrapped'|packing_strategy: bfd"),
     (LOSS, "rounds: 2\n  closing: false", "distill.rounds = 2|closing: true"),
     (PUSH, "arms: {first: {closing: false}}\npush:", "arms.first.closing = False: unknown key|distill.closing"),
