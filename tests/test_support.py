@@ -11,11 +11,9 @@ from first_trl.cache.format import CacheError
 from first_trl.cache.identity import open_recipe_cache
 from first_trl.evaluation import answer_set, predictions, read_answers, recalibrated_answers
 from first_trl.recipe import RecipeError, load_recipe, teacher_section
-from first_trl.scoring import teacher_rows
 from first_trl.settings import TaskConfig
 from first_trl.stages import cache, calibrate
 from tests.cache_recipe import write_recipe
-from tests.test_trainer import random_examples
 
 CHOICES = ["good", "bad", "fine"]
 TASK = {"prompt": "Review : {text} Sentiment :", "completion": " {label}", "max_length": 60, "append_eos": False}
@@ -31,23 +29,6 @@ def on_cpu(tmp_path, monkeypatch):
 def full_log_probs(model, prompts):
     with torch.no_grad():
         return torch.stack([model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]).numpy()
-
-
-def test_given_tokens_are_kept_most_probable_first_and_the_tail_is_all_others(make_model):
-    model, kept = make_model(vocab_size=50).eval(), [40, 7, 12, 3]
-    examples = random_examples(6, 50)
-    for example, row in zip(
-        examples, teacher_rows(model, examples, top_k=4, kept_ids=kept, tokens_per_batch=40), strict=True
-    ):
-        places = [i - 1 for i in range(1, len(example["labels"])) if example["labels"][i] != -100]
-        expected = full_log_probs(model, [example["input_ids"][: i + 1] for i in places])
-        order = np.argsort(-expected[:, kept], axis=1)
-        np.testing.assert_array_equal(row["teacher_ids"], np.array(kept)[order])
-        np.testing.assert_allclose(
-            row["teacher_log_probs"], np.take_along_axis(expected[:, kept], order, 1), atol=2e-5
-        )
-        tail = 1 - np.exp(expected[:, kept].astype(np.float64)).sum(1)
-        np.testing.assert_allclose(np.exp(row["teacher_tail_log_prob"]), tail, atol=2e-5)
 
 
 def test_the_stages_keep_the_choices_and_recalibrate_among_them(tmp_path, tokenizer, make_model):
@@ -88,9 +69,9 @@ def test_answers_are_recalibrated_over_the_same_tokens_as_the_teacher(make_model
     np.testing.assert_allclose(found["confidence"], np.exp(expected.max(1)), rtol=1e-4)
     labels = [tokenizer.vocab[label] for label in rows["label"]]
     assert found["correct"].tolist() == (expected.argmax(1) == labels).tolist()
-    mended = recalibrated_answers(answers, "temperature", 3.0)
-    np.testing.assert_allclose(mended["log_probs"][:, -1], answers["log_probs"][:, -1], rtol=1e-5)
-    np.testing.assert_allclose(mended["tail_max_log_prob"], answers["tail_max_log_prob"], rtol=1e-5)
+    recalibrated = recalibrated_answers(answers, "temperature", 3.0)
+    np.testing.assert_allclose(recalibrated["log_probs"][:, -1], answers["log_probs"][:, -1], rtol=1e-5)
+    np.testing.assert_allclose(recalibrated["tail_max_log_prob"], answers["tail_max_log_prob"], rtol=1e-5)
 
 
 def test_a_token_outside_the_choices_that_is_likelier_than_all_of_them_is_a_wrong_answer():
@@ -106,22 +87,17 @@ def test_a_token_outside_the_choices_that_is_likelier_than_all_of_them_is_a_wron
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "options", "message"),
     [
-        ({"choices": None}, "task.choices = None: cache.support: choices needs them"),
-        ({"append_eos": True}, "task.append_eos = True: .*write append_eos: false, or cache.support: top_k"),
+        ({"choices": None}, [], "cache.support.*choices"),
+        ({"append_eos": True}, [], "append_eos.*cache.support: top_k"),
+        ({}, ["--cache.backend=server", "--cache.server_url=http://127.0.0.1:8000"], "cache.support.*backend: hf"),
     ],
 )
-def test_a_recipe_whose_answer_is_not_one_of_the_choices_alone_is_refused(tmp_path, change, message):
+def test_a_recipe_that_cannot_keep_the_choices_alone_is_refused(tmp_path, change, options, message):
     path = write_recipe(tmp_path, rows=4, task=TASK | change, cache={"support": "choices"})
     with pytest.raises(RecipeError, match=message):
-        load_recipe(path)
-
-
-def test_the_choices_and_a_server_are_refused_together(tmp_path):
-    path = write_recipe(tmp_path, rows=4, task=TASK, cache={"support": "choices"})
-    with pytest.raises(RecipeError, match="cache.support = .*backend: hf"):
-        load_recipe(path, ["--cache.backend=server", "--cache.server_url=http://127.0.0.1:8000"])
+        load_recipe(path, options)
 
 
 def test_a_row_with_more_than_its_answer_supervised_is_refused_with_the_remedy(tmp_path):
