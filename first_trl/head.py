@@ -102,15 +102,13 @@ def selected_logits(
     bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    check_ids: bool = True,
 ) -> torch.Tensor:
     """Logits of the given tokens, (N, D), (V, D), (N, K) -> (N, K), by K dot products: no vocabulary-sized work.
 
-    Enough for whatever is normalised over S alone. Differentiable, checked and typed like `partition_log_probs`, but
-    that a token may occur twice in a row.
+    Enough for whatever is normalised over S alone. Differentiable and typed like `partition_log_probs`; the ids are
+    not checked, and a token may occur twice in a row.
     """
     with _opened(hidden, weight, bias, logit_scale, softcap) as head:
-        token_ids = _checked_ids(token_ids, hidden, head, distinct=False) if check_ids else token_ids
         return _SelectedLogits.apply(hidden, *head[:2], token_ids, head[2:])
 
 
@@ -448,7 +446,7 @@ def _gathered(*parameters: torch.Tensor | None) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(partitioned)
 
 
-def _checked_ids(token_ids, hidden, head: _Head, distinct: bool = True) -> torch.Tensor:
+def _checked_ids(token_ids, hidden, head: _Head) -> torch.Tensor:
     if token_ids.ndim != 2 or len(token_ids) != len(hidden) or token_ids.shape[1] == 0:
         raise FirstTrlError(f"token_ids {tuple(token_ids.shape)} must be (N, K), K >= 1, N = {len(hidden)} of hidden")
     ids = token_ids.long()
@@ -461,7 +459,7 @@ def _checked_ids(token_ids, hidden, head: _Head, distinct: bool = True) -> torch
         )
     ordered = ids.sort(dim=1).values
     repeated = ordered[:, 1:] == ordered[:, :-1]
-    if distinct and repeated.any():
+    if repeated.any():
         position = int(repeated.any(dim=1).nonzero()[0])
         raise FirstTrlError(
             f"token id {ordered[:, 1:][repeated][0]} occurs twice at position {position}; keep K different tokens"

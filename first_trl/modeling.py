@@ -265,17 +265,13 @@ def add_partition_head(model: PreTrainedModel) -> None:
 
     Add it to the innermost model, after TRL's own fused head and before `accelerate` wraps anything.
 
-    Args of the new call:
-        partition_ids, places: (N, K) and (N,) int64, one per supervised position: its kept tokens, and where its
-            hidden state is among the flattened (B, T).
-        sample: (M,) int64, the positions that pay for the whole vocabulary; default all.
-        want_logits, want_labels: whether to return these.
-        want_grad: whether the log-probabilities carry a gradient, which costs as much again as their values; the K
-            logits always do.
+    `partition_ids` (N, K) and `places` (N,), int64, are of each supervised position its kept tokens, and where its
+    hidden state is among the flattened (B, T); `sample` (M,) int64 the positions that pay for the whole vocabulary,
+    default all. `want_grad=False` spares the gradient of the log-probabilities, which costs as much as they do.
 
-    It returns a dict, row-major over the supervised positions, of what was asked for: `logits` (N, K); at the
-    positions of `sample`, unless there are none, `log_probs` (M, K+1) nats, last column the tail, `tail_max` (M,)
-    nats, the largest log-probability in the tail, without gradient, and `label_log_probs` (M,) nats.
+    Returns a dict, row-major over the supervised positions: with `want_logits`, `logits` (N, K), always with their
+    gradient; at the positions of `sample`, unless there are none, `log_probs` (M, K+1) nats, last column the tail,
+    `tail_max` (M,) nats, the largest of the tail's log-probabilities, and with `want_labels`, `label_log_probs` (M,).
     """
     original_forward = model.forward
 
@@ -308,7 +304,7 @@ def _partition_forward(
     ids_NK = partition_ids.to(weight.device)
     output = {}
     if want_logits:
-        output["logits"] = selected_logits(hidden_ND, weight, ids_NK, *rule, check_ids=False)
+        output["logits"] = selected_logits(hidden_ND, weight, ids_NK, *rule)
     if sample is not None:
         hidden_ND, ids_NK, labels_N = hidden_ND[sample], ids_NK[sample], labels_N[sample]
         if not len(sample):
@@ -318,6 +314,6 @@ def _partition_forward(
     output["log_probs"] = rows_NK1
     if want_labels:  # log p(label) = z_label - log Z, and log Z = z_1 - log p_1 for any token 1 of the partition
         ids_N2 = torch.stack([labels_N, ids_NK[:, 0]], dim=1)
-        logits_N2 = selected_logits(hidden_ND, weight, ids_N2, *rule, check_ids=False)
+        logits_N2 = selected_logits(hidden_ND, weight, ids_N2, *rule)
         output["label_log_probs"] = logits_N2[:, 0] - logits_N2[:, 1] + rows_NK1[:, 0]
     return output

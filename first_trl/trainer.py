@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import SFTTrainer
@@ -24,6 +24,7 @@ from .calibration import recalibrate
 from .collator import COLUMNS, TEACHER_COLUMNS, TeacherCollator, prepare_rows
 from .data.encoding import check_first_row
 from .errors import FirstTrlError
+from .files import write_atomically
 from .first_config import FIRSTConfig
 from .losses import conditional_divergence, mass_divergence, partition_divergence
 from .modeling import add_partition_head, check_head, innermost, keep_to_text, load_model, load_tokenizer, settle_names
@@ -278,16 +279,13 @@ class FIRSTTrainer(SFTTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """A short card in the checkpoint folder; `first-trl push` writes the full one, with its measurements."""
-        if not self.is_world_process_zero():
-            return
-        base_model = self.model.config._name_or_path
-        data = ModelCardData(
-            library_name="peft" if hasattr(self.model, "peft_config") else "transformers",
-            base_model=base_model if base_model and not os.path.isdir(base_model) else None,
-            tags=sorted({*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])}),
-        )
-        text = (
-            f"---\n{data.to_yaml()}\n---\n\n# {model_name or 'student'}\n\nA student distilled with "
-            "[FIRST](https://arxiv.org/abs/2408.12168) by first-trl. A checkpoint, not yet evaluated.\n"
-        )
-        ModelCard(text, ignore_metadata_errors=True).save(os.path.join(self.args.output_dir, "README.md"))
+        if self.is_world_process_zero():
+            base_model = self.model.config._name_or_path
+            data = ModelCardData(
+                library_name="peft" if hasattr(self.model, "peft_config") else "transformers",
+                base_model=base_model if base_model and not os.path.isdir(base_model) else None,
+                tags=sorted({*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])}),
+            )
+            text = f"---\n{data.to_yaml()}\n---\n\n# {model_name or 'student'}\n\nA student distilled with "
+            text += "[FIRST](https://arxiv.org/abs/2408.12168) by first-trl. A checkpoint, not yet evaluated.\n"
+            write_atomically(Path(self.args.output_dir, "README.md"), text)
