@@ -1,13 +1,10 @@
 """What each arm answers on each set, and the same answers after a recalibration.
 
-An arm's answers to a set are kept as a file, one line per example: the K most probable tokens with their
-log-probabilities and the tail, which of them is the label, and the log-probabilities of the declared choices. Every
-measurement is made from those files, so a report can be written again without a model.
-
-Where a choice is several tokens, an answer is the whole completion: the C choices stand where the K tokens stand
-elsewhere, known by their numbers, and the tail is every other text. A choice's probability is then that of writing
-exactly it, so an undeclared answer is never predicted and lowers the confidence. Free text, where a task declares no
-choices, is measured by each learned token that no template forces; a resample draws its answers as wholes.
+An arm's answers to a set are a file, one line per example: the K most probable tokens with their log-probabilities and
+the tail, which of them is the label, and the log-probabilities of the declared choices. Every measurement is made from
+those files. Where a choice is several tokens, an answer is the whole completion: the C choices stand in the place of
+the K tokens, known by their numbers, and the tail is every other text. Free text is measured by each learned token
+that no template forces; a resample draws its answers as wholes.
 
 Two recalibrations are applied to answers that were already given: `teacher_recalibrated` is the teacher under the
 value in `calibration.json`, `<arm>_post_hoc` a student under its closing temperature, as `predict` states it.
@@ -408,13 +405,11 @@ def teacher_curves(folder: Path, tests: list[str], calibration: dict) -> dict[st
     For the eye alone: no value is ever chosen by it. None where answers have several tokens and the search had one.
     """
     answers = {name: read_answers(folder / "teacher" / f"{name}.parquet") for name in tests}
+    answers = {name: rows for name, rows in answers.items() if "answer_tokens" not in rows}
     curves: dict[str, dict[str, list[dict]]] = {}
     for method, family in calibration["families"].items():
-        if family["value"] is not None:
-            values = [point["value"] for point in family["curve"]]
-            curves[method] = {
-                name: error_curve(rows["log_probs"], rows["target"], method, values, calibration["num_bins"])
-                for name, rows in answers.items()
-                if "answer_tokens" not in rows
-            }
+        for name, rows in answers.items() if family["value"] is not None else ():
+            tried = [point["value"] for point in family["curve"]]
+            curve = error_curve(rows["log_probs"], rows["target"], method, tried, calibration["num_bins"])
+            curves.setdefault(method, {})[name] = curve
     return curves

@@ -53,6 +53,7 @@ def collect_facts(run_folder: Path, arm: str, recipe, plain: dict) -> dict:
     closing, manifest = student / "calibration.json", run_folder / "cache/train/manifest.json"
     # without the closing file nobody ships `<arm>_post_hoc`: the report alone fitted its temperature
     shipped = report["arms"][arm] if not closing.is_file() else report["arms"].get(arm + POST_HOC, report["arms"][arm])
+    view = "choices" if report["view"] == "choices" else None
     splits = [data.train, data.transfer, data.validation, *data.test.values()]
     return {
         "title": (recipe.push.hub_model_id or f"{recipe.name}-{arm}").rpartition("/")[2],
@@ -65,9 +66,7 @@ def collect_facts(run_folder: Path, arm: str, recipe, plain: dict) -> dict:
         "is_adapter": (student / "adapter_config.json").is_file(),
         "loader": _loader(student, base, section.get("model_revision")),
         "license": recipe.push.license or _base_license(base),
-        "figures": {test: figures.get("choices", figures) for test, figures in shipped.items()}
-        if report.get("view") == "choices"
-        else shipped,
+        "figures": {test: figures[view] if view else figures for test, figures in shipped.items()},
         "test_sets": {test: _source(config) for test, config in data.test.items()},
         "hub_datasets": sorted({_source(config)["hub_id"] for config in splits if config} - {None}),
         "table": (run_folder / "report" / "table.md").read_text("utf-8"),
@@ -93,25 +92,20 @@ def _recalibration(recipe, arm: str, calibration: dict) -> dict:
 
 
 def check_weights(student: Path) -> None:
-    """Refuse a student without weights that can be read.
-
-    Raises:
-        FirstTrlError: there is no safetensors file, or one of them is damaged; the message names it.
-    """
+    """Refuse a student without weights, or with some that cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted({*student.glob("adapter_model*.safetensors"), *student.glob("model*.safetensors")})
     if not files or not any((student / name).is_file() for name in ("adapter_config.json", "config.json")):
         raise FirstTrlError(f"there is no finished student in {student}; run the distill stage first, or set push.arm")
     for file in files:
-        problem = "holds no weights"
         try:
             with safe_open(file, framework="numpy") as weights:
-                if weights.keys():
-                    continue
+                problem = "" if weights.keys() else "holds no weights"
         except (SafetensorError, OSError) as error:
             problem = f"is damaged ({error})"
-        raise FirstTrlError(f"{file} {problem}; run the distill stage again")
+        if problem:
+            raise FirstTrlError(f"{file} {problem}; run the distill stage again")
 
 
 def _read_json(file: Path, stage: str) -> dict:
@@ -132,21 +126,18 @@ def _loader(student: Path, base: str, revision: str | None) -> str:
 
     from ..modeling import class_of
 
-    whole = (student / "config.json").is_file()
-    return class_of(
-        AutoConfig.from_pretrained(student if whole else base, revision=None if whole else revision)
-    ).__name__
+    path, revision = (student, None) if (student / "config.json").is_file() else (base, revision)
+    return class_of(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)).__name__
 
 
 def _base_license(base: str) -> str | None:
     """The licence that the base model's own card names; None where it has none or cannot be reached."""
     from huggingface_hub import ModelCard
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     card = Path(base) / "README.md"
     try:
         loaded = ModelCard.load(card if Path(base).is_dir() else base, ignore_metadata_errors=True)
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+    except (OSError, ValueError):  # every error of the Hub's client is one of the two
         return None
     return loaded.data.to_dict().get("license")
 
@@ -161,16 +152,10 @@ def _fields(template: str | None) -> dict:
 
 
 def check_license(facts: dict) -> None:
-    """Refuse an upload whose licence nobody knows, and a derivative of Llama under another name.
-
-    Raises:
-        FirstTrlError: with the setting that remedies it.
-    """
-    license, title, repo_id = facts["license"], facts["title"], facts["repo_id"]
+    """Refuse an upload of unknown licence, and a derivative of Llama under another name."""
+    license, title, repo_id, base = (facts[name] for name in ("license", "title", "repo_id", "base_model"))
     if license is None:
-        raise FirstTrlError(
-            f"push.license is missing: the card of {facts['base_model']} names none; set it, e.g. apache-2.0"
-        )
+        raise FirstTrlError(f"push.license is missing: the card of {base} names none; set it, e.g. apache-2.0")
     if license.startswith("llama") and not title.startswith("Llama"):
         raise FirstTrlError(
             f"push.hub_model_id = {repo_id!r}: the licence {license} wants names of derivatives to begin with Llama; "
