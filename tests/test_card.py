@@ -196,31 +196,6 @@ def test_the_usage_of_a_chat_student_goes_through_its_chat_template():
     assert "apply_chat_template" in code and "enable_thinking=False" in code
 
 
-HOSTILE = "x | <script>alert(1)</script> [a](javascript:b) `c` **d** \n# e\n---\n![f](g) ```"
-
-
-def test_hostile_names_and_templates_stay_text():
-    card = build_card(
-        facts(
-            title=HOSTILE,
-            base_model=HOSTILE,
-            base_is_local=True,
-            test_sets={HOSTILE: SOURCE | {"hub_id": None}},
-            figures={HOSTILE: measured(0.5, 0.1)},
-            sentences=[{"kind": "win", "set": "x", "text": f"{HOSTILE} `{HOSTILE}`"}],
-            fields={"prompt": HOSTILE, "row": {}},
-            recipe={"task": {"prompt": HOSTILE, "choices": [HOSTILE, "b"]}},
-        )
-    )
-    ModelCard(card)  # the metadata still parse
-    blocks = re.split(r"^(`{3,})(?:\w+)?\n.*?\n\1$", card.split("---\n\n", 1)[1], flags=re.MULTILINE | re.DOTALL)
-    prose = "".join(blocks[::2])
-    assert "<script" not in prose and not re.search(r"(?<!\\)\]\((?!https://|reliability)", prose)
-    assert "\n# e" not in prose and "**d**" not in prose
-    tables = [line for line in prose.splitlines() if line.startswith("| ")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {3}
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60))
 def test_escaped_text_has_no_live_markup(text):
