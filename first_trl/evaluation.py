@@ -28,10 +28,9 @@ from .data.choices import choice_token_ids, forced_positions, forced_tokens
 from .data.encoding import encode_example
 from .errors import FirstTrlError
 from .files import replace_atomically
-from .head import partition_log_probs
 from .modeling import innermost, language_model_head, load_model, load_tokenizer
 from .recipe import arm_of
-from .scoring import answer_scores, hidden_states_at, sequence_log_probs
+from .scoring import answer_scores, sequence_log_probs, token_log_probs
 from .settings import TaskConfig
 from .student import VOCABULARY_TEMPERATURES, choice_shares, closing_calibration, fitted_temperature
 from .training import load_arguments
@@ -119,15 +118,8 @@ def vocabulary_closing(path: str | Path, section: dict, dataset: Dataset, recipe
         return None
     examples = [encode_example(recipe.task, tokenizer, row) for row in dataset]
     _, rows, places = _learned_tokens(examples, forced_tokens(recipe.task, tokenizer, dataset[0]))
-    nll_NG = np.zeros((len(rows), len(VOCABULARY_TEMPERATURES)))
-    for indices, hidden_ND in hidden_states_at(model, rows, places, recipe.evaluate.tokens_per_batch):
-        labels_N = np.concatenate([np.asarray(rows[i])[places[i] + 1] for i in indices])
-        labels_N1, owner_N = torch.as_tensor(labels_N)[:, None], np.repeat(indices, [len(places[i]) for i in indices])
-        for g, temperature in enumerate(VOCABULARY_TEMPERATURES):
-            log_probs_N2 = partition_log_probs(
-                hidden_ND / temperature, head.weight, labels_N1.to(hidden_ND.device), *head[1:]
-            )
-            np.add.at(nll_NG[:, g], owner_N, -log_probs_N2[:, 0].float().cpu().numpy())
+    log_probs = token_log_probs(model, rows, places, VOCABULARY_TEMPERATURES, recipe.evaluate.tokens_per_batch)
+    nll_NG = -np.stack([log_probs_NG.sum(axis=0) for log_probs_NG in log_probs])
     return fitted_temperature(nll_NG, VOCABULARY_TEMPERATURES, seed=recipe.evaluate.seed)
 
 

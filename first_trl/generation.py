@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import GenerationConfig
 
@@ -14,9 +13,8 @@ from .data.choices import forced_tokens
 from .data.conversations import is_conversational
 from .data.encoding import eos_token_id
 from .errors import FirstTrlError
-from .head import partition_log_probs
-from .modeling import innermost, language_model_head
-from .scoring import hidden_states_at, left_padded, length_batches
+from .modeling import innermost
+from .scoring import left_padded, length_batches
 from .settings import TaskConfig, WriteAnswers
 
 
@@ -115,25 +113,3 @@ def writing_teacher(
         return {"answers_cut": cut, "answers_empty": answers.count(closing)}
 
     return run, count
-
-
-@torch.inference_mode()
-def token_probabilities(
-    model, prompts: list[list[int]], answers: list[list[int]], temperature: float, tokens_per_batch: int
-) -> list[np.ndarray]:
-    """The probability of each token of each answer under a temperature, given its prompt and all tokens before it."""
-    head = language_model_head(innermost(model))
-    # softcap * tanh(scale * x / softcap) / T has the same form, with both divided by T
-    scale, softcap = head.logit_scale / temperature, head.softcap and head.softcap / temperature
-    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    places = [range(len(prompt) - 1, len(row) - 1) for prompt, row in zip(prompts, rows, strict=True)]
-    found: list[np.ndarray] = [np.empty(0)] * len(rows)
-    for indices, hidden_ND in hidden_states_at(model, rows, places, tokens_per_batch):
-        ids = [token for i in indices for token in answers[i]]
-        ids_N1 = torch.tensor(ids, dtype=torch.long, device=head.weight.device)[:, None]
-        hidden_ND = hidden_ND.to(head.weight.device)
-        log_probs_N2 = partition_log_probs(hidden_ND, head.weight, ids_N1, head.bias, scale, softcap)
-        parts = log_probs_N2[:, 0].exp().cpu().split([len(answers[i]) for i in indices])
-        for i, part in zip(indices, parts, strict=True):
-            found[i] = part.numpy()
-    return found

@@ -121,18 +121,23 @@ class Predictor:
         The probabilities are of the tokens, each given all before it, under the closing temperature (None for an
         empty answer), and not of being right. A row that is no prompt, or a text saying why, gives {"error": why}.
         """
-        from .generation import answer_ends, token_probabilities, until_end, written_answers
+        import numpy as np
+
+        from .generation import answer_ends, until_end, written_answers
+        from .scoring import token_log_probs
 
         answers, prompts = self._prompts(rows)
         if not prompts:
             return answers
-        ids, size, how = list(prompts.values()), len(self.tokenizer), WriteAnswers(max_new_tokens=max_new_tokens)
+        ids, how = list(prompts.values()), WriteAnswers(max_new_tokens=max_new_tokens)
         ends, _ = answer_ends(self.task, self.tokenizer, rows[next(iter(prompts))])
-        batches = {"tokens_per_batch": tokens_per_batch}
-        written = written_answers(self.model, ids, ends, how, vocab_limit=size, **batches)
-        texts, all_ended = zip(*(until_end(tokens, ends) for tokens in written), strict=True)
-        probabilities = token_probabilities(self.model, ids, list(texts), self.student.temperature, **batches)
-        for number, text, ended, found in zip(prompts, texts, all_ended, probabilities, strict=True):
+        size = {"tokens_per_batch": tokens_per_batch}
+        written = written_answers(self.model, ids, ends, how, vocab_limit=len(self.tokenizer), **size)
+        texts = [until_end(tokens, ends) for tokens in written]
+        whole = [[*prompt, *text] for prompt, (text, _) in zip(ids, texts, strict=True)]
+        places = [range(len(prompt) - 1, len(row) - 1) for prompt, row in zip(ids, whole, strict=True)]
+        log_probs = token_log_probs(self.model, whole, places, [self.student.temperature], **size)
+        for number, (text, ended), found in zip(prompts, texts, map(np.exp, log_probs), strict=True):
             answers[number] = {
                 "answer": self.tokenizer.decode(text, skip_special_tokens=True),
                 "mean_token_probability": float(found.mean()) if len(found) else None,

@@ -8,7 +8,7 @@ Shapes: N positions, D hidden, V vocabulary, K kept tokens, C choices; B prompts
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -173,6 +173,25 @@ def answer_scores(
     is_label = scores["token_ids"] == np.asarray(label_ids)[:, None]
     scores["target"] = np.where(is_label.any(axis=1), is_label.argmax(axis=1), is_label.shape[1]).astype(np.int64)
     return scores
+
+
+@torch.inference_mode()
+def token_log_probs(
+    model: torch.nn.Module, rows: list, places: list, temperatures: Iterable[float], tokens_per_batch: int
+) -> list[np.ndarray]:
+    """(n, G) nats for each row: of the token after each of its n `places`, under each of G temperatures."""
+    head, found = language_model_head(innermost(model)), [np.empty(0)] * len(rows)
+    for indices, hidden_ND in hidden_states_at(model, rows, places, tokens_per_batch):
+        ids = [int(rows[i][place + 1]) for i in indices for place in places[i]]
+        ids_N1 = torch.tensor(ids, dtype=torch.long, device=hidden_ND.device)[:, None]
+        columns = []
+        for temperature in temperatures:  # cap * tanh(scale * x / cap) / T has the same form, both divided by T
+            scale, softcap = head.logit_scale / temperature, head.softcap and head.softcap / temperature
+            columns.append(partition_log_probs(hidden_ND, head.weight, ids_N1, head.bias, scale, softcap)[:, :1])
+        parts = torch.cat(columns, dim=1).cpu().split([len(places[i]) for i in indices])
+        for i, part in zip(indices, parts, strict=True):
+            found[i] = part.numpy()
+    return found
 
 
 @torch.inference_mode()

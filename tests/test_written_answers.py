@@ -16,8 +16,9 @@ from first_trl.__main__ import main
 from first_trl.cache.reader import open_cache
 from first_trl.checks import check_recipe
 from first_trl.constants import IGNORED
-from first_trl.generation import answer_ends, token_probabilities, written_answers
+from first_trl.generation import answer_ends, written_answers
 from first_trl.recipe import RecipeError, load_recipe
+from first_trl.scoring import token_log_probs
 from first_trl.settings import TaskConfig, WriteAnswers
 from first_trl.stages import cache, calibrate, distill, evaluate
 from tests.cache_samples import contents
@@ -140,8 +141,9 @@ def test_samples_follow_their_seed_and_probabilities_their_temperature():
     with torch.no_grad():
         logits = model(torch.tensor([prompts[0] + answer])).logits[0, 2:-1] / 1.7
     expected = logits.softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-    found = token_probabilities(model, prompts, [answer, []], 1.7, tokens_per_batch=64)
-    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    rows, places = [prompts[0] + answer, prompts[1]], [range(2, 2 + len(answer)), range(0)]
+    found = token_log_probs(model, rows, places, [1.0, 1.7], tokens_per_batch=64)
+    np.testing.assert_allclose(np.exp(found[0][:, 1]), expected, atol=1e-5)
     assert found[1].size == 0
 
 
