@@ -28,9 +28,7 @@ def show_main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="first-trl show", description="Print a recipe as it runs, or one row.")
     parser.add_argument("recipe", help="the experiment's YAML file; settings may follow as --key value")
     parser.add_argument("--row", type=int, help="print this row as the models see it, with what is learned marked")
-    parser.add_argument(
-        "--split", default="train", help="the row's: train (default), validation, transfer, a test set"
-    )
+    parser.add_argument("--split", default="train", help="the row's: train, validation, transfer or a test set")
     options, overrides = parser.parse_known_args(argv)
     try:
         recipe = load_recipe(options.recipe, overrides)

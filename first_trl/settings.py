@@ -255,26 +255,23 @@ def _each(table: dict[str, Any]) -> dict[str, Any]:
 # Settings that the stages set themselves, or that TRL is about to remove, and keys and values of earlier versions of
 # first-trl: what is wrong; what to do.
 RESERVED: dict[str, str] = _each({
+    "remove_unused_columns label_names do_train do_eval do_predict local_rank resume_from_checkpoint":
+        "the stage decides this; remove it",
     "trust_remote_code": "code that comes with a model is never run; remove it",
-    "hub_token": "recipes are published; run `hf auth login` instead",
     "output_dir": "the stages choose their own folders; write output_dir and name at the top of the recipe",
     "model_init_kwargs": "only training would read it; write dtype, attn_implementation or model_revision itself",
     "calibration": "the calibrate stage writes it; write recalibration_method and recalibration_value",
     "dataset_kwargs dataset_text_field completion_only_loss assistant_only_loss truncation_mode":
         "the task section decides what is trained on; remove it",
     "chat_template_path eos_token pad_token": "the tokenizer's own is used; save it with the model",
-    "remove_unused_columns label_names do_train do_eval do_predict local_rank": "the stage decides this; remove it",
-    "resume_from_checkpoint": "stages continue by themselves; to start again, delete the stage's folder",
-    "push_to_hub hub_model_id hub_revision hub_private_repo hub_strategy hub_always_push":
+    "push_to_hub hub_model_id hub_revision hub_private_repo hub_strategy hub_always_push hub_token":
         "training uploads nothing; fill the push section",
-    "include_for_metrics batch_eval_metrics prediction_loss_only":
+    "include_for_metrics batch_eval_metrics prediction_loss_only use_liger_kernel":
         "training builds no logits; remove it: `first-trl evaluate` measures",
     "label_smoothing_factor": "TRL removes it; smooth the teacher: recalibration_method: label_smoothing",
-    "use_liger_kernel": "the loss here builds no logits for it to save; remove it",
     "cross_fit": "it was removed: rows of their own measured better; remove it and write datasets.transfer",
     "include_eos": "tokens that are forced are never counted; remove it",
-    "tail_knots": "it was removed with vocabulary_temperature; remove it",
-    "vocabulary_temperature": "it was removed, because it measured worse; write temperature",
+    "tail_knots vocabulary_temperature": "it measured worse and was removed; remove it, or write temperature",
     "vllm vllm_options": "vLLM runs as a server only; start `vllm serve`, write backend: server and server_url",
 })  # fmt: skip
 # Bounds of the settings that people most often get wrong; the rest is left to TRL.

@@ -345,7 +345,7 @@ BROKEN = [
     (PUSH, "arms: {first: {recalibration_method: vocabulary_temperature}}\npush:",
      "arms.first.recalibration_method|write temperature"),
     ("method: temperature", "include_eos: true", "calibrate.include_eos = True|remove it"),
-    (TOP_K, "tail_knots: true", "cache.tail_knots = True|it was removed|remove it"),
+    (TOP_K, "tail_knots: true", "cache.tail_knots = True|was removed|remove it"),
     (RATE, "cross_fit: 2", "sft.cross_fit = 2|datasets.transfer"),
     (TOP_K, "backend: vllm", "cache.backend = 'vllm'|vllm serve|backend: server"),
     (TOP_K, "vllm_options: {a: 1}", "cache.vllm_options|vllm serve|server_url"),

@@ -7,10 +7,8 @@ votes give the probability of each team, and the recorded team is *drawn* from t
       router -> 2.5 votes for network        order -> 1 vote for billing
       softmax(billing 1, network 2.5, hardware 0, account 0) = 0.16, 0.72, 0.06, 0.06
 
-No reader, however clever, can be right more often than those probabilities allow. A model that learns the recorded
-teams with weekdays and wording memorised, becomes surer than it should be: that is what the demo shows.
-
-This is not a benchmark of language understanding, and it says nothing about how well a real model would do.
+No reader can be right more often than those probabilities allow. A model that learns the recorded teams, with weekdays
+and wording memorised, becomes surer than it should be: that is what the demo shows, and no benchmark of anything else.
 """
 
 import json
