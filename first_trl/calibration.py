@@ -367,8 +367,8 @@ def choose_family(
     """`calibrate.method: auto`: the family with the lowest criterion on rows that its value has not seen.
 
     Each is fitted on four fifths of the rows and applied to the last fifth, five times; the criterion is then taken
-    over all rows at once. So a family that only fits better, for being more flexible or luckier, does not win. The
-    value itself is found afterwards, on all rows, by `search`; the earlier of `methods` wins where two are equal.
+    over all rows at once, so that a more flexible or luckier family does not win by it. The value itself is found
+    afterwards, on all rows, by `search`; the earlier of `methods` wins where two are equal.
 
     Raises:
         ValueError: fewer rows than folds, an unknown criterion, or no family whose criterion is finite.

@@ -210,30 +210,20 @@ def test_a_shard_that_cannot_be_written_ends_the_run_with_its_error(tmp_path, mo
         assert sorted(parquet_files(tmp_path / "cache")) == [shard_name(i) for i in range(failing)]
 
 
-def test_an_interrupted_cache_outlives_an_upgrade(tmp_path, on_cpu, monkeypatch):
-    recipe, folder = write_recipe(tmp_path), tmp_path / "runs" / "tiny"
-    stage.main([str(recipe)])
-    for name in (".records/cache.json", "cache/train/manifest.json", "cache/train/train-000007.parquet"):
-        (folder / name).unlink()
-    before, versions = contents(folder / "cache" / "train"), library_versions()
-    upgraded = {**versions, "transformers": "99.0.0"}
-    monkeypatch.setattr("first_trl.cache.identity.library_versions", lambda: upgraded)
-    with pytest.raises(SystemExit, match=f"transformers is '{versions['transformers']}', expected '99.0.0'"):
-        stage.main([str(recipe)])
-    assert contents(new_folder(folder / "cache" / "train")) == before
-    monkeypatch.setattr("first_trl.cache.identity.library_versions", lambda: versions)
-    stage.main([str(recipe)])
-    assert num_shards(tmp_path / "runs", "train") == 10
-
-
-def test_settings_of_speed_alone_make_nothing_again(tmp_path, on_cpu, monkeypatch, capsys):
+def test_an_interrupted_cache_outlives_an_upgrade_and_other_settings_of_speed(tmp_path, on_cpu, monkeypatch, capsys):
     recipe, folder = write_recipe(tmp_path), tmp_path / "runs" / "tiny"
     stage.main([str(recipe)])
     stage.main([str(recipe), "--cache.tokens_per_batch=64"])
     assert "cache: up to date, nothing to do" in capsys.readouterr().err
     for name in (".records/cache.json", "cache/train/manifest.json", "cache/train/train-000007.parquet"):
         (folder / name).unlink()
-    before, made, teacher_rows = contents(folder / "cache" / "train"), [], first_trl.scoring.teacher_rows
+    before, versions = contents(folder / "cache" / "train"), library_versions()
+    with monkeypatch.context() as patch:
+        patch.setattr("first_trl.cache.identity.library_versions", lambda: {**versions, "transformers": "99.0.0"})
+        with pytest.raises(SystemExit, match=f"transformers is '{versions['transformers']}', expected '99.0.0'"):
+            stage.main([str(recipe)])
+    assert contents(new_folder(folder / "cache" / "train")) == before
+    made, teacher_rows = [], first_trl.scoring.teacher_rows
 
     def counted(model, examples, **options):
         made.append(options["tokens_per_batch"])
@@ -242,7 +232,9 @@ def test_settings_of_speed_alone_make_nothing_again(tmp_path, on_cpu, monkeypatc
     monkeypatch.setattr("first_trl.scoring.teacher_rows", counted)
     stage.main([str(recipe), "--cache.tokens_per_batch=32"])
     assert made == [32], "the one shard that was missing"
-    assert before.items() <= contents(folder / "cache" / "train").items()
+    assert (
+        before.items() <= contents(folder / "cache" / "train").items() and num_shards(tmp_path / "runs", "train") == 10
+    )
 
 
 def test_every_setting_of_the_cache_but_those_of_speed_is_among_what_it_is_made_from(tmp_path):
