@@ -1,6 +1,7 @@
 """Every shipped recipe reads, renders its data and makes valid settings of TRL, without a network or weights."""
 
 import json
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
@@ -181,6 +182,8 @@ def test_single_recipes_keep_what_they_are_for():
 
 def test_the_schema_and_the_reference_page_are_those_of_the_settings():
     """`first-trl schema > recipes/schema.json`, and `first-trl schema --markdown` for the end of docs/recipes.md."""
+    if f"transformers=={version('transformers')}\n" not in (ROOT / "constraints.txt").read_text():
+        pytest.skip("another release of transformers has other settings than the one that constraints.txt names")
     assert (FOLDER / "schema.json").read_text() == json.dumps(recipe_schema(), indent=1) + "\n"
     page = (ROOT / "docs" / "recipes.md").read_text()
     assert page.count("| `max_length` |") == 2 and page.count("| `load_in_4bit` |") == 2  # task, cache, and TRL's
