@@ -5,14 +5,19 @@ import json
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
+from first_trl import modeling, predict
 from first_trl.errors import FirstTrlError
 from first_trl.modeling import innermost, load_model, load_tokenizer
+from first_trl.stages import cache, calibrate, distill, evaluate, sft
+from first_trl.stages.merge import main as merge
 from tests.cache_recipe import write_recipe
-from tests.tiny import WORDS, build_model, build_tokenizer
+from tests.test_architectures import ARCHITECTURES
+from tests.tiny import build_model, build_tokenizer, byte_level_tokenizer
 
 PAYLOAD = """
 from pathlib import Path
@@ -87,8 +92,6 @@ def test_an_adapter_whose_weights_do_not_fit_is_refused_and_never_dropped(studen
 
 
 def test_the_base_of_an_adapter_is_loaded_at_the_revision_that_it_names(student, monkeypatch):
-    from first_trl import modeling
-
     config = json.loads((student / "adapter_config.json").read_text())
     asked, load = [], modeling._load_base
     monkeypatch.setattr(
@@ -102,8 +105,6 @@ def test_the_base_of_an_adapter_is_loaded_at_the_revision_that_it_names(student,
 
 def test_a_four_bit_model_on_a_cpu_has_its_gradients_after_an_evaluation(student):
     """bitsandbytes repacked the weights where the CPU has AVX512-BF16, and lower layers then had no gradient."""
-    from transformers import BitsAndBytesConfig
-
     build_model(hidden_size=64, intermediate_size=128).save_pretrained(student.parent / "wide")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     model = load_model(student.parent / "wide", quantization_config=nf4)
@@ -122,60 +123,17 @@ def test_a_four_bit_model_on_a_cpu_has_its_gradients_after_an_evaluation(student
     assert all(torch.allclose(after[name], before[name], rtol=1e-4) for name in before)
 
 
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-TEXT = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 1, "initializer_range": 0.3,
-}  # fmt: skip
-SEEING = {
-    "qwen3_5": {
-        "text_config": TEXT
-        | {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_key_head_dim": 8}
-        | {"linear_num_value_heads": 2, "linear_value_head_dim": 8},
-        "vision_config": VISION | {"depth": 1, "num_heads": 2, "out_hidden_size": 32},
-    },
-    "gemma3": {
-        "text_config": TEXT,
-        "vision_config": VISION | {"image_size": 28, "patch_size": 14},
-        "mm_tokens_per_image": 4,
-    },
-}
-
-
-def byte_level_tokenizer():
-    """For Qwen3.5 transformers takes a tokenizer of its own class, whatever the folder's files say."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<eos>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([f"a {WORDS} good bad"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
-
-
-@pytest.mark.parametrize("kind", SEEING)
-def test_a_checkpoint_that_sees_images_goes_through_every_stage_as_one_and_the_same_model(kind, tmp_path, monkeypatch):
+def test_a_checkpoint_that_sees_images_goes_through_every_stage_as_one_and_the_same_model(tmp_path, monkeypatch):
     """Teacher and student are one checkpoint as published, image tower and all; the adapters are what is measured."""
-    import yaml
-    from transformers import CONFIG_MAPPING
-
-    from first_trl import predict
-    from first_trl.stages import cache, calibrate, distill, evaluate, sft
-    from first_trl.stages.merge import main as merge
-
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    tokenizer = byte_level_tokenizer()
+    config = CONFIG_MAPPING["qwen3_5"](**ARCHITECTURES["qwen3_5"])
+    config.text_config.vocab_size = len(tokenizer)
+    config.text_config.initializer_range = 0.3
     torch.manual_seed(0)
-    whole = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[kind](**SEEING[kind]))
     path = write_recipe(tmp_path, rows=24)
-    whole.save_pretrained(tmp_path / "base")
-    byte_level_tokenizer().save_pretrained(tmp_path / "base")
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
     recipe = yaml.safe_load(path.read_text())
     training = recipe["distill"] | {
         "model_name_or_path": str(tmp_path / "base"),
