@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+import first_trl.scoring
 from first_trl.cache.arrays import is_memorised
 from first_trl.cache.reader import open_cache
 from first_trl.checks import check_recipe
@@ -78,40 +79,31 @@ def test_the_teachers_most_probable_choice_stands_in_for_each_label(tmp_path, to
     assert rows["accuracy"] is None and 0 < rows["confidence"] <= 1
 
 
-def test_a_run_on_unlabelled_rows_ends_with_a_report_that_says_so(tmp_path, capsys):
-    path = unlabelled_recipe(tmp_path)
-    for stage in (cache, calibrate, distill, evaluate):
-        stage.main([str(path)])
-    said = capsys.readouterr().err
-    assert "datasets.transfer has no labels: the teacher's most probable choice stands in" in said
-    assert "on the rows it labels the teacher is at confidence" in said
-    assert "which have no labels of their own" in (tmp_path / "runs/tiny/report/summary.md").read_text()
-    with pytest.raises(SystemExit, match="ce_weight is 0.5.*no labels but the teacher's own"):
-        distill.main([str(path), "--distill.ce_weight=0.5"])
-
-
-def test_an_interrupted_cache_of_unlabelled_rows_keeps_its_finished_shards(tmp_path, monkeypatch):
-    path = unlabelled_recipe(tmp_path)
+def test_a_run_on_unlabelled_rows_ends_with_a_report_that_says_so(tmp_path, capsys, monkeypatch):
+    path, folder = unlabelled_recipe(tmp_path), tmp_path / "runs/tiny/cache/train"
+    report = check_recipe(load_recipe(path), here=False)  # which does not ask for labels
+    assert report.problems == [] and {cost.name: cost.rows for cost in report.costs}["distill.first"] == 12
     cache.main([str(path)])
-    folder = tmp_path / "runs/tiny/cache/train"
     before = {file.name: file.read_bytes() for file in folder.glob("train-*")}
     assert len(before) == 3
-    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").unlink()  # an interrupted cache keeps its finished shards
     (folder / "train-000001.parquet").unlink()
-    made, teacher_rows = [], __import__("first_trl.scoring").scoring.teacher_rows
+    made, teacher_rows = [], first_trl.scoring.teacher_rows
 
     def counted(model, examples, **options):
         made.append(len(examples))
         return teacher_rows(model, examples, **options)
 
     monkeypatch.setattr("first_trl.scoring.teacher_rows", counted)
-    cache.main([str(path)])
+    for stage in (cache, calibrate, distill, evaluate):
+        stage.main([str(path)])
     assert made == [4] and before == {file.name: file.read_bytes() for file in folder.glob("train-*")}
-
-
-def test_a_plan_does_not_ask_for_labels(tmp_path):
-    report = check_recipe(load_recipe(unlabelled_recipe(tmp_path)), here=False)
-    assert report.problems == [] and {cost.name: cost.rows for cost in report.costs}["distill.first"] == 12
+    said = capsys.readouterr().err
+    assert "datasets.transfer has no labels: the teacher's most probable choice stands in" in said
+    assert "on the rows it labels the teacher is at confidence" in said
+    assert "which have no labels of their own" in (tmp_path / "runs/tiny/report/summary.md").read_text()
+    with pytest.raises(SystemExit, match="ce_weight is 0.5.*no labels but the teacher's own"):
+        distill.main([str(path), "--distill.ce_weight=0.5"])
 
 
 def test_open_answers_and_other_splits_need_labels(tmp_path):
@@ -144,6 +136,6 @@ def test_an_answer_is_put_where_the_row_has_none(task, row, answered):
     ("accuracy", "confidence", "expected"),
     [(0.95, 0.7, True), (0.72, 0.76, True), (None, 0.76, True), (0.73, 0.72, False), (None, 0.74, False)],
 )
-def test_rows_known_by_heart_show_in_accuracy_or_in_confidence(accuracy, confidence, expected):
+def test_memorised_rows_show_in_accuracy_or_in_confidence(accuracy, confidence, expected):
     cached, validation = {"accuracy": accuracy, "confidence": confidence}, {"accuracy": 0.7, "confidence": 0.7}
     assert is_memorised(cached, validation) is expected
