@@ -58,29 +58,18 @@ def trained(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
-def test_processes_batches_and_accumulation_end_with_the_same_adapter(split, trained):
+def test_every_split_of_the_work_ends_with_the_same_adapter_and_metrics(split, trained):
     reference, ours = (saved_weights(trained[name]) for name in ("1x8", split))
-    difference = relative_difference(ours, reference)
-    print(f"{split}: relative difference {difference:.1e}")
-    assert difference <= 1e-5
+    assert relative_difference(ours, reference) <= 1e-5
     moved = [float(value.norm()) for name, value in reference.items() if "lora_B" in name]
     assert len(moved) > 5 and min(moved) > 1e-3, "the steps changed nothing"
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("split", SPLITS)
-def test_every_rank_holds_the_same_weights_and_the_adapter_is_written_once(split, trained):
-    processes = SPLITS[split][0]
-    ranks = [json.loads((trained[split] / "ranks" / f"{rank}.json").read_text()) for rank in range(processes)]
+    ranks = [json.loads(file.read_text()) for file in sorted((trained[split] / "ranks").glob("*.json"))]
+    assert len(ranks) == SPLITS[split][0]
     assert len({rank["total"] for rank in ranks}) == 1  # to the bit: gradients went through the wrapper
     writes = [path for rank in ranks for path in rank["writes"]]
     assert writes == [str(trained[split] / "adapter")] == ranks[0]["writes"]
-    assert (trained[split] / "adapter" / "adapter_model.safetensors").is_file()
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("split", SPLITS)
-def test_metrics_are_those_of_all_ranks_with_no_row_counted_twice(split, trained):
     reference, ours = (json.loads((trained[name] / "metrics.json").read_text()) for name in ("1x8", split))
     for name in ("eval_kl", "eval_student_mass", "eval_teacher_mass", "eval_teacher_agreement"):
         assert ours["evaluated"][name] == pytest.approx(reference["evaluated"][name], rel=1e-5), name
@@ -139,28 +128,11 @@ def test_two_processes_that_share_the_weights_take_the_steps_of_one_and_resume(n
 
 
 def distill_recipe(folder, runs):
-    return write_recipe(
-        folder,
-        rows=48,
-        output_dir=str(runs),
-        distill={
-            "model_name_or_path": str(folder / "teacher"),
-            "dtype": "float32",
-            "bf16": False,
-            "use_cpu": True,
-            "gradient_checkpointing": False,
-            "use_peft": True,
-            "lora_r": 4,
-            "lora_dropout": 0.1,
-            "lora_target_modules": "all-linear",
-            "learning_rate": 1e-2,
-            "num_train_epochs": 2,
-            "per_device_train_batch_size": 4,
-            "save_strategy": "steps",
-            "save_steps": 4,
-            "disable_tqdm": True,
-        },
-    )
+    settings = {"model_name_or_path": str(folder / "teacher"), "dtype": "float32", "bf16": False, "use_cpu": True}
+    settings |= {"use_peft": True, "lora_r": 4, "lora_dropout": 0.1, "lora_target_modules": "all-linear"}
+    settings |= {"gradient_checkpointing": False, "learning_rate": 1e-2, "num_train_epochs": 2, "disable_tqdm": True}
+    settings |= {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 4}
+    return write_recipe(folder, rows=48, output_dir=str(runs), distill=settings)
 
 
 @pytest.mark.slow
@@ -179,7 +151,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(tmp_p
             # 6 steps an epoch on two processes; the second dies in step 7 of 12, after the checkpoint of step 4
             result = launch(2, "distill", {**job, "kill_rank": 1, "kill_step": 6})
             assert result.returncode != 0 and "SIGKILL" in result.stderr
-            assert [path.name for path in (folder / "tiny/students/first").glob("checkpoint-*")] == ["checkpoint-4"]
+            assert [path.name for path in (folder / "tiny/students/.new/first").glob("checkpoint-*")] == ["checkpoint-4"]
             before = [order_of(folder, rank) for rank in range(2)]
             [(folder / f"order-{rank}.txt").unlink() for rank in range(2)]
         finish(2, "distill", job)
