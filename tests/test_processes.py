@@ -151,7 +151,8 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(tmp_p
             # 6 steps an epoch on two processes; the second dies in step 7 of 12, after the checkpoint of step 4
             result = launch(2, "distill", {**job, "kill_rank": 1, "kill_step": 6})
             assert result.returncode != 0 and "SIGKILL" in result.stderr
-            assert [path.name for path in (folder / "tiny/students/.new/first").glob("checkpoint-*")] == ["checkpoint-4"]
+            kept = (folder / "tiny/students/.new/first").glob("checkpoint-*")
+            assert [path.name for path in kept] == ["checkpoint-4"]
             before = [order_of(folder, rank) for rank in range(2)]
             [(folder / f"order-{rank}.txt").unlink() for rank in range(2)]
         finish(2, "distill", job)
