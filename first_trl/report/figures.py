@@ -246,12 +246,10 @@ def training_figure(logs: dict[str, dict[str, list[tuple[float, float]]]]) -> Fi
     """
     figure, panels = _grid(len(logs), 3, 3.3, 2.5, 0.4)
     for axes, (arm, lines) in zip(panels, logs.items(), strict=True):
-        for (name, points), (color, dash, _) in zip(lines.items(), (LINES[0], LINES[4]), strict=False):
-            if points:
-                marker = "o" if len(points) < 30 else None
-                axes.plot(
-                    *zip(*points, strict=True), color=color, linestyle=dash, marker=marker, markersize=3, label=name
-                )
+        for name, points in lines.items():
+            color, dash, _ = LINES[0] if name == "training" else LINES[4]
+            look = {"color": color, "linestyle": dash, "marker": "o" if len(points) < 30 else None, "markersize": 3}
+            axes.plot(*zip(*points, strict=True), label=name, **look)
         axes.set(title=arm, xlabel="step", ylabel="loss (nats)", ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.legend(fontsize=8)

@@ -59,7 +59,6 @@ def write_report(
             a list of those for an arm that was trained from several seeds.
         calibration: the content of the teacher's `calibration.json`, or None.
         provenance: where it comes from, shown on the page only: plain data.
-        out_of_domain: names of the test sets that the students were not trained for.
         num_bins, bootstrap, seed: as in `metrics.compare`.
         validation: {arm: as one test set's}, for the thresholds and the choice of a student.
         test_curves: {method: {test set: [{"value", "ece"}, ...]}}, the teacher's error against the value on test sets.
@@ -244,14 +243,11 @@ def draw(metrics: dict, predictions: dict, test_curves: dict, training: dict) ->
     families = (metrics["calibration"] or {}).get("families", {})
     if families := {method: family for method, family in families.items() if family["value"] is not None}:
         drawn["calibration"] = figures.calibration_figure(families, test_curves)
-    losses = {}
+    losses: dict[str, dict] = {}
     for arm, history in training.items():
-        lines = {
-            name: [(entry["step"], entry[key]) for entry in history if key in entry]
-            for name, key in (("training", "loss"), ("validation", "eval_loss"))
-        }
-        if any(lines.values()):
-            losses[_label(arm)] = lines
+        for name, key in (("training", "loss"), ("validation", "eval_loss")):
+            if steps := [(entry["step"], entry[key]) for entry in history if key in entry]:
+                losses.setdefault(_label(arm), {})[name] = steps
     if losses:
         drawn["training"] = figures.training_figure(losses)
     return {name: figures.to_png(figure) for name, figure in drawn.items()}
