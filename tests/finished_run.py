@@ -12,29 +12,12 @@ ARM_NUMBERS = {
     "fine_tuned_post_hoc": (0.78, 0.031),
     "first": (0.79, 0.042),
 }
-CALIBRATION = {
-    "schema_version": 1,
-    "method": "temperature",
-    "value": 1.7,
-    "criterion": "ece",
-    "positions": "answer",
-    "num_bins": 10,
-    "num_positions": 1200,
-    "families": {
-        "temperature": {"value": 1.7, "interval": [1.5, 1.9], "ece_before": 0.12, "ece_after": 0.02, "curve": []},
-    },
-}
+FOUND = {"value": 1.7, "interval": [1.5, 1.9], "ece_before": 0.12, "ece_after": 0.02, "curve": []}
+CALIBRATION = {"schema_version": 1, "method": "temperature", "value": 1.7, "criterion": "ece", "positions": "answer"}
+CALIBRATION |= {"num_bins": 10, "num_positions": 1200, "families": {"temperature": FOUND}}
 TABLE = "| Arm | ECE |\n| --- | ---: |\n| `teacher` | 12.0 % |\n| `first` | 4.2 % |\n| `first_post_hoc` | 2.2 % |\n"
-CLOSING = {
-    "temperature": 1.3,
-    "fitted": 1.3,
-    "interval": [1.1, 1.6],
-    "why": "the interval does not contain 1",
-    "num_examples": 200,
-    "choice_token_ids": [11, 12],
-    "scope": "choices",
-    "vocabulary": {"temperature": 1.1},
-}
+CLOSING = {"temperature": 1.3, "fitted": 1.3, "interval": [1.1, 1.6], "why": "the interval does not contain 1"}
+CLOSING |= {"num_examples": 200, "choice_token_ids": [11, 12], "scope": "choices", "vocabulary": {"temperature": 1.1}}
 SENTENCES = [
     {"kind": "headline", "set": None, "text": "Is it better? `first` knows more."},
     {"kind": "loss", "set": "reviews", "text": "Against `fine_tuned_post_hoc`: accuracy 1.0 points higher."},
@@ -50,17 +33,9 @@ MANIFEST = {
 
 
 def measured(accuracy, ece):
-    return {
-        "num_examples": 1600,
-        "accuracy": accuracy,
-        "ece": ece,
-        "trust_score": accuracy - ece,
-        "nll": 0.51,
-        "brier": 0.2,
-        "auroc": 0.7,
-        "aurc": 0.1,
-        "ci": {"accuracy": [accuracy - 0.01, accuracy + 0.01], "ece": [ece - 0.01, ece + 0.01]},
-    }
+    others = {"nll": 0.51, "brier": 0.2, "auroc": 0.7, "aurc": 0.1, "num_examples": 1600}
+    interval = {"accuracy": [accuracy - 0.01, accuracy + 0.01], "ece": [ece - 0.01, ece + 0.01]}
+    return {"accuracy": accuracy, "ece": ece, "trust_score": accuracy - ece, **others, "ci": interval}
 
 
 def make_base(folder):
