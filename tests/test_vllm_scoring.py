@@ -20,10 +20,11 @@ from pydantic import ValidationError
 
 from first_trl.cache.reader import open_cache
 from first_trl.files import new_folder
+from first_trl.generation import until_end, written_answers
 from first_trl.modeling import load_model
 from first_trl.recipe import load_recipe
 from first_trl.scoring import teacher_rows
-from first_trl.settings import CacheConfig
+from first_trl.settings import CacheConfig, WriteAnswers
 from first_trl.stages import cache as stage
 from first_trl.vllm_scoring import (
     SMALLEST_TAIL,
@@ -31,6 +32,7 @@ from first_trl.vllm_scoring import (
     ServerError,
     connect,
     prompt_row,
+    server_answers,
     server_teacher_rows,
     tail_from_top_k,
 )
@@ -519,6 +521,15 @@ def test_a_real_server_caches_what_the_model_itself_does_and_its_death_costs_not
     expected = cached(recipe, "train")
     with real_vllm(tmp_path / "teacher", port, tmp_path / "first.log") as server:
         found = cached(recipe, "train", undisturbed)
+        prompts, how = (
+            [row["input_ids"][:8] for row in found.dataset.select(range(30))],
+            WriteAnswers(max_new_tokens=24),
+        )
+        own = written_answers(
+            load_model(str(tmp_path / "teacher")), prompts, [0], how, tokens_per_batch=512, vocab_limit=27
+        )
+        written = server_answers(connect(url, str(tmp_path / "teacher")), prompts, [0], how)
+        assert [until_end(tokens, [0]) for tokens in written] == [until_end(tokens, [0]) for tokens in own]
         command = [sys.executable, "-m", "first_trl", "cache", str(recipe), *killed]
         job = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True)
         while len(list(shards.glob("train-*.parquet"))) < 4:
