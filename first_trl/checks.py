@@ -123,8 +123,7 @@ def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
 
     from .data.choices import room_to_write, with_stand_in
 
-    if not screen().isatty():
-        datasets.disable_progress_bars()
+    datasets.disable_progress_bars()  # of loading; encoding has a bar, under a terminal
     report, run = Report(), Run(recipe)
     configs, tokenizers = read_models(recipe, stages, report.problems, report.unknown)
     splits: dict[str, Split] = {}
@@ -174,6 +173,7 @@ def _check_split(
     report: Report, recipe: Recipe, place: str, config, task, rows, tokenizers: dict, split: Split
 ) -> Any:
     """Encode every row of a split as its stages will; returns the encoded rows, and fills in report and split."""
+    import datasets
     import numpy as np
 
     from .data.choices import forced_tokens, refuse_forced
@@ -186,7 +186,10 @@ def _check_split(
     except FirstTrlError as error:
         whose = "" if str(error).startswith(("datasets.", "task.")) and task == recipe.task else f"{place}: "
         report.problems.append(f"{whose}{error}")
+    if screen().isatty():
+        datasets.enable_progress_bars()
     encoded = encode_rows(rows, task, tokenizer, place=place, labelled=labelled)
+    datasets.disable_progress_bars()
     if place == "datasets.validation" and len(rows) < SMALLEST_VALIDATION:
         few = f"{place} has {len(rows)} rows: a calibration on fewer than {SMALLEST_VALIDATION} is a guess"
         report.warnings.append(few)
