@@ -395,15 +395,16 @@ class Bench:
 
     def answer(self, task: str, group: str, seed: int, models: list[str]) -> None:
         """The answers of these models to validation and every test set; what `evaluate` does, without a report."""
+        from first_trl.evaluation import answer_sets
         from first_trl.recipe import load_recipe
-        from first_trl.stages.evaluate import answer_all_sets, measured_sets
+        from first_trl.stages.evaluate import measured_sets, model_of
 
         folder = self.output_dir / task / group / f"seed-{seed}" / "report" / "answers"
         recipe = load_recipe(str(self.output_dir / task / group / f"seed-{seed}.yaml"))
         models = [name for name in models if not (folder / name / f"{self.tasks[task].tests[-1]}.parquet").is_file()]
         sets = measured_sets(recipe) if models else {}
         for name in models:
-            answer_all_sets(recipe, name, sets)
+            answer_sets(*model_of(recipe, name), sets, folder / name, recipe)
 
     def command(self, stages: tuple[str, ...], recipe: dict, task: str, group: str, name: str, seed: int) -> None:
         """Write the recipe and run its stages, one process each: `run` would start one more for every arm."""
