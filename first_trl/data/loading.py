@@ -165,7 +165,8 @@ def load_split(config: DatasetConfig, role: str, *, streaming: bool = False) -> 
         dataset = datasets.load_dataset(
             path, name=config.name, data_files=data_files, split=split, streaming=streaming, **options
         )
-    except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
+    # TypeError: of a line that is no object, before datasets 5
+    except (OSError, ValueError, TypeError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
         raise FirstTrlError(f"{place}: {config.path!r} cannot be loaded: {_load_problem(error, files)}") from error
     dataset = _name_class_labels(_rename_columns(dataset, config, place))
     if config.shuffle_seed is not None:
