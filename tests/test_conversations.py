@@ -10,7 +10,7 @@ from datasets import Dataset
 from first_trl.__main__ import main
 from first_trl.constants import IGNORED
 from first_trl.data.choices import forced_positions, forced_tokens, marked_text
-from first_trl.data.encoding import check_first_row, encode_example, encode_prompt, first_row
+from first_trl.data.encoding import TooLongError, check_first_row, encode_example, encode_prompt, first_row
 from first_trl.errors import FirstTrlError
 from first_trl.settings import TaskConfig
 from tests.cache_recipe import write_recipe
@@ -165,7 +165,7 @@ def test_forced_tokens_are_what_every_answer_begins_and_ends_with(template, task
     assert forced["answer"] == (len(forced["opening"]) if answer is None else answer)
 
 
-def test_forced_tokens_of_a_template_of_text_are_its_text_and_the_end_of_sequence():
+def test_forced_tokens_of_a_template_of_text_are_its_text_and_the_end_of_sequence(monkeypatch):
     tokenizer = byte_level_tokenizer()
     row = {"text": "a film", "label": "good"}
     task = TaskConfig(prompt="Review: {text}\nSentiment:", completion=" it is {label}.")
@@ -174,6 +174,12 @@ def test_forced_tokens_of_a_template_of_text_are_its_text_and_the_end_of_sequenc
     assert tokenizer.decode(forced["closing"]) == ".</s>" and forced["answer"] == 0
     joins = TaskConfig(prompt="Review: {text} ", completion="{label}.")  # the space with `good`, but not with `1`
     assert forced_tokens(joins, tokenizer, row) == {"opening": [], "closing": forced["closing"], "answer": 0}
+    nested = TaskConfig(prompt="{pair[text]}:", completion=" {pair[label]}.")  # one column for both
+    assert forced_tokens(nested, tokenizer, {"pair": row})["closing"] == forced["closing"]
+    with pytest.raises(TooLongError, match="characters"):
+        forced_tokens(task.model_copy(update={"max_length": 8}), tokenizer, {**row, "text": "good " * 2000})
+    monkeypatch.setattr("first_trl.data.choices._ANSWERS", ("good",))  # as of a vocabulary that knows no other
+    assert forced_tokens(task, tokenizer, row) == {"opening": [], "closing": [tokenizer.eos_token_id], "answer": 0}
 
 
 def test_forced_positions_are_found_in_labels_whatever_was_cut_or_thought():

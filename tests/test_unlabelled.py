@@ -125,11 +125,25 @@ def test_open_answers_and_other_splits_need_labels(tmp_path):
             {"messages": [{"role": "user", "content": "x"}]},
             {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "good"}]},
         ),
+        (
+            TaskConfig(prompt="{pair[text]}:", completion=" {label[in][1]}"),
+            {"pair": {"text": "x"}, "label": None},
+            {"pair": {"text": "x"}, "label": {"in": {"1": "good"}}},
+        ),
     ],
 )
 def test_an_answer_is_put_where_the_row_has_none(task, row, answered):
     assert not has_answer(task, row) and has_answer(task, answered)
     assert with_answer(row, task, "good") == answered
+
+
+def test_an_answer_within_a_column_leaves_the_rest_of_the_column_to_the_prompt():
+    task = TaskConfig(prompt="{pair[text]} {others[0]}:", completion=" {pair[label][0]} {others[2]}")
+    row = {"pair": {"text": "x", "label": ["bad", "sad"]}, "others": ["a", "b"]}
+    assert with_answer(row, task, "good") == {
+        "pair": {"text": "x", "label": ["good", "sad"]},
+        "others": ["a", "b", "good"],
+    }
 
 
 @pytest.mark.parametrize(

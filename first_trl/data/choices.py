@@ -16,9 +16,11 @@ from ..settings import TaskConfig, WriteAnswers
 from ..templates import parse_template, render_template, template_fields, text_around_field
 from .conversations import chat_arguments, chat_ids, is_conversational, message_column, split_messages
 from .encoding import (
+    TooLongError,
     check_prefix,
     encode_example,
     encode_row,
+    eos_token_id,
     last_answer,
     prompt_ids,
     prompt_of,
@@ -129,9 +131,11 @@ def forced_tokens(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> dict[s
     for word in task.choices or known:
         try:
             answers.append(last_answer(task, tokenizer, with_answer(row, task, word)))
-        except FirstTrlError:  # a word that this tokenizer joins with the end of the prompt shows nothing
-            if task.choices:
+        except FirstTrlError as error:  # a word that this tokenizer joins with the end of the prompt shows nothing
+            if task.choices or isinstance(error, TooLongError):
                 raise
+    if len(answers) < 2:  # too few to show what the template writes
+        return {"opening": [], "closing": [eos_token_id(tokenizer)] if task.append_eos else [], "answer": 0}
     opening = _common_prefix(answers)
     closing = _common_prefix([ids[len(opening) :][::-1] for ids in answers])[::-1]
     return {"opening": opening, "closing": closing, "answer": len(opening) if task.choices else 0}
@@ -215,12 +219,22 @@ def with_answer(row: Mapping[str, Any], task: TaskConfig, answer: str) -> dict[s
         return {**row, column: [*prompt_of(task, row), message]} if column else {**row, "completion": [message]}
     answered = dict(row)
     for piece in parse_template(templates_of(task, row)[1]):
-        value: Any = answer
-        for index in reversed(piece.indices):
-            value = {index: value}
         if piece.column is not None:
-            answered[piece.column] = value
+            answered[piece.column] = _put(answered.get(piece.column), piece.indices, answer)
     return answered
+
+
+def _put(value: Any, indices: tuple[str, ...], answer: str) -> Any:
+    """A column's value with the answer at these indices, and all else in it as it is: the prompt may be there, too."""
+    if not indices:
+        return answer
+    index, *rest = indices
+    if not (isinstance(value, list) and index.isdecimal()):
+        value = value if isinstance(value, dict) else {}
+        return {**value, index: _put(value.get(index), tuple(rest), answer)}
+    padded = [*value, *[None] * (int(index) + 1 - len(value))]
+    padded[int(index)] = _put(padded[int(index)], tuple(rest), answer)
+    return padded
 
 
 def with_stand_in(row: Mapping[str, Any], task: TaskConfig) -> dict[str, Any]:

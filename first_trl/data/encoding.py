@@ -129,7 +129,7 @@ def _ids(task: TaskConfig, tokenizer, row: Mapping[str, Any], prompt: Any, compl
         arguments = conversations.chat_arguments(task, row)
         return conversations.chat_ids(tokenizer, prompt + completion, arguments, add_generation_prompt=not completion)
     ids = text_ids(tokenizer, prompt + completion)
-    if completion and task.append_eos and ids[-1] != tokenizer.eos_token_id:
+    if completion and task.append_eos and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(eos_token_id(tokenizer))
     return ids
 
@@ -190,10 +190,9 @@ def _cut_row(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> dict[str, A
         holder, key = max(prompt, key=lambda message: len(message["content"])), "content"
     else:
         template, answer = templates_of(task, row)
-        columns = {piece.column for piece in parse_template(template) if not piece.indices} - {
-            *template_fields(answer)
-        }
-        texts = [column for column in columns if column and isinstance(row.get(column), str)]
+        whole = (piece.column for piece in parse_template(template) if not piece.indices)
+        columns = [column for column in dict.fromkeys(whole) if column and column not in template_fields(answer)]
+        texts = [column for column in columns if isinstance(row.get(column), str)]
         if not texts:
             raise TooLongError("there is no column of text that can be cut; raise task.max_length, or too_long: drop")
         holder, key = cut, max(texts, key=lambda column: len(row[column]))
@@ -201,7 +200,10 @@ def _cut_row(task: TaskConfig, tokenizer, row: Mapping[str, Any]) -> dict[str, A
 
     def is_too_long(kept: int) -> bool:
         holder[key] = text[:kept].rstrip()
-        return len(_tokens(task, tokenizer, cut)[0]) > task.max_length
+        try:
+            return len(_tokens(task, tokenizer, cut)[0]) > task.max_length
+        except TooLongError:  # so many characters that they are not tokenised
+            return True
 
     longest = min(len(text), CHARACTERS_PER_TOKEN * task.max_length)
     kept = bisect_left(range(longest + 1), True, key=is_too_long) - 1
