@@ -27,6 +27,7 @@ from .settings import WriteAnswers
 
 # Rows answered at a time: what a reader at the other end of a pipe waits for.
 ROWS_AT_A_TIME = 256
+NO_NUMBERS = "the model's probabilities are not numbers: its weights are damaged"
 
 
 class RowError(FirstTrlError):
@@ -112,7 +113,7 @@ class Predictor:
                 "abstain": threshold is None or confidence < threshold,
             }
             if not np.isfinite(shares_C).all():
-                answers[number] = {"error": "the model's probabilities are not numbers: its weights are damaged"}
+                answers[number] = {"error": NO_NUMBERS}
         return answers
 
     def generate(self, rows: list, max_new_tokens: int = 512, tokens_per_batch: int = 8192) -> list[dict]:
@@ -134,16 +135,19 @@ class Predictor:
         size = {"tokens_per_batch": tokens_per_batch}
         written = written_answers(self.model, ids, ends, how, vocab_limit=len(self.tokenizer), **size)
         texts = [until_end(tokens, ends) for tokens in written]
-        whole = [[*prompt, *text] for prompt, (text, _) in zip(ids, texts, strict=True)]
+        # With an end: what is no number shows in an empty answer, too
+        whole = [[*prompt, *text, ends[0]] for prompt, (text, _) in zip(ids, texts, strict=True)]
         places = [range(len(prompt) - 1, len(row) - 1) for prompt, row in zip(ids, whole, strict=True)]
         log_probs = token_log_probs(self.model, whole, places, [self.student.temperature], **size)
         for number, (text, ended), found in zip(prompts, texts, map(np.exp, log_probs), strict=True):
             answers[number] = {
                 "answer": self.tokenizer.decode(text, skip_special_tokens=True),
-                "mean_token_probability": float(found.mean()) if len(found) else None,
-                "lowest_token_probability": float(found.min()) if len(found) else None,
+                "mean_token_probability": float(found[:-1].mean()) if text else None,
+                "lowest_token_probability": float(found[:-1].min()) if text else None,
                 "ended": ended,
             }
+            if np.isnan(found).any():
+                answers[number] = {"error": NO_NUMBERS}
         return answers
 
     def _prompts(self, rows: list) -> tuple[list[dict], dict[int, list[int]]]:
@@ -240,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _answer_lines(options: argparse.Namespace) -> None:
     from .files import replace_atomically
+    from .student import threshold_for
 
     if sys.stdout is None and options.output is None:
         raise FirstTrlError("standard output is closed; give --output")
@@ -249,6 +254,7 @@ def _answer_lines(options: argparse.Namespace) -> None:
         if options.generate:
             answer = partial(student.generate, max_new_tokens=options.max_new_tokens)
         else:
+            threshold_for(student.student, options.accuracy)  # refuses another accuracy before a line is read
             answer = partial(student.choose, accuracy=options.accuracy)
         lines = answered_lines(partial(answer, tokens_per_batch=options.tokens_per_batch), source)
         if output is None:

@@ -168,6 +168,9 @@ def test_the_command_reads_standard_input_or_a_file_and_writes_answers_whole(stu
     assert main([str(student), "--input", str(tmp_path / "asked.jsonl"), "--output", str(output)]) == 0
     assert output.read_text().startswith(printed) and '{"error": "line 5: it is not JSON' in output.read_text()
     assert "1 of 5 lines have no answer" in capsys.readouterr().err
+    nothing = io.TextIOWrapper(io.BytesIO(b""))
+    monkeypatch.setattr("sys.stdin", nothing)
+    assert main([str(student), "--accuracy", "0.5"]) == 1 and "no threshold was fitted" in capsys.readouterr().err
 
 
 def test_an_output_that_is_no_ordinary_file_is_written_to_or_refused_and_never_replaced(student, tmp_path, capsys):
@@ -222,6 +225,21 @@ def test_free_text_is_written_with_the_probabilities_of_its_tokens(student, tmp_
         assert found["answer"] == tokenizer.decode(words) and found["ended"] == (len(words) < 6)
         assert found["mean_token_probability"] == pytest.approx(np.mean(shares), abs=1e-5)
         assert found["lowest_token_probability"] == pytest.approx(min(shares), abs=1e-5)
+
+
+def test_a_writer_without_numbers_gives_errors_and_one_without_words_an_empty_answer(student, tmp_path, monkeypatch):
+    import torch
+
+    shutil.copytree(student, tmp_path / "student")
+    edited_task(tmp_path / "student", choices=None)
+    writer = Predictor(tmp_path / "student", generate=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("first_trl.generation.written_answers", lambda model, prompts, *_, **__: [[0]] * len(prompts))
+        (found,) = writer.generate(rows(1))
+    assert found == {"answer": "", "mean_token_probability": None, "lowest_token_probability": None, "ended": True}
+    with torch.no_grad():
+        next(writer.model.parameters()).fill_(float("nan"))
+    assert "are not numbers" in writer.generate(rows(1))[0]["error"]
 
 
 def edited(path, **changes):
