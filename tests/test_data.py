@@ -197,6 +197,13 @@ def test_a_row_that_is_too_long_is_cut_at_the_end_of_its_longest_text(tok, size)
     assert short["cut"] == "" and len(short["input_ids"]) <= 24
 
 
+def test_a_row_of_more_characters_than_are_tokenised_is_cut_until_they_are_few_enough(tokenizer):
+    task = TaskConfig(prompt="{text} :", completion=" {label}", max_length=8, too_long="cut")
+    text = "good" + " " * 4080 + "bad " * 3  # whose spaces are no tokens; 4,096 characters are read
+    example = encode_example(task, tokenizer, {"text": text, "label": "bad"})
+    assert tokenizer.decode(example["input_ids"]).startswith("good") and example["cut"] == "prompt"
+
+
 def test_a_conversation_is_cut_in_its_longest_message(chat_tok):
     messages = [{"role": "user", "content": "a good film " * 100}, {"role": "assistant", "content": "bad"}]
     example = encode_example(TaskConfig(max_length=32, too_long="cut"), chat_tok, {"messages": messages})
