@@ -120,6 +120,7 @@ class Size(NamedTuple):
     trained: int
     frozen_bytes: int
     trained_bytes: int
+    outside_bytes: int  # of embeddings and head, which a sharded run gathers to compute
 
 
 def size_of(model, bits: int = 16, trained_itemsize: int | None = None) -> Size:
@@ -130,16 +131,18 @@ def size_of(model, bits: int = 16, trained_itemsize: int | None = None) -> Size:
     text = base.config.get_text_config()
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
     passed = (getattr(text, "num_experts_per_tok", None) or experts) / experts
-    active = trained = frozen_bytes = trained_bytes = 0.0
+    active = trained = frozen_bytes = trained_bytes = outside_bytes = 0.0
     for name, weight in model.named_parameters():
         count, is_outside = weight.numel(), weight in outside
         active += 0 if is_outside else count * (passed if ".experts." in name else 1)
+        outside_bytes += count * weight.itemsize if is_outside else 0
         if weight.requires_grad:
             trained += count
             trained_bytes += count * (trained_itemsize or weight.itemsize)
         else:
-            frozen_bytes += count * (packed if packed and weight.ndim > 1 and not is_outside else weight.itemsize)
-    return Size(round(active), round(trained), round(frozen_bytes), round(trained_bytes))
+            # bitsandbytes leaves the experts of a mixture, which are one tensor of three dimensions, as they are
+            frozen_bytes += count * (packed if packed and weight.ndim == 2 and not is_outside else weight.itemsize)
+    return Size(*map(round, (active, trained, frozen_bytes, trained_bytes, outside_bytes)))
 
 
 def block_elements(config, dropout: bool = False) -> int:
@@ -234,8 +237,10 @@ def _train(recipe: Recipe, cost: Cost, on_labels: bool, split: Split, machine: M
     moments = next((count for name, count in STATES.items() if name in args.optim.value), 2)
     states = moments * (size.trained if "8bit" in args.optim.value else size.trained_bytes)
     positions = batch * split.supervised / rows
+    weights = size.frozen_bytes + (0 if adapter else size.trained_bytes)
+    gathered = size.outside_bytes + 2 * weights // text.num_hidden_layers if machine.shards() > 1 else 0
     cost.memory = {
-        "weights": (size.frozen_bytes + (0 if adapter else size.trained_bytes)) // machine.shards(),
+        "weights": weights // machine.shards() + gathered,
         "adapter": size.trained_bytes // machine.shards() if adapter else 0,
         "gradients": size.trained_bytes // machine.shards(gradients=True),
         "optimizer": states // machine.shards(gradients=True),

@@ -80,14 +80,15 @@ def test_multiplications_are_two_per_active_weight_and_token_forward():
     assert predicted == pytest.approx(counter.get_total_flops(), rel=WITHIN)
 
 
-def test_the_experts_that_a_token_does_not_pass_are_not_counted():
+def test_experts_that_a_token_does_not_pass_are_not_counted_and_none_is_quantised():
     from transformers import Qwen3MoeConfig
 
     sizes = {"hidden_size": 32, "moe_intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 40}
     config = Qwen3MoeConfig(num_experts=16, num_experts_per_tok=2, num_attention_heads=2, head_dim=16, **sizes)
-    model = build_on_meta(config)
+    model = build_on_meta(config, "bfloat16").requires_grad_(False)
     experts = sum(weight.numel() for name, weight in model.named_parameters() if ".experts." in name)
     assert size_of(model).active < sum(weight.numel() for weight in model.parameters()) - 0.8 * experts
+    assert 2 * experts < size_of(model, bits=4).frozen_bytes < size_of(model).frozen_bytes
 
 
 def test_four_bit_weights_are_counted_as_bitsandbytes_stores_them(tmp_path):
@@ -150,7 +151,9 @@ def test_sharding_lowers_weights_and_optimizer_and_keeps_activations(tmp_path):
     machines = (Machine(), Machine(8, "FSDP"))
     one, sharded = (planned(recipe, machine=machine)[1]["distill.first"].memory for machine in machines)
     assert sharded["optimizer"] == one["optimizer"] // 8 and one["optimizer"] == 2 * one["gradients"]
-    assert sharded["weights"] == one["weights"] // 8 and sharded["activations"] == one["activations"]
+    # and embeddings, head and two blocks are gathered to compute
+    assert one["weights"] / 8 < sharded["weights"] < one["weights"] / 2
+    assert sharded["activations"] == one["activations"]
 
 
 def test_hours_are_operations_over_peak_utilisation_and_devices():
