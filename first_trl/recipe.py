@@ -272,6 +272,8 @@ def _misfit(found: Any, value: Any) -> str:
     if kind == "string_pattern_mismatch":
         letters = "it is no name; use letters, digits, '-' and '_', starting with a letter or digit"
         return "it is not the id of a repository; write owner/name" if "/" in wanted else letters
+    if kind == "too_short":
+        return "it is empty; name at least one"
     unquoted = int | float if "string" in kind else bool if "literal" in kind else ()
     if any(isinstance(item, unquoted) for item in items):
         return "YAML reads it as a number, or a bare yes, no, on, off as a boolean; put it in quotes"

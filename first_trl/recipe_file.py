@@ -92,8 +92,8 @@ class RecipeFile:
         except (yaml.YAMLError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             line = mark.line + 1 if mark else 1
-            what = " ".join(filter(None, (getattr(error, "context", ""), getattr(error, "problem", ""))))
-            why = f"this is not YAML ({what or error}); look at the indentation, colons and quotes here"
+            what = " ".join(filter(None, (getattr(error, "context", ""), getattr(error, "problem", "")))) or str(error)
+            why = f"this is not YAML ({' '.join(what.split())}); look at the indentation, colons and quotes here"
         except (OSError, ValueError) as error:
             why = f"it cannot be read ({getattr(error, 'strerror', None) or error}); give a recipe, a YAML file"
         raise RecipeError(self.name, [f"{self.prefix}line {line}: {why}."]) from None
@@ -115,7 +115,7 @@ class RecipeFile:
         except (yaml.YAMLError, ValueError, OverflowError) as error:
             reason = getattr(error, "problem", None) or error
             self.problems[path] = f"YAML cannot read it as text or a number ({reason}); put it in quotes"
-            return str(node.value)
+            return node.value if isinstance(node, yaml.ScalarNode) else f"!!{kind}"
         if not isinstance(value, str) or "${" not in value:
             return value
         expanded = _VARIABLE.sub(lambda match: self._expanded(match, path), value)

@@ -49,9 +49,10 @@ def recipe_conflicts(recipe: Recipe) -> Iterator[Conflict]:
                 why = "cache.support: choices needs some; give this set choices, or write cache.support: top_k"
                 yield ("datasets", "test", name, "task", "choices"), why
     if recipe.distill.get("rounds", 1) == 2:
-        methods = {recipe.calibrate.method, *(own.get("recalibration_method", "none") for own in arms.values())}
-        if other := sorted(methods - {"temperature", "none"}):
-            yield ("distill", "rounds"), f"a second round changes a temperature, not {other[0]}; write rounds: 1"
+        for section in (recipe.arm_section(arm) for arm in arms if recipe.has_second_round(arm)):
+            default = "temperature" if "recalibration_value" in section else recipe.calibrate.method
+            if (method := section.get("recalibration_method") or default) not in ("temperature", "none"):
+                yield ("distill", "rounds"), f"a second round changes a temperature, not {method}; write rounds: 1"
         if not recipe.distill.get("closing", True):
             yield ("distill", "rounds"), "a second round needs the closing temperature; write closing: true"
     if cache.write_answers is not None:

@@ -322,6 +322,15 @@ def training_model(section: str) -> type[Section]:
     return create_model(f"{section.capitalize()}Settings", __base__=Section, **fields)
 
 
+def _escaped(value: Any) -> Any:
+    """A copy in which every `${` is `$${`, but not in keys, where variables are not read."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return value.replace("${", "$${") if isinstance(value, str) else value
+
+
 def arm_of(student: str) -> str:
     """`first/seed-1` -> `first`; an arm's own name stays as it is."""
     return student.partition("/")[0]
@@ -392,8 +401,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe as it runs, defaults included; `${` is written so that reading gives it back."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
-        return text.replace("${", "$${")
+        return yaml.safe_dump(_escaped(self.to_dict()), sort_keys=False, allow_unicode=True, width=100)
 
     def write_resolved(self, path: str | Path) -> None:
         """Write the recipe as it runs, as YAML."""

@@ -124,6 +124,7 @@ def test_the_default_arms_are_the_method_and_its_controls():
 def test_the_resolved_recipe_reads_back_equal():
     path = write('"Review: {text}', '"Costs $${price} {text}')
     own = ["--datasets.test.reviews.task", "{completion: ' {answer} or {other}', choices: null}"]
+    own += ["--datasets.train.columns", "{'${a}': '${b}'}"]
     recipe = load_recipe(path, ["--cache.top_k", "7", "--sft.lr_scheduler_kwargs", "null", *own])
     assert recipe.task.prompt.startswith("Costs ${price} {text}")
     recipe.write_resolved("resolved.yaml")
@@ -266,6 +267,7 @@ BROKEN = [
     ("  test:\n", "  transfer: {path: data/test.jsonl}\n  test:\n",
      "datasets.test.reviews|same rows as datasets.transfer"),
     ("    reviews:\n      path: json\n      data_files: data/test.jsonl\n", "", "datasets.test: it is missing"),
+    ("    reviews:\n      path: json\n      data_files: data/test.jsonl\n", "    {}\n", "datasets.test: it is empty"),
     ("  train: {path", "  dev: {path: x}\n  train: {path", "datasets.dev: unknown key"),
     ("  validation: {path: json, data_files: data/validation.jsonl}\n", "", "datasets.validation: it is missing"),
     ("  train: {path: json, data_files: data/train.jsonl}\n", "", "datasets.train: it is missing"),
@@ -309,6 +311,7 @@ BROKEN = [
     (TOP_K, "top_k: 2024-01-01", "cache.top_k|as date|put it in quotes"),
     (TOP_K, "top_k: !!python/object:os.system {}", "cache.top_k|YAML cannot read it"),
     (TOP_K, "top_k: !!python/name:os.system x", "cache.top_k|YAML cannot read it"),
+    (TOP_K, "top_k: !!set {a, b}", "cache.top_k = '!!set': YAML cannot read it"),
     ("cache:\n", "cache\n", "line 19: this is not YAML"),
     ("  top_k: 5", "\ttop_k: 5", "line 19: this is not YAML"),
     (TOP_K, f"top_k: {'[' * 40}{']' * 40}", "too many values"),
@@ -339,6 +342,7 @@ BROKEN = [
     ("  max_length: 64", "  supervise: all", "task.supervise = 'all'|free answers|remove it"),
     (LOSS, "packing: true\n  packing_strategy: wrapped", "distill.packing_strategy = 'wrapped'|packing_strategy: bfd"),
     (LOSS, "rounds: 2\n  closing: false", "distill.rounds = 2|closing: true"),
+    (LOSS, "rounds: 2\n  recalibration_method: probability", "distill.rounds = 2|temperature, not probability"),
     (PUSH, "arms: {first: {closing: false}}\npush:", "arms.first.closing = False: unknown key|distill.closing"),
     ("method: temperature", "method: vocabulary_temperature",
      "calibrate.method = 'vocabulary_temperature'|write temperature"),
