@@ -176,13 +176,14 @@ def _check_split(
     import datasets
     import numpy as np
 
-    from .data.choices import forced_tokens, refuse_forced
+    from .data.choices import encode_answer_row, forced_tokens, refuse_forced
     from .data.rows import describe_lost, encode_rows, learned_tokens, lost_rows
 
     _check_tokens(report, place, task, rows[0], tokenizers)
     tokenizer, labelled = next(iter(tokenizers.values())), place != "datasets.transfer"
+    kept: list[int] = []
     try:
-        _check_choices(recipe, place, task, tokenizer, rows[0])
+        kept = _check_choices(recipe, place, task, tokenizer, rows[0])
     except FirstTrlError as error:
         whose = "" if str(error).startswith(("datasets.", "task.")) and task == recipe.task else f"{place}: "
         report.problems.append(f"{whose}{error}")
@@ -206,16 +207,19 @@ def _check_split(
         split.supervised += write.max_new_tokens * int((lengths_N > 0).sum())
     if len(row_M):
         split.lengths = np.percentile(lengths_N[lengths_N > 0], range(101)).round().astype(int).tolist()
+        number_R, start_R, count_R = np.unique(row_M, return_index=True, return_counts=True)
+        if kept and len(wrong := number_R[(count_R != 1) | ~np.isin(token_M[start_R], kept)].tolist()):
+            with _refusals_into(report.problems, f"{len(wrong):,} of {len(rows):,} rows, the first: "):
+                encode_answer_row(rows[wrong[0]], wrong[0], task, tokenizer, kept, place)
         if place == "datasets.validation" and positions_of(recipe) == "answer":
-            _, start_R, count_R = np.unique(row_M, return_index=True, return_counts=True)
             with _refusals_into(report.problems):
                 at_R = start_R + np.minimum(forced_tokens(task, tokenizer, rows[0])["answer"], count_R - 1)
                 refuse_forced(task, tokenizer, token_M[at_R])
     return encoded
 
 
-def _check_choices(recipe: Recipe, place: str, task, tokenizer, first_row: dict) -> None:
-    """Refuse choices that cannot be compared, or that the cache cannot keep, by the first row of a split."""
+def _check_choices(recipe: Recipe, place: str, task, tokenizer, first_row: dict) -> list[int]:
+    """The tokens that a cache with `support: choices` keeps, else none; refuses choices that cannot be compared."""
     from .data.choices import choice_token_ids, has_answer, single_token_ids, unlabelled_encoder
     from .generation import answer_ends
 
@@ -227,8 +231,7 @@ def _check_choices(recipe: Recipe, place: str, task, tokenizer, first_row: dict)
         if recipe.cache.backend != "hf":
             raise FirstTrlError(f"{place}: rows without labels need cache.backend: hf, not {recipe.cache.backend}")
         unlabelled_encoder(task, tokenizer, first_row, place)
-    if recipe.cache.support == "choices" and task.choices:
-        single_token_ids(task, tokenizer, first_row)
+    return single_token_ids(task, tokenizer, first_row) if recipe.cache.support == "choices" and task.choices else []
 
 
 def _check_tokens(report: Report, place: str, task, row: dict, tokenizers: dict[str, Any]) -> None:

@@ -179,6 +179,11 @@ UNLABELLED = rows("transfer", lambda old, _: [{"text": row["text"]} for row in o
 # name -> (what breaks the recipe, words of the place, of the value, of the remedy)
 CASES = {
     "choices of two tokens under support: choices": (two_token_choices, "task.choices", "good film", "top_k"),
+    "rows that learn more than a choice": (
+        all_of(set_to(cache={"support": "choices"}), change_row("train", 3, text="good . Sentiment : good"),
+               set_to(task={"prompt": "{text} :", "completion": " {label} film"})),
+        "datasets.train", "film", "support: top_k",
+    ),
     "validation rows of train": (share_rows("train", "validation"), "datasets.validation", "3 of its", "of its own"),
     "transfer rows of train": (share_rows("train", "transfer"), "datasets.transfer", "3 of its", "of its own"),
     "test rows of train": (share_rows("train", "test"), "datasets.test.films", "3 of its 30", "allow_overlap"),
