@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 
 from first_trl import modeling, predict
 from first_trl.errors import FirstTrlError
-from first_trl.modeling import innermost, load_model, load_tokenizer
+from first_trl.modeling import check_head, innermost, load_model, load_tokenizer
 from first_trl.stages import cache, calibrate, distill, evaluate, sft
 from first_trl.stages.merge import main as merge
 from tests.cache_recipe import write_recipe
@@ -89,6 +90,19 @@ def test_an_adapter_whose_weights_do_not_fit_is_refused_and_never_dropped(studen
             load_model(student)
     save_file(weights, student / "adapter_model.safetensors", metadata={"format": "pt"})
     load_model(student)
+
+
+def test_a_token_may_be_forbidden_but_no_logit_may_overflow():
+    model = build_model(tie_word_embeddings=False)
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
+    for value, refused in (
+        (-torch.inf, nullcontext()),
+        (torch.inf, pytest.raises(FirstTrlError, match="computes NaN")),
+    ):
+        head.bias.data[3] = value
+        with refused:
+            check_head(model)
 
 
 def test_the_base_of_an_adapter_is_loaded_at_the_revision_that_it_names(student, monkeypatch):
