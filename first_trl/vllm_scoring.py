@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import httpx2
 import numpy as np
+from anyio.from_thread import start_blocking_portal
 
 from .constants import IGNORED
 from .errors import FirstTrlError, shorten
@@ -90,7 +91,7 @@ class PromptServer:
                             )
             except TimeoutError:
                 problem = f"no whole answer in {self.timeout:g} s"
-            except httpx2.RequestError as error:
+            except (httpx2.RequestError, httpx2.InvalidURL) as error:
                 problem = repr(error)
             else:
                 if response.status_code == 200:
@@ -145,7 +146,9 @@ class PromptServer:
 
 def _client() -> httpx2.AsyncClient:
     """Follows no redirect, least of all with the key; proxies are those of the environment."""
-    key = os.environ.get("FIRST_TRL_SERVER_KEY")
+    key = os.environ.get("FIRST_TRL_SERVER_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):  # refused here, for httpx2 would show it
+        raise ServerError("FIRST_TRL_SERVER_KEY holds a character that no key has; write it again.")
     headers, limits = {"Authorization": f"Bearer {key}"} if key else {}, httpx2.Limits(max_connections=None)
     return httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=False)
 
@@ -206,7 +209,7 @@ def connect(url: str, teacher: str, top_k: int = 1, max_length: int = 1, **optio
                 version = None
         return replace(server, version=version, next_tokens=next_tokens, waits=options.get("waits", WAITS))
 
-    return asyncio.run(probe())
+    return _run(probe)
 
 
 def _name_of(teacher: str, url: str, models: dict) -> str:
@@ -311,7 +314,17 @@ def _under_way(ask: Callable, items: list, requests: int, done: Callable) -> lis
         async with _client() as client:
             return await asyncio.gather(*map(one, items))
 
-    return asyncio.run(all_of_them())
+    return _run(all_of_them)
+
+
+def _run(work: Callable):
+    """What a coroutine function without arguments returns; in a thread where a loop runs already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work())
+    with start_blocking_portal() as portal:  # an interrupt cancels what is under way there, too
+        return portal.call(work)
 
 
 def prompt_row(

@@ -1,5 +1,6 @@
 """A server's answers become the rows that the teacher itself would give, or are refused; a server may come and go."""
 
+import asyncio
 import json
 import os
 import signal
@@ -253,6 +254,29 @@ def test_a_key_in_the_environment_goes_to_the_server_and_never_to_where_it_redir
             with pytest.raises(ServerError, match=f"write the address itself, {other.url}.*cache.server_url"):
                 rows_of(fake)
             assert fake.keys == ["Bearer open sesame"] and other.asked == []
+
+
+def test_a_key_is_sent_without_blanks_and_never_shown(monkeypatch):
+    monkeypatch.setenv("FIRST_TRL_SERVER_KEY", " sesame\n")
+    with FakeVLLM(lambda request: RECORDED) as fake:
+        rows_of(fake)
+        assert fake.keys == ["Bearer sesame"]
+        for key in ("ses\name", "“sesame”"):
+            monkeypatch.setenv("FIRST_TRL_SERVER_KEY", key)
+            with pytest.raises(ServerError, match="FIRST_TRL_SERVER_KEY holds a character") as raised:
+                rows_of(fake)
+            assert key not in str(raised.value)
+
+
+def test_a_notebook_whose_loop_runs_already_gets_the_same_rows():
+    async def cell(fake):
+        return rows_of(fake)
+
+    with FakeVLLM(lambda request: RECORDED) as fake:
+        (row,) = asyncio.run(cell(fake))
+    assert row["teacher_ids"].shape == (2, 5)
+    with FakeVLLM(lambda request: 400) as fake, pytest.raises(ServerError, match="status 400"):
+        asyncio.run(cell(fake))
 
 
 def test_the_proxy_of_the_environment_is_used(monkeypatch):
