@@ -103,12 +103,12 @@ def describe(cache, tokenizer=None) -> str:
         prompt = row["input_ids"][: places[0] if places else None]
         examples[number] = {"prompt": prompt, "shown": shown, "more": len(places) - POSITIONS_SHOWN}
     page = _template("cache_page.jinja", shorten=shorten, text=text, exp=math.exp).render(
+        cache.manifest,  # whatever entries it has, those below are ours
         cache=cache,
         size=sum(shard["bytes"] for shard in cache.manifest["shards"]),
         teacher_size=teacher_bytes(cache),
         bars=[(count, round(count * BAR / max(counts_B.max(), 1))) for count in counts_B.tolist()],
         examples=examples,
-        **cache.manifest,
     )
     return page.rstrip()
 
@@ -316,7 +316,7 @@ def build_card(cache, repo_id: str, license=None, language=None) -> str:
         configs=[{"config_name": "default", "data_files": "train-*.parquet"}],
     )
     template = _template("cache_card.md", escape=escape_markdown, code=_code)
-    return template.render(metadata=metadata.to_yaml(), license=license, repo_id=repo_id, **manifest)
+    return template.render(manifest, metadata=metadata.to_yaml(), license=license, repo_id=repo_id)
 
 
 def _code(value) -> str:

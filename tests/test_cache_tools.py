@@ -196,8 +196,11 @@ def test_a_folder_of_that_name_comes_before_the_hub(path, tmp_path, monkeypatch)
 def test_the_card_tells_no_path_of_this_machine_and_survives_odd_names_and_templates(tmp_path, prompt, cell):
     task = {"prompt": prompt, "completion": "{label}", "max_length": 9}
     teacher = {**description()["teacher"], "id": "<img src=x>\n# [a](http://b) `c`"}
-    write_cache(tmp_path / "cache", make_rows(4), task=task, teacher=teacher)
-    card = build_card(open_cache(tmp_path / "cache"), "me/it", "unknown")
+    extra = {"cache": 0, "size": 0, "license": "mit"}  # names that the templates use
+    write_cache(tmp_path / "cache", make_rows(4), task=task, teacher=teacher, **extra)
+    cache = open_cache(tmp_path / "cache")
+    card = build_card(cache, "me/it", "unknown")
+    assert f"{sum(shard['bytes'] for shard in cache.manifest['shards']):,} bytes" in cache_tools.describe(cache)
     assert str(tmp_path) not in card and "is not known: ask" in card
     assert [line for line in card.splitlines() if line.startswith("| prompt")] == [f"| prompt | {cell} |"]
     assert r"# Teacher cache: &lt;img src=x&gt; \# \[a\](http://b) \`c\`" in card.splitlines()
