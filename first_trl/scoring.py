@@ -51,7 +51,7 @@ def hidden_states_at(
             mask_BT[slot, : len(token_rows[i])] = 1
             wanted_BT[slot, torch.as_tensor(positions[i], dtype=torch.long)] = True
         hidden_BTD = backbone_hidden_states(model, input_ids=input_ids.to(device), attention_mask=mask_BT.to(device))
-        yield indices, hidden_BTD[wanted_BT.to(device)]
+        yield indices, hidden_BTD[wanted_BT.to(hidden_BTD.device)]  # a model may be split over devices
 
 
 @torch.inference_mode()

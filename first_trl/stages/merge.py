@@ -18,8 +18,8 @@ from first_trl.log import status
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit status."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("first-trl merge", description=__doc__, formatter_class=formatter)
+    page = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("first-trl merge", description=__doc__, formatter_class=page, allow_abbrev=False)
     parser.add_argument("source", metavar="RECIPE|ADAPTER", help="a recipe, or the folder of a student")
     parser.add_argument("--arm", help="which student of the recipe (default: push.arm, or first)")
     parser.add_argument("--data", help="labelled rows to measure on; needed for an ADAPTER")
