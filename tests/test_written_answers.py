@@ -16,10 +16,12 @@ from first_trl.__main__ import main
 from first_trl.cache.reader import open_cache
 from first_trl.checks import check_recipe
 from first_trl.constants import IGNORED
+from first_trl.data.rows import load_rows
+from first_trl.errors import FirstTrlError
 from first_trl.generation import answer_ends, written_answers
 from first_trl.recipe import RecipeError, load_recipe
 from first_trl.scoring import token_log_probs
-from first_trl.settings import TaskConfig, WriteAnswers
+from first_trl.settings import DatasetConfig, TaskConfig, WriteAnswers
 from first_trl.stages import cache, calibrate, distill, evaluate
 from tests.cache_samples import contents
 from tests.test_cache_stage import caches, finish, launch, num_shards, wait_until
@@ -48,6 +50,30 @@ def greedy(model, prompt, count, vocab_limit=27):
         while len(ids) - len(prompt) < count and (len(ids) == len(prompt) or ids[-1] != 0):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1, :vocab_limit].argmax()))
     return ids[len(prompt) :]
+
+
+def test_a_row_without_a_prompt_is_dropped_or_named_as_any_bad_row(tmp_path):
+    question = {"role": "user", "content": "good?"}
+    rows = [
+        [question],
+        None,
+        [{"role": "assistant", "content": "alone"}],
+        [question, {**question, "role": "assistant"}],
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+
+    def load(bad_rows):
+        source, task = DatasetConfig(path=str(path), bad_rows=bad_rows), TaskConfig(max_length=512)
+        where = {"place": "datasets.transfer", "write": WriteAnswers(max_new_tokens=8)}
+        return load_rows(source, "train", task, chat_tokenizer("qwen2_5"), **where)
+
+    found = load("drop")
+    assert found.lost["dropped"] == {"bad": 2}
+    assert [row["messages"][0]["content"] for row in found.rows] == ["good?"] * 2
+    assert {row["messages"][1]["content"] for row in found.rows} == {"yes"}
+    with pytest.raises(FirstTrlError, match="datasets.transfer, row 1: .*and 1 more of 4 rows"):
+        load("refuse")
 
 
 def answers(path):

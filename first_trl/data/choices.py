@@ -239,7 +239,10 @@ def _put(value: Any, indices: tuple[str, ...], answer: str) -> Any:
 
 def with_stand_in(row: Mapping[str, Any], task: TaskConfig) -> dict[str, Any]:
     """The row with a short answer in the place of the one that the teacher is about to write."""
-    return with_answer(row, task, _ANSWERS[0])
+    try:
+        return with_answer(row, task, _ANSWERS[0])
+    except FirstTrlError:  # no prompt: its encoding says why, and `bad_rows` what becomes of it
+        return dict(row)
 
 
 def room_to_write(task: TaskConfig, write: WriteAnswers) -> TaskConfig:

@@ -188,9 +188,8 @@ def risk_coverage_figure(curves: dict[str, tuple[np.ndarray, np.ndarray]], title
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_formatter(PERCENT)
     axes.yaxis.set_major_formatter(PERCENT)
-    figure.suptitle(
-        textwrap.fill(title, 70), x=0.01, ha="left", fontsize=10
-    )  # not the axes': that would be cut beside the legend
+    # Not the title of the axes, which would be cut beside the legend
+    figure.suptitle(textwrap.fill(title, 70), x=0.01, ha="left", fontsize=10)
     figure.legend(loc="outside right center", handlelength=2.8)
     return figure
 
