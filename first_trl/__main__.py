@@ -32,9 +32,10 @@ from pathlib import Path
 
 from .constants import STAGES
 from .errors import FirstTrlError
-from .failures import AGAIN, memory_advice
+from .failures import AGAIN, explain, memory_advice
 from .interrupts import INTERRUPTED, exit_status, raise_on_sigterm, run_child
 from .log import POSITION, RunLog, libraries_into, recording, status
+from .redaction import redacted
 
 # Commands that read their own arguments: module, function.
 OTHERS = {
@@ -63,6 +64,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read this has left, as `| head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nothing is left to be flushed at the end
         return 141
+    except Exception as error:  # of a command that is no stage
+        if (known := explain(error, argv[0])) is None:
+            raise
+        print(redacted(f"[first-trl] {argv[0]} failed: {known}"), file=sys.stderr)
+        return 1
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -83,7 +89,8 @@ def _dispatch(argv: list[str]) -> int:
 def _run_alone(module: str, name: str, arguments: list[str]) -> int:
     """A command outside any run: what other libraries warn of has no log to go to, and their errors are shown."""
     command = getattr(importlib.import_module(f".{module}", __package__), name)
-    light = module in ("checks", "schema") or "-h" in arguments or "--help" in arguments or not arguments
+    heavy = module not in ("checks", "schema") or any(word.partition("=")[0] == "--row" for word in arguments)
+    light = not heavy or "-h" in arguments or "--help" in arguments or not arguments
     with nullcontext() if light else libraries_into(RunLog(os.devnull)):  # which imports those libraries
         return command(arguments)
 
@@ -139,9 +146,12 @@ def run_stage(stage: str, arguments: list[str]) -> int:
 
 
 def run_demo(options: argparse.Namespace, overrides: list[str]) -> int:
+    from .checks import folder_problems
     from .demo import prepare_demo
 
     folder = Path(options.output_dir)
+    if problems := list(folder_problems(folder / "demo")):
+        raise FirstTrlError("\n".join(problems))
     with (
         recording(folder / "demo" / "log.txt", quiet=options.quiet, title="first-trl demo") as log,
         libraries_into(log),

@@ -92,7 +92,7 @@ def check_recipe(
                 write_atomically(file, json.dumps(content, indent=1))
     if here:
         report.problems, report.unknown = [*report.unknown, *report.problems], []
-        report.problems += _folder_problems(recipe.run_folder, report.disk)
+        report.problems += folder_problems(recipe.run_folder, report.disk)
         sections = {"sft": recipe.sft} if "sft" in stages and recipe.cache.teacher is None else {}
         sections |= {f"arms.{arm}": recipe.arm_section(arm) for arm in recipe.arms if "distill" in stages}
         for place, section in sections.items():
@@ -316,7 +316,7 @@ def _section_problems(place: str, section: dict, machine: Machine, rows: dict[st
         yield f"{place}.dataloader_drop_last: true, and {fewest} rows are no batch of {batch}; write false"
 
 
-def _folder_problems(folder: Path, needed: int = 0) -> Iterator[str]:
+def folder_problems(folder: Path, needed: int = 0) -> Iterator[str]:
     """Whether the run folder can be made and written to, and has room for `needed` bytes."""
     there = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
     try:
@@ -342,7 +342,7 @@ def passed(recipe: Recipe, stages: Sequence[str], config_file: str | None = None
         FirstTrlError: the run folder cannot be written to, or there is no such accelerate configuration.
     """
     started, machine = time.monotonic(), read_machine(config_file)
-    if problems := list(_folder_problems(recipe.run_folder)):  # there is no place for a log
+    if problems := list(folder_problems(recipe.run_folder)):  # there is no place for a log
         raise FirstTrlError("\n".join(Report(problems).lines()))
     with recording(recipe.run_folder / "log.txt", quiet=quiet):
         report = check_recipe(recipe, stages, machine)

@@ -9,9 +9,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "first_trl"
 FLOORS = (  # seven between the ground and the command line
     ("constants", "errors"),
-    ("losses", "loss_rules", "head", "metrics", "templates", "files", "redaction", "interrupts", "trl_fields", "demo"),
+    ("losses", "loss_rules", "head", "metrics", "templates", "files", "redaction", "interrupts", "trl_fields"),
     ("log", "failures", "settings", "calibration", "modeling", "first_config", "vllm_scoring"),
-    ("data", "scoring", "student", "checkpoints", "hub"),
+    ("data", "scoring", "student", "checkpoints", "hub", "demo"),
     ("recipe", "training", "cache", "generation"),
     ("run", "collator", "evaluation", "cache_tools", "plan", "model_checks"),
     ("trainer", "checks", "prediction", "merging", "report", "schema"),

@@ -57,6 +57,7 @@ def test_a_stage_is_one_process_or_under_accelerate_with_its_configuration(monke
     [
         (["run", "RECIPE", "--stages", "cache,distil"], "Unknown stage 'distil'"),
         (["run", "nowhere.yaml"], "nowhere.yaml"),
+        (["demo", "--output_dir", "RECIPE"], "cannot be written to (Not a directory)"),
         (["sft", "RECIPE", "--config_file", "nowhere.yaml"], "There is no nowhere.yaml"),
         (["report", "RECIPE"], "no report in"),
         (["sft", "--config_file"], "--config_file"),
@@ -74,6 +75,14 @@ def test_what_cannot_be_run_is_refused_in_a_line(capsys, tmp_path, arguments, me
         assert stop.code == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+def test_a_model_that_cannot_be_had_is_one_line_outside_a_stage_too(capsys, tmp_path):
+    recipe = str(write_recipe(tmp_path, rows=4))
+    capsys.readouterr()
+    assert command.main(["show", recipe, "--row", "0", "--cache.teacher", "owner/absent"]) == 1
+    said = capsys.readouterr().err
+    assert "[first-trl] show failed: a model cannot be loaded: " in said and "Traceback" not in said
 
 
 def test_the_command_alone_names_the_stages_and_what_to_type_next(capsys):

@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
+
+from ..log import status
 
 RECIPE = Path(__file__).parent / "demo.yaml"
 INPUTS = "demo_inputs"
@@ -28,9 +29,7 @@ def prepare_demo(output_dir: str | Path, seed: int = 0) -> Path:
     stamp = folder / "made_from.json"
     if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == made_from:
         return RECIPE
-    print(
-        f"[first-trl] demo: writing tickets and pre-training two tiny models in {folder}", file=sys.stderr, flush=True
-    )
+    status(f"demo: writing tickets and pre-training two tiny models in {folder}")
     shutil.rmtree(folder, ignore_errors=True)
     from .models import write_models
     from .task import write_task
