@@ -1,7 +1,10 @@
 """What every test shares: no network, and the tiny tokenizer and models of `tests.tiny`."""
 
 import os
+import signal
 
+# A shell starts jobs in the background with SIGINT ignored, and what they start inherits that: Ctrl-C would be lost
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1")
 
 import pytest  # noqa: E402
