@@ -408,6 +408,11 @@ def test_local_files_are_the_files_that_a_source_reads_in_their_order(tmp_path, 
     assert names(path="json", data_files=f"{tmp_path}/**/*.jsonl") == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
     assert names(path="json", data_files="https://host/rows.jsonl") == names(path="owner/rows") == []
     assert names(path="owner/rows", data_files="a.jsonl") == [], "of the Hub, though there is such a file here"
+    (tmp_path / "json").mkdir()
+    assert list(map(str, local_files(DatasetConfig(path="json", data_files="a.jsonl")))) == ["a.jsonl"]
+    mixed = DatasetConfig(path="json", data_files=["a.jsonl", "https://host/rows.jsonl"])
+    with pytest.raises(FirstTrlError, match="some of these are files here, others addresses"):
+        load_split(mixed, "train")
 
 
 @pytest.mark.parametrize(

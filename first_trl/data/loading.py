@@ -42,6 +42,8 @@ def source_problem(config: DatasetConfig) -> tuple[str, str, str] | None:
     if any(re.match(r"/[^/]*[*?\[]", file) for file in files):
         return key, "it looks through the whole disk", "name the folder that holds the data"
     in_files = path in BUILDERS.values() or Path(path).suffix in BUILDERS
+    if len({"://" in file for file in files}) > 1:
+        return key, "some of these are files here, others addresses", "give files of one kind"
     if "://" in path or any("://" in file for file in files) or not (in_files or looks_local(path)):
         remedy = "write owner/name, a folder, a file, or json with data_files"
         on_hub = "://" in path or in_files or HUB_ID.fullmatch(path)
@@ -56,12 +58,13 @@ def source_problem(config: DatasetConfig) -> tuple[str, str, str] | None:
 def local_files(config: DatasetConfig) -> list[Path]:
     """The files on this machine that a source reads, patterns and folders resolved; none for a source on the Hub."""
     path, patterns = Path(config.path), _named_files(config)
+    is_builder = config.path in BUILDERS.values()  # also where there is a folder of that name
     if path.is_dir() and not patterns:
         inside = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
         return [path / file for file in inside if not any(part[0] in "._" for part in file.parts)]
-    if patterns and not path.is_dir() and config.path not in BUILDERS.values():
+    if patterns and not path.is_dir() and not is_builder:
         return []  # files of a repository on the Hub, whatever has their names here
-    base = path if path.is_dir() else Path()
+    base = path if path.is_dir() and not is_builder else Path()
     # Each pattern in the order of the recipe, which is that of the rows
     found = [Path(name) for each in patterns for name in sorted(glob.glob(str(base / each), recursive=True))]
     return [file for file in dict.fromkeys(found if patterns else [path]) if file.is_file()]
