@@ -144,10 +144,10 @@ def stage_in_a_process(recipe: Path, rows: int, streaming: bool) -> dict[str, fl
 
 def stage(arguments: list[str]) -> None:
     """One run of the cache stage in this process; prints what `stage_in_a_process` returns."""
-    from first_trl.cache import run as cache_run
+    from first_trl.cache import writer as cache_writer
     from first_trl.stages import cache
 
-    write_shards, seconds, tokens = cache_run.write_shards, [], []
+    write_shards, seconds, tokens = cache_writer.write_shards, [], []
 
     def timed(writer, dataset, encode, run_teacher, **options):
         def counted(examples, progress):
@@ -159,7 +159,7 @@ def stage(arguments: list[str]) -> None:
         seconds.append(time.perf_counter() - start)
         return count
 
-    cache_run.write_shards = timed
+    cache_writer.write_shards = timed
     cache.main(arguments)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
     print(json.dumps({"peak": peak, "rate": sum(tokens) / sum(seconds)}))
