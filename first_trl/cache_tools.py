@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from .failures import explain
+
 # The heavy imports are in the functions: the command line reads this page and must answer `--help` at once.
 
 COMMANDS = ("inspect", "verify", "push")
@@ -31,11 +33,14 @@ def main(argv: list[str]) -> int:
     try:
         print({"inspect": inspect, "verify": verify, "push": push}[options.command](options))
         sys.stdout.flush()
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+    except Exception as error:
+        known = explain(error, "cache") or (str(error) if isinstance(error, ValueError) else None)
+        if known is None:
+            raise
+        print(known, file=sys.stderr)
+        return 1
     return 0
 
 
@@ -235,7 +240,8 @@ def _load_teacher(cache, path: str):
     from .modeling import load_model, load_tokenizer
     from .training import load_arguments
 
-    made_by, local = cache.manifest["teacher"], Path(path).is_dir()
+    asked = ("revision", "commit", "weights_sha256", "dtype", "quantization")  # a cache made by hand may lack some
+    made_by, local = dict.fromkeys(asked) | cache.manifest["teacher"], Path(path).is_dir()
     revision = None if local else made_by["commit"] or made_by["revision"]
     tokenizer = load_tokenizer(path, revision)
     known = local and made_by["weights_sha256"] is not None

@@ -175,6 +175,16 @@ def test_a_cache_comes_back_from_the_hub_as_it_was_with_a_card(hub, path, tmp_pa
         open_cache("me/reviews-cache", revision="v3")
 
 
+def test_a_teacher_or_tokenizer_that_is_not_there_is_one_line_even_for_a_cache_made_by_hand(tmp_path, path, capsys):
+    write_cache(tmp_path / "cache", make_rows(4), teacher={"id": "org/teacher"})
+    for arguments in (
+        ("verify", tmp_path / "cache", "--teacher", "org/none"),
+        ("inspect", path, "--tokenizer", tmp_path / "none"),
+    ):
+        status, _, errors = run(capsys, *arguments)
+        assert status == 1 and "cannot be loaded" in errors and "Traceback" not in errors
+
+
 def test_a_folder_of_that_name_comes_before_the_hub(path, tmp_path, monkeypatch):
     shutil.copytree(path, tmp_path / "runs" / "cache")
     monkeypatch.chdir(tmp_path)
