@@ -182,7 +182,7 @@ def test_the_verdict_asks_first_who_knows_more_and_never_calibration_alone():
 def test_equal_knowledge_is_noise_whatever_the_calibration_as_trained():
     same = knowing(2000, 0.6)
     said = sentences({"first": knowing(2000, 0.6, 2.0), "first_post_hoc": same, "fine_tuned": same})
-    assert kind_of(said, "fine_tuned") == "noise" and "as much as `fine_tuned`" in text_of(said, "Is it better?")
+    assert kind_of(said, "fine_tuned") == "noise" and "told apart from `fine_tuned`" in text_of(said, "Is it better?")
     text = text_of(said, "Is it calibrated?")
     assert "as trained and" in text and "as shipped" in text and "cannot be told from perfect" in text
     assert "As trained, the lowest ECE is that of `fine_tuned`" in text_of(said)

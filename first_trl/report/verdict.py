@@ -107,20 +107,30 @@ def _answers(metrics: dict, focus: str) -> list[dict]:
     elif set(results.values()) == {"unknown"}:
         better = "Measured without bootstrap intervals, so no difference can be told from noise."
     else:
-        words = {"win": "more than", "loss": "less than", "noise": "as much as", "mixed": "neither more nor less than"}
+        words = {
+            "win": "knows more than",
+            "loss": "knows less than",
+            "noise": "cannot be told apart from",
+            "mixed": "knows neither more nor less than",
+        }
         parts = [
             f"{words[kind]} {_join([f'`{arm}`' for arm, result in results.items() if result == kind])}"
             for kind in words
             if kind in results.values()
         ]
-        better = f"On `{name}`, by NLL and accuracy as shipped, `{focus}` knows {_join(parts)}."
+        better = f"On `{name}`, by NLL and accuracy as shipped, `{focus}` {_join(parts)}."
     texts = [f"Is it calibrated? {_calibration(metrics, focus, name)}", f"Is it better? {better}"]
     if best := metrics.get("selection", {}).get("best"):
-        figures, nll = measured(metrics, _shipped(metrics, best), name), metrics["selection"]["nll"][best]
-        text = f"What should I ship? `{best}` has the lowest NLL on validation ({nll:.3f}, as shipped)"
+        figures, on_validation = measured(metrics, _shipped(metrics, best), name), metrics["selection"]["nll"]
+        others = [f"`{arm}` {nll:.3f}" for arm, nll in on_validation.items() if arm != best and nll is not None]
+        text = f"What should I ship? `{best}` has the lowest NLL on validation as shipped, {on_validation[best]:.3f}"
+        text += f" ({_join(others)})" if others else ""
         if figures:
             nll = "infinite" if figures["nll"] is None else f"{figures['nll']:.3f}"
             text += f"; on `{name}` it is {percent(figures['accuracy'])} right at an NLL of {nll}"
+        pairs = _against(metrics, best, name) if best in metrics["arms"] else {}
+        if ahead := [f"`{arm}`" for arm, pair in pairs.items() if knows_more(pair) == "loss"]:
+            text += f", where {_join(ahead)} knows more: validation and test disagree, so look at both"
         texts.append(f"{text}.")
     return [_say("headline", text) for text in texts]
 
