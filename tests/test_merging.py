@@ -137,6 +137,7 @@ def test_logits_are_divided_exactly_or_the_model_is_refused(family):
 def test_what_cannot_be_merged_is_refused_with_the_remedy_and_nothing_is_written(tmp_path, capsys, monkeypatch):
     run, recipe, data = finished(tmp_path)
     (tmp_path / "bare").mkdir()
+    build_tokenizer().save_pretrained(run / "students" / "fine_tuned")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("the only copy")
     right = merging.merged_model
@@ -152,7 +153,7 @@ def test_what_cannot_be_merged_is_refused_with_the_remedy_and_nothing_is_written
         ([str(run / "students" / "first")], "--data is missing"),
         ([str(tmp_path / "bare"), *data], "there is no predict.json"),
         ([recipe, "--arm", "frist"], "There is no arm 'frist'"),
-        ([recipe, "--arm", "fine_tuned", *data], "tokenizer"),
+        ([recipe, "--arm", "fine_tuned", *data], "holds no adapter"),
         ([recipe, "--data", "nothing.jsonl"], "nothing.jsonl"),
         ([recipe, *data, "--output", str(tmp_path / "mine")], "is there already; remove it"),
         ([recipe, *data], "on average"),
