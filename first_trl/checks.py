@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,7 +120,8 @@ def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
     """What follows from the recipe, its rows and its models."""
     import datasets
 
-    from .data.choices import room_to_write, with_stand_in
+    from .data.choices import room_to_write
+    from .data.rows import with_stand_ins
 
     datasets.disable_progress_bars()  # of loading; encoding has a bar, under a terminal
     report, run = Report(), Run(recipe)
@@ -135,7 +135,7 @@ def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
             rows = load_split(config, "train" if name in ("train", "transfer") else name.partition(".")[0])
             splits[name].rows = report.rows[name] = len(rows)
             if write := recipe.cache.write_answers if name == "transfer" else None:
-                rows, task = rows.map(partial(with_stand_in, task=task)), room_to_write(task, write)
+                rows, task = with_stand_ins(rows, task), room_to_write(task, write)
             if tokenizers:
                 encoded[name] = _check_split(report, recipe, place, config, task, rows, tokenizers, splits[name])
         except FirstTrlError as error:

@@ -111,6 +111,10 @@ def test_a_report_with_other_settings_measures_the_answers_that_are_there_unless
     evaluate.main([path])
     assert set(asked) == {"teacher", "base", *recipe.students}
     answers.write_bytes(kept)
+    made_from = evaluate.made_from(recipe, report / "answers")
+    assert made_from == evaluate.made_from(recipe, report / "answers")
+    monkeypatch.setattr(evaluate, "version", lambda name: "0")
+    assert made_from != evaluate.made_from(recipe, report / "answers"), "another release may measure otherwise"
 
 
 @pytest.mark.parametrize("adapter", [True, False])

@@ -52,7 +52,7 @@ def greedy(model, prompt, count, vocab_limit=27):
     return ids[len(prompt) :]
 
 
-def test_a_row_without_a_prompt_is_dropped_or_named_as_any_bad_row(tmp_path):
+def test_a_row_without_a_prompt_is_dropped_or_named_as_any_bad_row(tmp_path, monkeypatch):
     question = {"role": "user", "content": "good?"}
     rows = [
         [question],
@@ -68,6 +68,10 @@ def test_a_row_without_a_prompt_is_dropped_or_named_as_any_bad_row(tmp_path):
         where = {"place": "datasets.transfer", "write": WriteAnswers(max_new_tokens=8)}
         return load_rows(source, "train", task, chat_tokenizer("qwen2_5"), **where)
 
+    with monkeypatch.context() as older:
+        older.setattr("first_trl.data.rows._code_of_tokens", lambda: ["an older release"])
+        older.setattr("first_trl.data.choices._ANSWERS", ("No",))
+        assert {row["messages"][1]["content"] for row in load("drop").rows} == {"No"}
     found = load("drop")
     assert found.lost["dropped"] == {"bad": 2}
     assert [row["messages"][0]["content"] for row in found.rows] == ["good?"] * 2

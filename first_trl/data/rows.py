@@ -59,11 +59,22 @@ def load_rows(
         raise FirstTrlError(f"{key}: drop counts the rows before they are read; set cache.streaming: false, or refuse")
     rows = load_split(config, role, streaming=streaming)
     if write and place == "datasets.transfer":
-        rows, task = rows.map(partial(with_stand_in, task=task)), room_to_write(task, write)
+        rows, task = with_stand_ins(rows, task), room_to_write(task, write)
     if streaming:
         return UsableRows(rows, None, {})
     labelled = place != "datasets.transfer"
     return usable_rows(rows, task, tokenizer, place=place, bad_rows=config.bad_rows, labelled=labelled)
+
+
+def with_stand_ins(rows: "Dataset", task: TaskConfig) -> "Dataset":
+    """Rows, perhaps a stream, with short answers in the place of those that the teacher is about to write."""
+    import datasets
+
+    named = {}
+    if isinstance(rows, datasets.Dataset):  # `datasets` does not see when the code of a module has changed
+        parts = [rows._fingerprint, dict(task), "stand-ins", _code_of_tokens()]
+        named["new_fingerprint"] = datasets.fingerprint.Hasher.hash(parts)
+    return rows.map(partial(with_stand_in, task=task), **named)
 
 
 def usable_rows(

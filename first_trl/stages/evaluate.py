@@ -10,6 +10,7 @@ are kept: where only settings of the report have changed since, they are measure
 import hashlib
 import json
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 from first_trl.errors import FirstTrlError
@@ -55,7 +56,8 @@ def evaluate(recipe) -> None:
 
 def made_from(recipe, folder: Path) -> dict:
     """What answers are made from (all but the report's own settings, as one digest), and the files that hold them."""
-    inputs = {"format": 1} | Run(recipe).inputs("evaluate")
+    versions = {name: version(name) for name in ("first-trl", "transformers", "torch", "peft")}
+    inputs = {"versions": versions} | Run(recipe).inputs("evaluate")
     for name in ("num_bins", "bootstrap", "seed"):
         inputs["settings"]["evaluate"].pop(name)
     files = {name: file_digest(folder / name) for name in files_of(folder) if name.endswith(".parquet")}
