@@ -130,7 +130,8 @@ class RecipeFile:
     def _mapping(self, node: yaml.MappingNode, path: tuple) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            where, line = (*path, str(key_node.value)), key_node.start_mark.line + 1
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+            where, line = (*path, key), key_node.start_mark.line + 1
             kind = key_node.tag.rpartition(":")[2]
             if kind == "merge":
                 self.problems[where] = "merge keys (<<) are not read; write the keys out"

@@ -238,6 +238,7 @@ BROKEN = [
     ("[good, bad]", "[yes, no]", "task.choices = [True, False]|put it in quotes"),
     (RATE, "eval_strategy: no", "eval_strategy = False|put it in quotes"),
     ("cache:", "no: 1\ncache:", "line 18: no: YAML reads this key as bool|quote it"),
+    ("cache:", "? [a]\n: 1\ncache:", "line 18: ?: a key must be text"),
     (TOP_K, "top_k: 0", "cache.top_k = 0: it does not fit; write a value greater"),
     (RATE, "learning_rate: -1", "sft.learning_rate = -1: it does not fit; write a value greater"),
     ("method: temperature", "method: temprature",
