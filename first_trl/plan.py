@@ -306,13 +306,14 @@ def describe(found: list[Cost], machine: Machine) -> list[str]:
     for cost in found:
         counts = ("-" if n is None else f"{n:,}" for n in (cost.rows, cost.tokens, cost.supervised, cost.steps))
         sizes = map(_bytes, (cost.disk, sum(cost.memory.values()) or None))
-        floats = ("-" if n is None else f"{n:.2g}" for n in (cost.flops, cost.hours))
+        floats = ("-" if n is None else "< 0.01" if n < 0.01 else f"{n:.2g}" for n in (cost.flops, cost.hours))
         table.append((cost.name, *counts, *sizes, *floats))
     first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
     return [
         *("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in table),
         "",
-        "Rows, tokens and supervised positions are a split's, once; FLOPs are the whole job's, padding included.",
+        "Rows, tokens and supervised positions are those of one pass over a split; FLOPs are the whole job's, padding "
+        "included.",
         f"Memory: of each device at its peak, within 30 %. Hours: {machine.processes} x "
         f"{ACCELERATORS[machine.accelerator][0]} at {100 * machine.utilisation:.0f} % of the published peak, which is "
         "an assumption.",
