@@ -39,6 +39,6 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 # Texts that look like credentials: tokens of the Hub, GitHub, GitLab, Slack and AWS, keys, and addresses with one.
 SECRET_VALUE = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bgh[opsur]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}"
-    r"|\bxox[abprs]-[\w-]{10,}|\bAKIA[0-9A-Z]{16}\b|\bsk-(?=[\w-]*\d)[\w-]{16,}|://[^\s/@:]*:[^\s/@]+@"
-    r"|[?&](?:\w*token|\w*key|auth|password|pass|pwd|secret|sig|signature)=[^&\s]+"
+    r"|\bxox[abprs]-[\w-]{10,}|\bAKIA[0-9A-Z]{16}\b|\bsk-(?=[\w-]*\d)[\w-]{16,}|://[^\s/@:\"]*:[^\s/@\"]+@"
+    r"|[?&](?:\w*token|\w*key|auth|password|pass|pwd|secret|sig|signature)=[^&\s\"]{2,}"
 )

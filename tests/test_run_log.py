@@ -17,6 +17,7 @@ import pytest
 
 from first_trl import __main__ as command_line
 from first_trl import failures
+from first_trl.errors import FirstTrlError
 from first_trl.interrupts import Terminated
 from first_trl.log import Progress, libraries_into, recording, status
 from first_trl.redaction import redacted
@@ -266,3 +267,12 @@ def test_an_output_dir_that_cannot_be_written_is_one_line(tmp_path, kind):
     with pytest.raises(SystemExit) as stop:
         calibrate.main([str(recipe), f"--output_dir={place}"])
     assert re.search(r"calibrate failed: \S+ cannot be written \(.+\); correct name or output_dir$", stop.value.code)
+
+
+def test_a_vocabulary_is_no_credential():
+    from first_trl.redaction import refuse_leaks
+
+    refuse_leaks("tokenizer.json", '{"?key=": 12, "&token=":13,"://":5,":":6,"@":7}')
+    for text in ('{"url": "https://me:word@host/x"}', '{"url": "http://host/x?key=abc"}'):
+        with pytest.raises(FirstTrlError, match="recipe.yaml holds an access token"):
+            refuse_leaks("recipe.yaml", text)
