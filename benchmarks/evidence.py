@@ -764,8 +764,8 @@ READING = """## What limits these figures
   `distilled_post_hoc` differ in domain by less than the intervals of accuracy and NLL in every regime; out of domain
   `first` has an edge under the mediocre teacher. As trained it changes much where the teacher is over-confident: in
   `same_few_labels` ECE is 30 % fine-tuned, 24 % distilled, 6.5 % for `first`, which is under-confident in turn
-  (closing scalars of 0.5 to 0.8 under every teacher above chance, but for one seed of `under_fit`): the teacher's T is too
-  soft for it.
+  (closing scalars of 0.5 to 0.8 under every teacher above chance, but for one seed of `under_fit`): the teacher's T
+  is too soft for it.
 * The second round answers that: `first_continued`, a tenth of the steps more, takes ECE as trained from 4.0 to 2.4 %
   and NLL from 0.590 to 0.585 on 3 of 3 seeds, accuracy the same; `first_again`, for as many steps as before, 1.9 %
   and 0.587, a point less accurate. `distill.rounds: 2` is the first of the two, at the rate that validation chose.
