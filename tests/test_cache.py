@@ -409,3 +409,12 @@ def test_what_is_no_regular_file_is_refused_and_never_read(path, name, kind):
         (path / name).mkdir()
     with pytest.raises(CacheError, match="not a regular file"):
         open_cache(path)
+
+
+def test_rows_that_datasets_cannot_copy_are_an_error_of_the_cache(sound_cache, monkeypatch):
+    def fail(*_, **__):
+        raise datasets.exceptions.DatasetGenerationError("not generated") from ValueError("list of odd length")
+
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", fail)
+    with pytest.raises(CacheError, match="cannot be read: list of odd length"):
+        open_cache(sound_cache.path)

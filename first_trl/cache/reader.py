@@ -166,6 +166,8 @@ def _memory_mapped(path: Path, manifest: dict) -> datasets.Dataset:
     try:
         files = [glob.escape(str(path / shard["name"])) for shard in manifest["shards"]]
         return datasets.Dataset.from_parquet(files, cache_dir=str(folder / manifest[SEAL]))
+    except datasets.exceptions.DatasetGenerationError as error:  # of rows, or of a disk that takes no copy
+        raise CacheError(f"The cache {path} cannot be read: {error.__cause__ or error}. {MAKE_AGAIN}") from error
     finally:
         if not shown:
             datasets.enable_progress_bars()
