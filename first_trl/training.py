@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
@@ -93,7 +94,9 @@ def label_trainer(recipe, section: dict, folder: Path, seed: int) -> SFTTrainer:
         callbacks=[RefuseNonFiniteLoss()],
         **model_arguments(args, model_args),
     )
-    check_head(trainer.model, fused=True)
+    trained = {weight.dtype for weight in trainer.model.parameters() if weight.requires_grad}
+    if torch.bfloat16 not in trained or args.bf16:  # TRL's bfloat16 head beside float32 states runs in its loss alone
+        check_head(trainer.model, fused=True)
     adapters_to_float32(trainer)
     return trainer
 
