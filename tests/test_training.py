@@ -82,6 +82,14 @@ def test_labels_are_trained_on_with_every_layout_that_the_cache_is(settings, len
     assert label_trainer(recipe, recipe.distill | settings, tmp_path / "out", 0).args.max_length == length
 
 
+def test_a_student_on_labels_with_a_trained_head_and_4_bit_weights_takes_a_step(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path, rows=8))
+    adapter = {"use_peft": True, "lora_target_modules": ["q_proj"], "lora_modules_to_save": ["lm_head"]}
+    trainer = label_trainer(recipe, recipe.distill | adapter | {"load_in_4bit": True}, tmp_path / "out", 0)
+    trainer.train()
+    assert 0 < trainer.state.log_history[-1]["train_loss"] < 20
+
+
 def test_a_model_that_was_not_written_is_an_error_and_not_a_finished_training(tmp_path):
     trainer = SimpleNamespace(
         is_fsdp_enabled=False,
