@@ -84,7 +84,7 @@ def test_labels_are_trained_on_with_every_layout_that_the_cache_is(settings, len
 
 def test_a_student_on_labels_with_a_trained_head_and_4_bit_weights_takes_a_step(tmp_path):
     recipe = load_recipe(write_recipe(tmp_path, rows=8))
-    adapter = {"use_peft": True, "lora_target_modules": ["q_proj"], "lora_modules_to_save": ["lm_head"]}
+    adapter = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "lora_modules_to_save": ["lm_head"]}
     trainer = label_trainer(recipe, recipe.distill | adapter | {"load_in_4bit": True}, tmp_path / "out", 0)
     trainer.train()
     assert 0 < trainer.state.log_history[-1]["train_loss"] < 20
