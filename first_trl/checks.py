@@ -159,14 +159,14 @@ def _look(recipe: Recipe, stages: Sequence[str], machine: Machine) -> Report:
 
 def _sources(run: Run, stages: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
     """(place in the recipe, where it comes from, task) of every split that these stages read."""
-    from .evaluation import test_task
+    from .evaluation import task_of_set
 
     recipe, read = run.recipe, {place for job in run.jobs.values() if job.stage in stages for place in job.data}
     for role in ("train", "transfer", "validation"):
         if (config := getattr(recipe.datasets, role)) and (f"datasets.{role}" in read or "evaluate" in stages):
             yield f"datasets.{role}", config, recipe.task
     for name, config in recipe.datasets.test.items() if "evaluate" in stages else ():
-        yield f"datasets.test.{name}", config, test_task(recipe.task, config.task)
+        yield f"datasets.test.{name}", config, task_of_set(recipe.task, config.task)
 
 
 def _check_split(

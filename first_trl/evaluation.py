@@ -246,7 +246,7 @@ def closing_of(answers: dict[str, np.ndarray], place: str, seed: int = 0) -> dic
     return closing_calibration(answers["choice_log_probs"], is_label_NC, seed=seed) | {"choice_token_ids": ids}
 
 
-def test_task(task: TaskConfig, overrides: dict | None) -> TaskConfig:
+def task_of_set(task: TaskConfig, overrides: dict | None) -> TaskConfig:
     """The task of a test set: the recipe's, with the set's own templates and choices where it has them."""
     return TaskConfig(**dict(task) | (overrides or {}))
 

@@ -48,7 +48,7 @@ def shown_row(recipe: Recipe, split: str, number: int) -> str:
     from .data.choices import has_answer, marked_text, room_to_write, with_answer
     from .data.encoding import encode_prompt
     from .data.loading import load_split
-    from .evaluation import test_task
+    from .evaluation import task_of_set
     from .modeling import load_tokenizer
 
     data, tests = recipe.datasets, recipe.datasets.test
@@ -59,7 +59,7 @@ def shown_row(recipe: Recipe, split: str, number: int) -> str:
     rows = load_split(config, "test" if split in tests else "validation" if split == "validation" else "train")
     if not 0 <= number < len(rows):
         raise FirstTrlError(f"--row {number}: datasets.{split} has {len(rows)} rows; give 0 to {len(rows) - 1}")
-    row, task = rows[number], test_task(recipe.task, config.task)
+    row, task = rows[number], task_of_set(recipe.task, config.task)
     if task.choices and split == "transfer" and not has_answer(task, row):
         row = with_answer(row, task, task.choices[0])
     path, revision = recipe.cache.teacher, recipe.cache.teacher_revision

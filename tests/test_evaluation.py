@@ -16,7 +16,7 @@ from first_trl.evaluation import (
     shipped_answers,
     vocabulary_closing,
 )
-from first_trl.evaluation import test_task as task_of_a_set
+from first_trl.evaluation import task_of_set as task_of_a_set
 from first_trl.settings import TaskConfig
 from tests.tiny import WORDS, build_model, build_tokenizer
 

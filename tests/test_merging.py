@@ -27,13 +27,13 @@ def finished(folder, four_bit=False, rows=ROWS):
     build_tokenizer().save_pretrained(base)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"model_name_or_path": str(base), "use_peft": True, "lora_r": 4, "dtype": "float32"}
-    sources = {name: {"path": "json", "data_files": f"{folder}/work/{name}.jsonl"} for name in ("train", "validation")}
+    sources = {name: {"path": "json", "data_files": f"{folder}/runs/{name}.jsonl"} for name in ("train", "validation")}
     sources["test"] = {"mine": {"path": str(data), "split": "train", "bad_rows": "drop", "overlap": "drop"}}
     distill = settings | {"load_in_4bit": four_bit}
-    run, recipe = make_run(folder / "work", base, distill=distill, datasets=sources)
+    run, recipe = make_run(folder / "runs", base, distill=distill, datasets=sources)
     build_tokenizer().save_pretrained(run / "teacher")
     record_run(recipe)
-    return run, str(folder / "work" / "recipe.yaml"), ["--data", str(data)]
+    return run, str(folder / "runs" / "recipe.yaml"), ["--data", str(data)]
 
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["float32", "4-bit"])
@@ -76,8 +76,8 @@ def test_a_student_of_a_recipe_is_measured_on_the_rows_of_evaluate_and_must_be_c
     run, recipe, _ = finished(tmp_path, rows=[*ROWS, {"text": "the film", "label": None}, shared])
     assert main([recipe]) == 0
     assert json.loads((run / "merged" / "first" / "merge.json").read_text())["mine"]["num_examples"] == 20
-    content = (tmp_path / "work" / "recipe.yaml").read_text()
-    (tmp_path / "work" / "recipe.yaml").write_text(content.replace("lora_r: 4", "lora_r: 8"))
+    content = (tmp_path / "runs" / "recipe.yaml").read_text()
+    (tmp_path / "runs" / "recipe.yaml").write_text(content.replace("lora_r: 4", "lora_r: 8"))
     assert main([recipe, "--output", str(tmp_path / "other")]) == 1
     assert "distill.first" in (told := capsys.readouterr().err) and "lora_r is 8, and was 4" in told
 

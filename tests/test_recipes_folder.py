@@ -13,7 +13,7 @@ from trl import SFTConfig, get_peft_config, get_quantization_config
 
 from first_trl.constants import DEFAULT_ARMS
 from first_trl.data.choices import choice_token_ids
-from first_trl.evaluation import test_task as task_of
+from first_trl.evaluation import task_of_set as task_of
 from first_trl.first_config import FIRSTConfig
 from first_trl.modeling import load_tokenizer
 from first_trl.recipe import load_recipe

@@ -139,7 +139,7 @@ def measured_sets(recipe) -> dict:
     from accelerate import PartialState
 
     from first_trl.data.rows import check_disjoint, load_rows, without_shared
-    from first_trl.evaluation import VALIDATION, test_task
+    from first_trl.evaluation import VALIDATION, task_of_set
     from first_trl.modeling import load_tokenizer
 
     tokenizer, data = load_tokenizer(teacher_path(recipe), recipe.cache.teacher_revision), recipe.datasets
@@ -147,7 +147,7 @@ def measured_sets(recipe) -> dict:
     if not recipe.evaluate.allow_overlap:
         fitted = {"train": data.train, "transfer": data.transfer}
         splits = {role: (c, "train", recipe.task) for role, c in fitted.items() if c is not None} | splits
-    tests = {name: (config, "test", test_task(recipe.task, config.task)) for name, config in data.test.items()}
+    tests = {name: (config, "test", task_of_set(recipe.task, config.task)) for name, config in data.test.items()}
     load = partial(load_rows, tokenizer=tokenizer, write=recipe.cache.write_answers)
     with PartialState().main_process_first():
         used = {
