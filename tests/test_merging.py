@@ -163,6 +163,9 @@ def test_what_cannot_be_merged_is_refused_with_the_remedy_and_nothing_is_written
         assert told in err and "Traceback" not in err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     assert list((run / "merged").iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr("first_trl.stages.push.chosen_arm", lambda recipe: "fine_tuned")
+        assert main([recipe, *data]) == 1 and "holds no adapter" in capsys.readouterr().err  # what `push` takes
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     assert main([str(run / "students" / "first"), *data]) == 1
     assert "cannot be loaded" in capsys.readouterr().err

@@ -180,7 +180,7 @@ def test_the_command_rehearses_pushes_to_a_branch_and_opens_a_pull_request(hub, 
     assert hub.files(REPO, "v2") == rehearsed and hub.files(REPO) == {}
     push.main([recipe, "--create_pr", "--arm", "best"])
     said = capsys.readouterr().err
-    assert "uploaded to " in said and "push: best is first" in said
+    assert "uploaded to " in said and "push.arm: best is first" in said
     assert hub.files(REPO, "refs/pr/2") == contents(run / "push")
 
 

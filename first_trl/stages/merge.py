@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     page = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("first-trl merge", description=__doc__, formatter_class=page, allow_abbrev=False)
     parser.add_argument("source", metavar="RECIPE|ADAPTER", help="a recipe, or the folder of a student")
-    parser.add_argument("--arm", help="which student of the recipe (default: push.arm, or first)")
+    parser.add_argument("--arm", help="which student of the recipe (default: push.arm)")
     parser.add_argument("--data", help="labelled rows to measure on; needed for an ADAPTER")
     temperature = (
         "divide every logit by the closing temperature over the vocabulary, for vLLM and others that know none"
@@ -45,9 +45,12 @@ def merge_of_recipe(options: argparse.Namespace) -> None:
     from first_trl.recipe import load_recipe
     from first_trl.run import require
     from first_trl.stages.evaluate import measured_sets
+    from first_trl.stages.push import chosen_arm
 
     recipe = load_recipe(options.source)
-    arm = options.arm or ("first" if recipe.push.arm == "best" else recipe.push.arm)
+    if options.arm is None and recipe.push.arm == "best":
+        require(recipe, "evaluate")  # whose report names it
+    arm = options.arm or chosen_arm(recipe)
     section = recipe.arm_section(arm)
     student = arm if arm in recipe.students else recipe.students_of(arm)[0]  # of several seeds, the first
     require(recipe, f"distill.{student}")

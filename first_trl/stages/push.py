@@ -39,6 +39,8 @@ def push(recipe, dry_run: bool) -> None:
             raise
         status(f"push: WARNING: {error}")
     next_step = "; next: the same command without --dry_run" * dry_run
+    if settings.hub_model_id is None:
+        next_step += ", with push.hub_model_id set"
     status(f"push: wrote {folder}, exactly what is uploaded{next_step}")
     if not dry_run:
         options = {"private": settings.private, "revision": settings.revision, "create_pr": settings.create_pr}
@@ -54,7 +56,7 @@ def chosen_arm(recipe) -> str:
     best = json.loads(file.read_text(encoding="utf-8"))["selection"]["best"]
     if best is None:
         raise FirstTrlError(f"push.arm: best needs the validation NLL of a student, and {file} has none; name an arm.")
-    status(f"push: best is {best}, which has the lowest NLL on validation")
+    status(f"push.arm: best is {best}, which has the lowest NLL on validation")
     return best
 
 
